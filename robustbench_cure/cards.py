@@ -1,0 +1,413 @@
+"""Cards: who is judged, by what protocol, and what the papers printed. TOML, parsed strictly.
+
+Nothing about a published protocol is a Python default: every hyper-parameter an attack has must be
+written in the battery. An unknown key, a wrong type, an id that is not its file's name is an error
+that names ``file: field``. This module imports neither torch nor numpy, so that listing and
+validating answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from robustbench_cure.errors import UsageError
+from robustbench_cure.threat import Norm, ThreatModel, parse_fraction
+
+ID_PATTERN = r"^[a-z][a-z0-9_]*$"
+Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _exact(text: str) -> str:
+    parse_fraction(text)
+    return text
+
+
+#: An exact fraction as text, "8/255".
+Fractional = Annotated[str, AfterValidator(_exact)]
+
+
+class Strict(BaseModel):
+    """Base of every card section: unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of this section, hex."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- attacks -----------------------------------------------------------------------------------------
+
+
+class _Attack(Strict):
+    id: Identifier
+    #: What the report prints, e.g. "PGD(20)".
+    name: str
+    #: Attack only the first `limit` samples of the (shuffled) set; 0 attacks all of them.
+    limit: Annotated[int, Field(ge=0)]
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Keyword arguments of the attack function; fractions become floats."""
+        fields = set(type(self).model_fields) - {"id", "name", "limit", "kind"}
+        return {key: self._plain(key, getattr(self, key)) for key in sorted(fields)}
+
+    def _plain(self, key: str, value: Any) -> Any:
+        return float(parse_fraction(value)) if key == "step_size" else value
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse a budget that cannot be right under this threat model (ValueError)."""
+
+
+class FGSM(_Attack):
+    """One gradient-sign step (l2: one normalised-gradient step) of length eps."""
+
+    kind: Literal["fgsm"]
+
+
+class UniformNoise(_Attack):
+    """Control: random points of the ball, the worst of `draws` counts."""
+
+    kind: Literal["uniform_noise"]
+    draws: Positive
+
+
+class PGD(_Attack):
+    """Projected gradient descent; entries that differ in `steps` alone share one trajectory."""
+
+    kind: Literal["pgd"]
+    steps: Positive
+    step_size: Fractional
+    random_start: bool
+    restarts: Positive
+    loss: Literal["ce", "margin", "dlr"]
+    stop: Literal["first-success", "never"]
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
+        if self.steps * parse_fraction(self.step_size) < threat.eps:
+            raise ValueError(
+                f"{self.steps} steps of {self.step_size} cannot cross the ball of radius {threat.eps}"
+            )
+
+
+class DeepFool(_Attack):
+    """DeepFool in the norm of the threat model, inside the ball or to the nearest boundary."""
+
+    kind: Literal["deepfool"]
+    mode: Literal["bounded", "minimal"]
+    steps: Positive
+    overshoot: Annotated[float, Field(ge=0)]
+    candidates: Annotated[int, Field(ge=2)]
+    clip: bool
+
+
+class SPSA(_Attack):
+    """Gradient-free search from finite differences along random sign vectors."""
+
+    kind: Literal["spsa"]
+    steps: Positive
+    samples: Positive
+    step_size: Fractional
+    delta: Annotated[float, Field(gt=0)]
+    stop: Literal["first-success", "never"]
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
+        if self.steps * parse_fraction(self.step_size) < threat.eps:
+            raise ValueError(
+                f"{self.steps} Adam steps of {self.step_size} cannot reach the ball of radius {threat.eps}"
+            )
+
+
+AttackSpec = Annotated[FGSM | UniformNoise | PGD | DeepFool | SPSA, Field(discriminator="kind")]
+
+
+# --- batteries ---------------------------------------------------------------------------------------
+
+
+class Threat(Strict):
+    """The battery's threat model as written."""
+
+    norm: Norm
+    eps: Fractional
+
+    @property
+    def model(self) -> ThreatModel:
+        """The value object attacks and evaluator use."""
+        return ThreatModel.parse(self.norm, self.eps)
+
+
+class Battery(Strict):
+    """A frozen protocol: threat model, attacks with every parameter, integer version."""
+
+    id: Identifier
+    version: Positive
+    name: str
+    source: str
+    #: Data set the protocol is defined on; empty: any.
+    dataset: str
+    #: How many samples the protocol asks for; 0: the whole split.
+    n: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    #: Id of the published table this battery is laid out as; empty: none.
+    published: str
+    notes: str
+    threat: Threat
+    attacks: Annotated[tuple[AttackSpec, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Battery:
+        ids = [attack.id for attack in self.attacks]
+        for attack in self.attacks:
+            if ids.count(attack.id) > 1:
+                raise ValueError(f"attacks: id {attack.id!r} appears twice")
+            try:
+                attack.check(self.threat.model)
+            except ValueError as error:
+                raise ValueError(f"attacks.{attack.id}: {error}") from None
+        return self
+
+
+# --- models ------------------------------------------------------------------------------------------
+
+
+class Weights(Strict):
+    """Where the weights come from: a file beside the card, or a URL; sha256 is mandatory."""
+
+    file: str = ""
+    url: str = ""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Weights:
+        if bool(self.file) == bool(self.url):
+            raise ValueError("give either `file` or `url`")
+        if "/" in self.file or "\\" in self.file or not (self.file + self.url).endswith(".safetensors"):
+            raise ValueError("a .safetensors file beside the card, or a URL of one")
+        return self
+
+
+class _Recipe(Strict):
+    #: Id of the model whose weights training starts from; empty: random initialisation.
+    start: str
+    epochs: Positive
+    batch_size: Positive
+    optimizer: Literal["adam", "sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    lr_final: Annotated[float, Field(ge=0)]
+    schedule: Literal["cosine", "one-cycle", "constant"]
+    weight_decay: Annotated[float, Field(ge=0)]
+    augmentation: Literal["none", "crop", "crop-flip"]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class StandardRecipe(_Recipe):
+    """Cross-entropy on clean images."""
+
+    method: Literal["standard"]
+
+
+class PGDRecipe(_Recipe):
+    """Adversarial training: cross-entropy on PGD examples made on the fly."""
+
+    method: Literal["pgd_at"]
+    eps: Fractional
+    step_size: Fractional
+    steps: Positive
+
+
+class DeepFoolRecipe(_Recipe):
+    """Fine-tuning on DeepFool examples of the current weights (CURE paper, section 2)."""
+
+    method: Literal["deepfool"]
+    norm: Norm
+    overshoot: Annotated[float, Field(ge=0)]
+    steps: Positive
+    candidates: Annotated[int, Field(ge=2)]
+
+
+class GammaPhase(Strict):
+    """`gamma` during `epochs` epochs."""
+
+    epochs: Positive
+    gamma: Annotated[float, Field(gt=0)]
+
+
+class CureRecipe(_Recipe):
+    """Curvature regularisation (CURE paper, section 4): CE + gamma * ||grad l(x+hz) - grad l(x)||^power."""
+
+    method: Literal["cure"]
+    gamma: Annotated[tuple[GammaPhase, ...], Field(min_length=1, strict=False)]
+    h: Annotated[float, Field(gt=0)]
+    h_ramp_epochs: Annotated[int, Field(ge=0)]
+    h_space: Literal["norm", "px01"]
+    reg_power: Literal[1, 2]
+    batchnorm: Literal["eval", "train"]
+
+    @model_validator(mode="after")
+    def _phases(self) -> CureRecipe:
+        total = sum(phase.epochs for phase in self.gamma)
+        if total != self.epochs:
+            raise ValueError(f"gamma phases cover {total} epochs, the recipe has {self.epochs}")
+        return self
+
+
+Recipe = Annotated[StandardRecipe | PGDRecipe | DeepFoolRecipe | CureRecipe, Field(discriminator="method")]
+
+
+class ModelCard(Strict):
+    """One model: how it is built, where its weights come from, how it was or can be trained."""
+
+    id: Identifier
+    name: str
+    dataset: Literal["digits", "cifar10", "svhn"]
+    architecture: str
+    architecture_args: dict[str, int | float | str | bool]
+    num_classes: Annotated[int, Field(ge=2)]
+    #: (C, H, W) of one image.
+    input_shape: Annotated[tuple[int, int, int], Field(strict=False)]
+    mean: Annotated[tuple[float, ...], Field(strict=False)]
+    std: Annotated[tuple[float, ...], Field(strict=False)]
+    paper: str
+    license: str
+    notes: str
+    #: Battery used when none is named.
+    battery: Identifier
+    #: Key of this model's row in the published tables ("resnet18/cure"); empty: none.
+    published_row: str
+    weights: Weights | None = None
+    training: Recipe
+    #: Figures of the stored weights in per cent, by name; written by the training command's report.
+    figures: dict[str, float] = {}
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _finite(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not abs(number) < 1e6 for number in value):
+            raise ValueError("one finite number for each channel")
+        return value
+
+    @model_validator(mode="after")
+    def _channels(self) -> ModelCard:
+        if {len(self.mean), len(self.std)} != {self.input_shape[0]}:
+            raise ValueError(f"mean and std need {self.input_shape[0]} numbers, one for each channel")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+# --- published numbers -------------------------------------------------------------------------------
+
+
+class PublishedCell(Strict):
+    """One printed number. `column` is an attack id of the battery, or "clean"."""
+
+    row: str
+    column: str
+    value: float
+    kind: Literal["measured", "quoted"]
+    locator: str
+
+
+class PublishedRow(Strict):
+    """A row of a printed table: its label and the model (`architecture/training`) it belongs to."""
+
+    id: str
+    name: str
+    group: str
+
+
+class PublishedTable(Strict):
+    """A table, or the text-only numbers, as printed; values in `unit`, never recomputed."""
+
+    id: Identifier
+    title: str
+    paper: str
+    unit: str
+    dataset: str
+    #: Specification the printed numbers were made with, as far as the paper states it.
+    specification: str
+    #: Number of test images behind the table; 0: not stated.
+    n: Annotated[int, Field(ge=0)]
+    rows: Annotated[tuple[PublishedRow, ...], Field(strict=False)]
+    cells: Annotated[tuple[PublishedCell, ...], Field(strict=False, min_length=1)]
+
+    @model_validator(mode="after")
+    def _known_rows(self) -> PublishedTable:
+        known = {row.id for row in self.rows}
+        for cell in self.cells:
+            if cell.row not in known:
+                raise ValueError(f"cells: row {cell.row!r} is not in rows")
+        return self
+
+    def cell(self, row: str, column: str) -> PublishedCell | None:
+        """The printed number, or None where the paper has none."""
+        return next((c for c in self.cells if (c.row, c.column) == (row, column)), None)
+
+
+# --- parsing -----------------------------------------------------------------------------------------
+
+CardT = TypeVar("CardT", ModelCard, Battery, PublishedTable)
+
+
+def parse_card(kind: type[CardT], text: str, source: str, stem: str) -> CardT:
+    """Parse one TOML card.
+
+    Args:
+        kind: the card class.
+        text: the TOML text.
+        source: the file as named in error messages.
+        stem: file name without suffix; the card's id must equal it.
+
+    Raises:
+        UsageError: one line, ``file: field: what is wrong``.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source}: not valid TOML: {error}") from None
+    try:
+        card = kind.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {describe(error)}") from None
+    if card.id != stem:
+        raise UsageError(f"{source}: id: {card.id!r} does not match the file name {stem!r}")
+    return card
+
+
+def describe(error: ValidationError) -> str:
+    """All complaints of one validation on one line: ``field: message; field: message``."""
+    complaints = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "card"
+        what = re.sub(r"^Value error, ", "", item["msg"])
+        if item["type"] == "extra_forbidden":
+            what = "unknown key"
+        complaints.append(f"{where}: {what}")
+    return "; ".join(complaints)
+
+
+def read_card(kind: type[CardT], path: Path) -> CardT:
+    """Parse the card in a file; see `parse_card`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    return parse_card(kind, text, str(path), path.stem)

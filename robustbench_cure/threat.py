@@ -1,0 +1,116 @@
+"""The threat model: which perturbations an adversary may use.
+
+One value object owns the geometry (distance, projection, membership), so that no attack and no
+report measures a ball in its own way. ``eps`` is kept as an exact fraction: ``8/255`` is eight grey
+levels and ``0.031`` is another budget. This module does not import torch at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+
+#: Slack allowed in float32 when membership in the ball or the box is checked: x + delta rounds by
+#: at most 6e-8 a pixel on [0, 1]; l2 sums that over the image.
+TOLERANCE = 1e-6
+
+
+def parse_fraction(text: str) -> Fraction:
+    """Read ``"8/255"`` or ``"0.5"`` exactly.
+
+    Raises:
+        ValueError: not a fraction or a decimal number, or negative.
+    """
+    try:
+        value = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError, AttributeError):
+        raise ValueError(f'{text!r} is not a fraction such as "8/255"') from None
+    if value < 0:
+        raise ValueError(f"{text!r} is negative")
+    return value
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """An lp ball of radius ``eps`` around each image, cut by the pixel box [0, 1].
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``, over the whole image.
+        eps: radius in units of x (pixels in [0, 1]), exact.
+    """
+
+    norm: Norm
+    eps: Fraction
+
+    @classmethod
+    def parse(cls, norm: Norm, eps: str) -> ThreatModel:
+        """Build from card text: ``ThreatModel.parse("linf", "8/255")``."""
+        if norm not in ("linf", "l2"):
+            raise ValueError(f"unknown norm {norm!r}; use linf or l2")
+        return cls(norm, parse_fraction(eps))
+
+    @property
+    def radius(self) -> float:
+        """The radius as a float, in units of x."""
+        return float(self.eps)
+
+    def __str__(self) -> str:
+        return f"{self.norm} {format_eps(self.eps)}"
+
+    def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Distance of each row, shape (B,), in units of x."""
+        return distance(self.norm, x, x_adv)
+
+    def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Nearest point of the ball, then of the box, for each row; same shape as ``x_adv``.
+
+        For linf this is the exact projection on the intersection. For l2 the box is applied after
+        the ball, as every PGD implementation does; the result lies in both, because clipping to a
+        box that contains x never moves a point away from x.
+        """
+        if self.norm == "linf":
+            return x_adv.clamp(x - self.radius, x + self.radius).clamp(0.0, 1.0)
+        delta = x_adv - x
+        length = _row_norm(delta, 2)
+        scale = (self.radius / length.clamp_min(1e-30)).clamp_max(1.0)
+        return (x + delta * scale.view(-1, *[1] * (x.dim() - 1))).clamp(0.0, 1.0)
+
+    def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Whether each row lies in the ball, up to `TOLERANCE`; bool, shape (B,). NaN is outside."""
+        return self.distance(x, x_adv) <= self.radius + TOLERANCE
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The unit step that increases a linear function most: sign for linf, g/||g||_2 for l2.
+
+        A zero gradient gives a zero step. The l2 norm is taken after scaling by the largest entry,
+        so that tiny gradients (what curvature regularisation aims for) keep their direction.
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        largest = gradient.abs().flatten(1).amax(1).view(-1, *[1] * (gradient.dim() - 1))
+        scaled = gradient / largest.where(largest > 0, largest.new_ones(()))
+        length = _row_norm(scaled, 2).view_as(largest)
+        return scaled / length.where(length > 0, length.new_ones(()))
+
+
+def distance(norm: Norm, x: Tensor, x_adv: Tensor) -> Tensor:
+    """Row-wise lp distance between two image batches, shape (B,), in units of x."""
+    return _row_norm(x_adv - x, 2 if norm == "l2" else float("inf"))
+
+
+def format_eps(eps: Fraction) -> str:
+    """Print as n/255 where that is exact, else as the fraction itself: ``8/255``, ``1/2``."""
+    if eps != 0 and (eps * 255).denominator == 1 and eps < 1:
+        return f"{(eps * 255).numerator}/255"
+    return str(eps)
+
+
+def _row_norm(delta: Tensor, order: float) -> Tensor:
+    flat = delta.flatten(1)
+    return flat.norm(p=order, dim=1) if flat.shape[1] else flat.new_zeros(len(flat))
