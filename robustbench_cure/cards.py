@@ -45,7 +45,7 @@ Fractional = Annotated[str, AfterValidator(_exact)]
 class Strict(BaseModel):
     """Base of every card section: unknown keys and silent conversions are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @property
     def digest(self) -> str:
@@ -102,6 +102,8 @@ class PGD(_Attack):
     stop: Literal["first-success", "never"]
 
     def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("restarts without a random start repeat the same trajectory")
         if self.steps * parse_fraction(self.step_size) < threat.eps:
             raise ValueError(
                 f"{self.steps} steps of {self.step_size} cannot cross the ball of radius {threat.eps}"

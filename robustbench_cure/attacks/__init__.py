@@ -1,0 +1,38 @@
+"""Attacks: pure functions on plain tensors, one algorithm a file.
+
+Each has the form ``attack(classifier, x, y, *, threat, noise, **hyper) -> Proposal``: no state between
+calls, no global random numbers, inputs untouched. The proposal is judged by the evaluator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.fgsm import fgsm
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.attacks.pgd import pgd, pgd_ladder
+from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.attacks.spsa import spsa
+from robustbench_cure.attacks.uniform_noise import uniform_noise
+
+#: The `kind` of a battery entry -> the function that runs it.
+ATTACKS: dict[str, Callable[..., Proposal]] = {
+    "fgsm": fgsm,
+    "uniform_noise": uniform_noise,
+    "pgd": pgd,
+    "deepfool": deepfool,
+    "spsa": spsa,
+}
+
+__all__ = [
+    "ATTACKS",
+    "Noise",
+    "Proposal",
+    "deepfool",
+    "fgsm",
+    "pgd",
+    "pgd_ladder",
+    "spsa",
+    "uniform_noise",
+]

@@ -1,0 +1,43 @@
+"""Fast gradient (sign) method.
+
+Source: Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572; l2 form: the normalised gradient.
+One step of length eps from the image itself, on cross-entropy with the true label, cut to the box.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks.losses import cross_entropy
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.threat import ThreatModel
+
+
+def fgsm(
+    classifier: Classifier, x: Tensor, y: Tensor, *, threat: ThreatModel, noise: Noise | None = None
+) -> Proposal:
+    """Perturb each image by one steepest-ascent step of length eps.
+
+    Args:
+        classifier: the model under attack.
+        x: images, float32 (B,C,H,W) in [0, 1]; not modified.
+        y: true labels, int64 (B,).
+        threat: norm and eps, in units of x.
+        noise: unused; every attack takes it.
+
+    Returns:
+        A proposal inside the ball and the box.
+    """
+    del noise
+    proposal = Proposal.start(x)
+    for rows in torch.arange(len(x), device=x.device).split(classifier.batch_size):
+        clean, labels = x[rows], y[rows]
+        _, gradient = classifier.value_and_gradient(clean, lambda z, labels=labels: cross_entropy(z, labels))  # type: ignore[misc]
+        proposal.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))
+    proposal.steps += 1
+    proposal.forwards += 1
+    proposal.backwards += 1
+    return proposal

@@ -1,0 +1,231 @@
+"""Projected gradient descent, and the ladder of step counts that one trajectory serves.
+
+Source: Madry et al. 2018, arXiv 1706.06083; PGD(K) of the CURE paper, sections 2 and 4.
+
+    x_0 = x + uniform noise of the ball (or x);  x_k = project(x_{k-1} + step_size * steepest(grad loss))
+
+Deviations. (1) ``stop = "first-success"``: a row leaves at its first iterate that the reference form
+misclassifies, instead of always returning the last one; that can only be stronger, makes robust
+accuracy monotone in steps, and frees the batch. (2) ``stop = "never"``: the iterate of lowest margin is
+returned, not the last. (3) PGD(7), PGD(20), ... with equal parameters are prefixes of one trajectory and
+are computed together: `pgd_ladder`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks.losses import LOSSES, margins
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.attacks.pool import Pool
+from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.attacks.uniform_noise import draw
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.threat import ThreatModel
+
+Stop = Literal["first-success", "never"]
+
+
+def pgd(
+    classifier: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    noise: Noise | None = None,
+    steps: int,
+    step_size: float,
+    random_start: bool = True,
+    restarts: int = 1,
+    loss: str = "ce",
+    stop: Stop = "first-success",
+) -> Proposal:
+    """PGD with ``steps`` iterations: `pgd_ladder` with one rung; see there."""
+    (proposal,) = pgd_ladder(
+        classifier,
+        x,
+        y,
+        threat=threat,
+        noise=noise,
+        rungs=(steps,),
+        step_size=step_size,
+        random_start=random_start,
+        restarts=restarts,
+        loss=loss,
+        stop=stop,
+    )
+    return proposal
+
+
+def pgd_ladder(
+    classifier: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    noise: Noise | None = None,
+    rungs: tuple[int, ...],
+    step_size: float,
+    random_start: bool = True,
+    restarts: int = 1,
+    loss: str = "ce",
+    stop: Stop = "first-success",
+) -> list[Proposal]:
+    """PGD(K) for every K of ``rungs`` from one trajectory a restart.
+
+    Args:
+        classifier: the model under attack.
+        x: images, float32 (B,C,H,W) in [0, 1]; not modified.
+        y: true labels, int64 (B,).
+        threat: norm and eps, in units of x.
+        noise: random streams of the rows; default: rows numbered from 0 under seed 0.
+        rungs: step counts, strictly increasing.
+        step_size: length of one step in the norm of the ball, in units of x.
+        random_start: start at a uniform point of the ball instead of at x.
+        restarts: independent starts; a row goes on to the next while some rung is unbroken.
+        loss: ``ce``, ``margin`` or ``dlr``.
+        stop: ``first-success`` or ``never``, see the module.
+
+    Returns:
+        One proposal a rung, each inside the ball and the box. A rung that was not broken gets the
+        iterate of lowest margin among those that its restarts ended with (``never``: passed through).
+    """
+    search = _Ladder(classifier, x, y, threat, noise, rungs, step_size, random_start, restarts, loss, stop)
+    return search.run()
+
+
+class _Ladder:
+    """State of one call of `pgd_ladder`, for all rows of the shard."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        noise: Noise | None,
+        rungs: tuple[int, ...],
+        step_size: float,
+        random_start: bool,
+        restarts: int,
+        loss: str,
+        stop: Stop,
+    ) -> None:
+        if list(rungs) != sorted(set(rungs)) or not rungs or rungs[0] < 1:
+            raise ValueError(f"rungs must be positive and strictly increasing, got {rungs}")
+        self.classifier, self.x, self.y, self.threat = classifier, x, y, threat
+        self.noise = noise or Noise.for_rows(len(x), device=x.device)
+        self.rungs, self.step_size, self.random_start = rungs, step_size, random_start
+        self.restarts, self.loss, self.stop = restarts if random_start else 1, LOSSES[loss], stop
+        self.proposals = [Proposal.start(x) for _ in rungs]
+        n, device = len(x), x.device
+        self.best = torch.full((len(rungs), n), torch.inf, device=device)  # margin of each proposal
+        self.broken = torch.zeros((len(rungs), n), dtype=torch.bool, device=device)
+        self.current = x.clone()
+        self.taken = torch.zeros(n, dtype=torch.int64, device=device)  # steps of the current restart
+        self.restart = torch.zeros_like(self.taken)
+        #: The largest rung not broken yet: where a restart ends.
+        self.horizon = torch.full_like(self.taken, rungs[-1])
+
+    def run(self) -> list[Proposal]:
+        everything = torch.arange(len(self.x), device=self.x.device)
+        for rows in everything.split(self.classifier.batch_size):
+            self._begin(rows)
+        pool = Pool(len(self.x), self.classifier.batch_size, self.x.device)
+        for rows in pool:
+            finished = self._visit(rows)
+            pool.retire(finished)
+        return self.proposals
+
+    def _begin(self, rows: Tensor) -> None:
+        """Put rows at the start of their current restart."""
+        self.taken[rows] = 0
+        start = self.x[rows]
+        if self.random_start and len(rows):
+            start = draw(start, self.threat, self.noise[rows], self.restart[rows])
+        self.current[rows] = start
+
+    def _visit(self, rows: Tensor) -> Tensor:
+        """One step of each row; returns the rows that are done for good."""
+        labels, here = self.y[rows], self.current[rows]
+        logits, gradient = self.classifier.value_and_gradient(here, lambda z: self.loss(z, labels))
+        self._count(rows, backward=True)
+        self._judge(rows, here, margins(logits, labels))
+        ahead = rows[self.taken[rows] < self.horizon[rows]]
+        moved = self.threat.project(self.x[rows], here + self.step_size * self.threat.steepest(gradient))
+        self.current[rows] = moved
+        self.taken[rows] += 1
+        self._land(ahead)
+        ended = rows[self.taken[rows] >= self.horizon[rows]]
+        self.restart[ended] += 1
+        over = (self.restart[ended] >= self.restarts) | (self.horizon[ended] == 0)
+        self._begin(ended[~over])
+        return ended[over]
+
+    def _judge(self, rows: Tensor, here: Tensor, margin: Tensor) -> None:
+        """Take note of iterates the search form has just seen for free."""
+        if self.stop == "never":
+            self._offer(rows, here, margin)
+            return
+        hit = margin < 0
+        if bool(hit.any()):
+            self._verify(rows[hit], here[hit])
+
+    def _land(self, rows: Tensor) -> None:
+        """Rows that have just reached a rung: their iterate is that rung's proposal."""
+        for index, rung in enumerate(self.rungs):
+            arrived = rows[(self.taken[rows] == rung) & ~self.broken[index, rows]]
+            if len(arrived) == 0:
+                continue
+            here = self.current[arrived]
+            if self.stop == "first-success" and self.restarts == 1 and rung == self.rungs[-1]:
+                self._propose(index, arrived, here)  # the last word anyway; the evaluator judges it
+            else:
+                # In the reference form, so that a rung inside the ladder is judged as it would be alone.
+                margin = margins(self.classifier.logits(here), self.y[arrived])
+                self._count(arrived)
+                if self.stop == "first-success":
+                    self._break(arrived[margin < 0], here[margin < 0])
+                self._offer(arrived, here, margin, only=index)
+
+    def _verify(self, rows: Tensor, here: Tensor) -> None:
+        margin = margins(self.classifier.logits(here), self.y[rows])
+        self._count(rows)
+        self._break(rows[margin < 0], here[margin < 0])
+
+    def _break(self, rows: Tensor, here: Tensor) -> None:
+        """Adversarial iterates: proposals of every rung at or above, which need no further work."""
+        if len(rows) == 0:
+            return
+        for index, rung in enumerate(self.rungs):
+            reached = (self.taken[rows] <= rung) & ~self.broken[index, rows]
+            self._propose(index, rows[reached], here[reached])
+            self.broken[index, rows[reached]] = True
+        ladder = torch.tensor(self.rungs, device=rows.device)[:, None]
+        self.horizon[rows] = (ladder * ~self.broken[:, rows]).amax(0)
+
+    def _offer(
+        self, rows: Tensor, here: Tensor, margin: Tensor, taken: Tensor, only: int | None = None
+    ) -> None:
+        """Keep an iterate where its margin is the lowest of its rung so far."""
+        for index, rung in enumerate(self.rungs):
+            if only is not None and index != only:
+                continue
+            better = (margin < self.best[index, rows]) & (taken <= rung) & ~self.broken[index, rows]
+            self.best[index, rows[better]] = margin[better]
+            self._propose(index, rows[better], here[better])
+
+    def _propose(self, index: int, rows: Tensor, here: Tensor) -> None:
+        self.proposals[index].x_adv[rows] = here
+        self.proposals[index].steps[rows] = self.taken[rows]
+
+    def _count(self, rows: Tensor, *, backward: bool = False) -> None:
+        """Charge a pass to every rung that the row is still working for."""
+        for index, rung in enumerate(self.rungs):
+            needed = self.taken[rows] < rung if backward else self.taken[rows] <= rung
+            working = rows[needed & ~self.broken[index, rows]]
+            self.proposals[index].forwards[working] += 1
+            self.proposals[index].backwards[working] += int(backward)

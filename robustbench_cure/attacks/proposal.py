@@ -1,0 +1,39 @@
+"""What every attack returns: a proposal, which the evaluator checks. It claims no success."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Proposal:
+    """Perturbed images and the work they took, row by row.
+
+    Attributes:
+        x_adv: proposed images, float32 (B,C,H,W).
+        steps: updates made before the proposed image was reached, int64 (B,).
+        forwards: images passed forward for each row, int64 (B,).
+        backwards: input gradients computed for each row, int64 (B,).
+        converged: whether the attack ended by its own criterion rather than by running out of steps,
+            bool (B,); None where the attack has no such criterion.
+    """
+
+    x_adv: Tensor
+    steps: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    converged: Tensor | None = None
+
+    @classmethod
+    def start(cls, x: Tensor) -> Proposal:
+        """The proposal that changes nothing and has cost nothing."""
+        zeros = [torch.zeros(len(x), dtype=torch.int64, device=x.device) for _ in range(3)]
+        return cls(x.clone(), *zeros)
+
+    def to(self, device: torch.device | str) -> Proposal:
+        """The same proposal on another device."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Proposal(*(v if v is None else v.to(device) for v in values))

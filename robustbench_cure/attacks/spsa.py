@@ -1,0 +1,134 @@
+"""SPSA: gradient-free search from simultaneous-perturbation estimates.
+
+Source: Uesato et al. 2018, arXiv 1802.05666, algorithm 1; the CURE paper's check for masked gradients,
+section 4 and Fig. 7. Minimises the margin J = z_y - max_{j != y} z_j with Adam on
+
+    ghat = mean_i [J(x' + delta v_i) - J(x' - delta v_i)] / (2 delta) * v_i,   v_i in {-1, +1}^d
+
+Every image draws its own directions. Queries are not clipped to the box (a margin difference needs a
+symmetric pair); iterates are. Images are batched by the total of forward images, 2 * samples each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.attacks.pgd import Stop
+from robustbench_cure.attacks.pool import Pool
+from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.threat import ThreatModel
+
+#: Adam's constants (Kingma & Ba 2015), as in the source.
+BETA_1, BETA_2, ADAM_EPS = 0.9, 0.999, 1e-8
+
+
+def spsa(
+    classifier: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    noise: Noise | None = None,
+    steps: int,
+    samples: int,
+    step_size: float = 0.01,
+    delta: float = 0.01,
+    stop: Stop = "first-success",
+) -> Proposal:
+    """Attack with margin differences alone.
+
+    Args:
+        classifier: the model under attack.
+        x: images, float32 (B,C,H,W) in [0, 1]; not modified.
+        y: true labels, int64 (B,).
+        threat: norm and eps, in units of x.
+        noise: random streams of the rows; default: rows numbered from 0 under seed 0.
+        steps: Adam steps.
+        samples: directions for each estimate; each costs two forward images.
+        step_size: Adam's learning rate, in units of x.
+        delta: length of the finite difference in each pixel, in units of x.
+        stop: ``first-success`` returns the first iterate that the reference form misclassifies;
+            ``never`` goes on and returns the iterate of lowest margin.
+
+    Returns:
+        A proposal inside the ball and the box.
+
+    Raises:
+        ValueError: ``steps * step_size`` is less than eps: the ball could not be reached.
+    """
+    if steps * step_size < threat.radius * (1 - 1e-9):
+        raise ValueError(f"{steps} Adam steps of {step_size} cannot reach a ball of radius {threat.eps}")
+    noise = noise or Noise.for_rows(len(x), device=x.device)
+    proposal = Proposal.start(x)
+    current, first, second = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    taken = torch.zeros_like(proposal.steps)
+    lowest = torch.full((len(x),), torch.inf, device=x.device)
+    pool = Pool(len(x), classifier.batch_size // (2 * samples), x.device)
+    for rows in pool:
+        here, labels = current[rows], y[rows]
+        # One reference forward beside 2 * samples others: success is judged exactly.
+        margin = margins(classifier.logits(here), labels)
+        proposal.forwards[rows] += 1
+        better = (margin < lowest[rows]) if stop == "never" else torch.ones_like(margin, dtype=torch.bool)
+        chosen = rows[better]
+        lowest[chosen] = margin[better]
+        proposal.x_adv[chosen] = here[better]
+        proposal.steps[chosen] = taken[chosen]
+        done = taken[rows] >= steps
+        if stop == "first-success":
+            done |= margin < 0
+        pool.retire(rows[done])
+        rows = rows[~done]
+        if len(rows) == 0:
+            continue
+        estimate = gradient_estimate(
+            classifier, current[rows], y[rows], noise[rows], taken[rows], samples, delta
+        )
+        proposal.forwards[rows] += 2 * samples
+        taken[rows] += 1
+        first[rows] = BETA_1 * first[rows] + (1 - BETA_1) * estimate
+        second[rows] = BETA_2 * second[rows] + (1 - BETA_2) * estimate.square()
+        t = taken[rows].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        mean, square = first[rows] / (1 - BETA_1**t), second[rows] / (1 - BETA_2**t)
+        current[rows] = threat.project(x[rows], current[rows] - step_size * mean / (square.sqrt() + ADAM_EPS))
+    return proposal
+
+
+def gradient_estimate(
+    classifier: Classifier,
+    x: Tensor,
+    y: Tensor,
+    noise: Noise,
+    stream: int | Tensor,
+    samples: int,
+    delta: float,
+) -> Tensor:
+    """SPSA estimate of the margin's gradient, shape of ``x``; E = gradient for a linear margin.
+
+    Args:
+        classifier: gives the margins, ``batch_size`` images at a time.
+        x: points, float32 (B,C,H,W).
+        y: labels, int64 (B,).
+        noise: one stream a row.
+        stream: which draw, int or int64 (B,).
+        samples: directions a row.
+        delta: finite-difference length.
+    """
+    shape = tuple(x.shape[1:])
+    size = math.prod(shape)
+    signs = noise.signs((samples, size), stream)
+    total = x.new_zeros((len(x), size))
+    chunk = max(1, classifier.batch_size // (2 * len(x)))
+    for part in signs.split(chunk, dim=1):
+        shift = delta * part.view(len(x), -1, *shape)
+        queries = torch.cat((x[:, None] + shift, x[:, None] - shift), 1).flatten(0, 1)
+        labels = y.repeat_interleave(2 * part.shape[1])
+        plus, minus = margins(classifier.search_logits(queries), labels).view(len(x), 2, -1).unbind(1)
+        total += torch.einsum("bn,bnd->bd", plus - minus, part)
+    return (total / (2 * delta * samples)).view_as(x)

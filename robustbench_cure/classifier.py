@@ -1,0 +1,252 @@
+"""The model under test as attacks and evaluator see it: images in [0, 1] in, logits out.
+
+Two forms of one network. The *reference* form is the module as loaded, in float32 without TF32: every
+claim is checked with it. The *search* form has batch-norm folded, channels_last memory and, where the
+processor has it, bfloat16: attacks look for perturbations with it. Reduced precision can only make the
+search weaker, never a claim wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_cure.errors import UsageError
+from robustbench_cure.fold import fold_batchnorm
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+
+
+class Normalised(nn.Module):
+    """A network behind its own input normalisation: ``net((x - mean) / std)``.
+
+    Args:
+        net: maps normalised images to logits.
+        mean: per channel, in units of x in [0, 1].
+        std: per channel, positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of images (B,C,H,W) in [0, 1]."""
+        logits: Tensor = self.net((x - self.mean) / self.std)
+        return logits
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 matrices natively (emulation is slower than fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+class Classifier:
+    """A frozen snapshot of a network, in evaluation mode, that counts the work asked of it.
+
+    Args:
+        module: maps images in [0, 1], (B,C,H,W) float32, to logits (B, L). It is copied: the caller's
+            module keeps its mode, its gradients and its weights.
+        num_classes: L.
+        input_shape: (C, H, W).
+        device: where the copy lives.
+        precision: of the search form.
+        batch_size: images in one forward pass.
+
+    Attributes:
+        forwards: images passed forward so far, all forms together.
+        backwards: input gradients computed so far, images times gradients.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        num_classes: int,
+        input_shape: tuple[int, int, int],
+        device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
+        batch_size: int = 128,
+    ) -> None:
+        self.device = torch.device(device)
+        self.num_classes = num_classes
+        self.input_shape = input_shape
+        self.precision: Precision = precision
+        self.batch_size = batch_size
+        self.forwards = 0
+        self.backwards = 0
+        snapshot = copy.deepcopy(module).to(self.device).float().eval().requires_grad_(False)
+        self.module = snapshot.to(memory_format=torch.channels_last)
+        example = torch.linspace(0, 1, 4 * _size(input_shape), device=self.device).view(4, *input_shape)
+        with full_precision():
+            folded = fold_batchnorm(self.module, example)
+        self.folded = type(folded) is not type(self.module)
+        self._search = folded.to(memory_format=torch.channels_last).requires_grad_(False)
+        if precision == "bf16":
+            _store_bf16(self._search)
+
+    @classmethod
+    def live(cls, module: nn.Module, *, num_classes: int, batch_size: int = 1 << 30) -> Classifier:
+        """A view of a network being trained: no copy, no folding, its mode as the caller set it."""
+        self = cls.__new__(cls)
+        self.device = next(module.parameters()).device
+        self.num_classes, self.input_shape = num_classes, (0, 0, 0)
+        self.precision, self.batch_size = "fp32", batch_size
+        self.forwards = self.backwards = 0
+        self.folded = False
+        self.module = self._search = module
+        return self
+
+    # --- reference form ---------------------------------------------------------------------------
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Reference logits, float32 (B, L), in chunks of ``batch_size``; no gradient."""
+        self.forwards += len(x)
+        with torch.no_grad(), full_precision():
+            parts = [self._forward(self.module, part) for part in x.split(self.batch_size)]
+        return torch.cat(parts) if parts else x.new_zeros((0, self.num_classes))
+
+    # --- search form --------------------------------------------------------------------------------
+
+    def search_logits(self, x: Tensor) -> Tensor:
+        """Logits of the search form, float32 (B, L), one pass; no gradient."""
+        self.forwards += len(x)
+        with torch.no_grad(), self._form(False) as module:
+            return self._forward(module, x)
+
+    def value_and_gradient(
+        self, x: Tensor, loss: Callable[[Tensor], Tensor], *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and input gradient, one pass.
+
+        Args:
+            x: images (B,C,H,W).
+            loss: logits (B, L) float32 -> loss (B,); summed, so each row's gradient is its own.
+            reference: use the reference form instead of the search form.
+
+        Returns:
+            logits float32 (B, L) and gradient float32, shape of x; zero where the graph is cut.
+        """
+        with torch.enable_grad(), self._form(reference) as module:
+            leaf = x.detach().requires_grad_(True)
+            logits = self._forward(module, leaf)
+            gradient = self._grad(loss(logits).sum(), leaf, keep=False)
+        self.forwards += len(x)
+        self.backwards += len(x)
+        return logits.detach(), gradient
+
+    def value_and_jacobian(
+        self, x: Tensor, labels: Tensor, classes: Tensor, *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and gradients of z_k - z_label for chosen classes, one forward and m backward passes.
+
+        Args:
+            x: images (B,C,H,W).
+            labels: int64 (B,).
+            classes: int64 (B, m), the k of each row.
+            reference: use the reference form instead of the search form.
+
+        Returns:
+            logits float32 (B, L) and gradients float32 (B, m, C, H, W).
+        """
+        with torch.enable_grad(), self._form(reference) as module:
+            leaf = x.detach().requires_grad_(True)
+            logits = self._forward(module, leaf)
+            own = logits.gather(1, labels[:, None])
+            differences = (logits.gather(1, classes) - own).sum(0)
+            rows = []
+            for k in range(classes.shape[1]):
+                rows.append(self._grad(differences[k], leaf, keep=k + 1 < classes.shape[1]))
+        self.forwards += len(x)
+        self.backwards += len(x) * classes.shape[1]
+        return logits.detach(), torch.stack(rows, 1)
+
+    @contextmanager
+    def _form(self, reference: bool) -> Iterator[nn.Module]:
+        if reference:
+            with full_precision():
+                yield self.module
+        elif self.precision == "bf16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield self._search
+        else:
+            with full_precision():
+                yield self._search
+
+    def _forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        logits: Tensor = module(x.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+    @staticmethod
+    def _grad(value: Tensor, leaf: Tensor, *, keep: bool) -> Tensor:
+        if not value.requires_grad:  # the model cut the graph: preflight flags it, attacks see zero
+            return torch.zeros_like(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf, retain_graph=keep, allow_unused=True)
+        return torch.zeros_like(leaf) if gradient is None else gradient.float()
+
+    # --- integrity ----------------------------------------------------------------------------------
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Cheap witness of weights, buffers and modes: differs after any in-place edit."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        modes = tuple(part.training for part in self.module.modules())
+        return (
+            tuple((t.data_ptr(), t._version) for t in tensors),
+            modes,
+            tuple(p.requires_grad for p in self.module.parameters()),
+        )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 without TF32 or autocast, restored on leaving."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def _store_bf16(module: nn.Module) -> None:
+    """Keep in bfloat16 the weights that autocast would convert at every pass."""
+    for part in module.modules():
+        if type(part) in (nn.Conv2d, nn.Linear):
+            part.to(torch.bfloat16)
+
+
+def _size(shape: tuple[int, int, int]) -> int:
+    return shape[0] * shape[1] * shape[2]
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA if there is a device, else the CPU.
+
+    Raises:
+        UsageError: the named device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"--device {name}: not available here: {reason}") from None
+    return device

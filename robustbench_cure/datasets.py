@@ -1,0 +1,295 @@
+"""Data sets: images in [0, 1], labels, and for every sample a stable id and a hash of its pixels.
+
+Four built in by name (`digits`, `cifar10`, `svhn`, `folder`, `npz`), see `DATASETS`. A subset of n is the
+first n of one seeded permutation of the split, so that smaller subsets are prefixes of larger ones; the
+ids are stored with every result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustbench_cure.catalog import cache_dir, did_you_mean
+from robustbench_cure.errors import UsageError
+
+Split: TypeAlias = Literal["train", "test"]
+Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
+
+#: File types the folder loader reads. JPEG is lossy, which the record says.
+IMAGE_SUFFIXES = {".png", ".bmp", ".ppm", ".jpg", ".jpeg", ".webp"}
+LOSSY_SUFFIXES = {".jpg", ".jpeg", ".webp"}
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Labelled images, ready to be judged on.
+
+    Attributes:
+        name: data set as reports print it.
+        split: which part.
+        images: float32 (N,C,H,W) in [0, 1].
+        labels: int64 (N,).
+        ids: stable name of each sample.
+        hashes: SHA-256 of each sample's pixels as stored (uint8 or float32, C,H,W), hex.
+        classes: class names, in label order.
+        notes: what a reader must know of these pixels ("JPEG files: lossy").
+        total: size of the split this is a subset of.
+    """
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+    hashes: tuple[str, ...]
+    classes: tuple[str, ...]
+    notes: str = ""
+    total: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over ids, pixel hashes and labels, in order; hex."""
+        lines = (f"{i} {h} {y}" for i, h, y in zip(self.ids, self.hashes, self.labels.tolist(), strict=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def take(self, rows: Sequence[int]) -> EvalSet:
+        """The rows with these indices, in this order."""
+        index = torch.as_tensor(list(rows), dtype=torch.int64)
+        return EvalSet(
+            self.name,
+            self.split,
+            self.images[index],
+            self.labels[index],
+            tuple(self.ids[i] for i in rows),
+            tuple(self.hashes[i] for i in rows),
+            self.classes,
+            self.notes,
+            self.total,
+        )
+
+    def subset(self, n: int, seed: int = 0) -> EvalSet:
+        """``n`` random samples (0: all), the first n of one permutation of the split.
+
+        Raises:
+            UsageError: more samples asked for than there are.
+        """
+        if n > len(self):
+            raise UsageError(f"--n {n}: {self.name} has only {len(self)} {self.split} samples")
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.take([int(i) for i in (order[:n] if n else order)])
+
+
+def from_arrays(
+    name: str,
+    split: str,
+    images: Pixels,
+    labels: NDArray[np.int64],
+    *,
+    ids: Sequence[str],
+    classes: Sequence[str],
+    notes: str = "",
+) -> EvalSet:
+    """Build from images (N,C,H,W), uint8 or float32 in [0, 1].
+
+    Raises:
+        UsageError: empty, wrong range, NaN, or labels outside the classes.
+    """
+    if len(images) == 0:
+        raise UsageError(f"{name}: no images")
+    if images.dtype == np.uint8:
+        pixels = torch.from_numpy(images.astype(np.float32)) / 255.0
+    else:
+        pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+        if not bool(pixels.isfinite().all()):
+            raise UsageError(f"{name}: images contain NaN or infinity")
+        low, high = float(pixels.amin()), float(pixels.amax())
+        if low < 0 or high > 1:
+            raise UsageError(f"{name}: float images must lie in [0, 1], these span [{low:g}, {high:g}]")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UsageError(f"{name}: labels must be 0..{len(classes) - 1}, got {labels.min()}..{labels.max()}")
+    hashes = tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
+    target = torch.from_numpy(labels.astype(np.int64))
+    return EvalSet(name, split, pixels, target, tuple(ids), hashes, tuple(classes), notes, len(images))
+
+
+# --- the built-in sets ---------------------------------------------------------------------------------
+
+
+def _digits(split: Split, data_dir: Path | None) -> EvalSet:
+    """Handwritten digits inside scikit-learn: 8x8 grey, 1,297 train and 500 test by one permutation."""
+    del data_dir
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    order = np.random.default_rng(0).permutation(len(raw.target))
+    rows = order[:1297] if split == "train" else order[1297:]
+    # Grey values are 0..16; 1/16 is exact in float32.
+    images = (raw.images[rows, None] / 16.0).astype(np.float32)
+    ids = [f"digits/{i:04d}" for i in rows]
+    return from_arrays("digits", split, images, raw.target[rows], ids=ids, classes="0123456789")
+
+
+def _cifar10(split: Split, data_dir: Path | None) -> EvalSet:
+    """CIFAR-10 (Krizhevsky 2009) through torchvision."""
+    from torchvision.datasets import CIFAR10
+
+    data = _torchvision("cifar10", data_dir, lambda root: CIFAR10(root, split == "train", download=True))
+    images = np.ascontiguousarray(np.asarray(data.data).transpose(0, 3, 1, 2))
+    ids = [f"cifar10/{split}/{i:05d}" for i in range(len(images))]
+    return from_arrays("cifar10", split, images, np.asarray(data.targets), ids=ids, classes=CIFAR10_CLASSES)
+
+
+def _svhn(split: Split, data_dir: Path | None) -> EvalSet:
+    """SVHN format 2 (Netzer et al. 2011; non-commercial research) through torchvision."""
+    from torchvision.datasets import SVHN
+
+    data = _torchvision("svhn", data_dir, lambda root: SVHN(root, split, download=True))
+    ids = [f"svhn/{split}/{i:05d}" for i in range(len(data.data))]
+    return from_arrays("svhn", split, data.data, np.asarray(data.labels), ids=ids, classes="0123456789")
+
+
+def _torchvision(name: str, data_dir: Path | None, load: Callable[[str], object]):  # type: ignore[no-untyped-def]
+    root = data_dir or cache_dir() / "data"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return load(str(root))
+    except Exception as error:  # torchvision and urllib raise a dozen kinds
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"{name}: not found in {root} and could not be downloaded ({reason}); "
+            f"give its folder with --data-dir, or your own images with --dataset folder or npz"
+        ) from None
+
+
+def _folder(split: Split, data_dir: Path | None) -> EvalSet:
+    """Image files as ``<split>/<class>/*``; classes in sorted order, which the record keeps."""
+    from PIL import Image, UnidentifiedImageError
+
+    root = _existing(data_dir, "folder")
+    base = root / split
+    if not base.is_dir():
+        raise UsageError(f"{root}: no folder '{split}' in it; expected {split}/<class>/<image files>")
+    classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
+    if len(classes) < 2:
+        raise UsageError(f"{base}: {len(classes)} class folders; a classifier needs at least 2")
+    arrays, labels, ids, suffixes, shape = [], [], [], set[str](), None
+    for label, name in enumerate(classes):
+        files = sorted(f for f in (base / name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise UsageError(f"{base / name}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+            except (UnidentifiedImageError, OSError) as error:
+                raise UsageError(f"{file}: not a readable image: {error}") from None
+            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                raise UsageError(f"{file}: shape {pixels.shape} differs from the first image's {shape}")
+            arrays.append(pixels)
+            labels.append(label)
+            ids.append(f"{split}/{name}/{file.name}")
+            suffixes.add(file.suffix.lower())
+    lossy = sorted(suffixes & LOSSY_SUFFIXES)
+    notes = f"read from {', '.join(lossy)} files: lossy compression, not the original pixels" if lossy else ""
+    return from_arrays(
+        f"folder:{root.resolve().name}",
+        split,
+        np.stack(arrays),
+        np.asarray(labels),
+        ids=ids,
+        classes=classes,
+        notes=notes,
+    )
+
+
+def _npz(split: Split, data_dir: Path | None) -> EvalSet:
+    """Arrays of a NumPy archive: ``x_<split>``/``y_<split>`` or ``x``/``y``; optional ``idx_<split>``.
+
+    x is uint8 or float32 in [0, 1], (N,H,W,C) or (N,C,H,W) or (N,H,W); y is integer (N,).
+    """
+    path = _existing(data_dir, "npz")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            suffix = f"_{split}" if f"x_{split}" in archive else ""
+            if f"x{suffix}" not in archive or f"y{suffix}" not in archive:
+                raise UsageError(
+                    f"{path}: needs arrays x and y, or x_{split} and y_{split}; has {archive.files}"
+                )
+            x, y = archive[f"x{suffix}"], archive[f"y{suffix}"]
+            index = archive[f"idx{suffix}"] if f"idx{suffix}" in archive else np.arange(len(x))
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path}: not a readable .npz file: {error}") from None
+    if x.dtype not in (np.uint8, np.float32, np.float64) or not np.issubdtype(y.dtype, np.integer):
+        raise UsageError(f"{path}: x must be uint8 or float, y integer; got {x.dtype} and {y.dtype}")
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4 or len(x) != len(y) or y.ndim != 1 or len(index) != len(x):
+        raise UsageError(f"{path}: expected N images and N labels, got shapes {x.shape} and {y.shape}")
+    if len(x) == 0:
+        raise UsageError(f"{path}: no images")
+    classes = [str(k) for k in range(int(y.max()) + 1)]
+    if len(set(y.tolist())) < 2:
+        raise UsageError(f"{path}: only one class in y; robustness of one class says nothing")
+    images = np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32))
+    ids = [f"{split if suffix else 'all'}/{int(i):05d}" for i in index]
+    return from_arrays(
+        f"npz:{path.stem}", split if suffix else "all", images, y.astype(np.int64), ids=ids, classes=classes
+    )
+
+
+def _existing(data_dir: Path | None, name: str) -> Path:
+    if data_dir is None:
+        raise UsageError(f"--dataset {name} needs --data-dir")
+    if not data_dir.exists():
+        raise UsageError(f"--data-dir {data_dir}: no such file or directory")
+    if name == "folder" and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: not a folder")
+    if name == "npz" and not data_dir.is_file():
+        raise UsageError(f"--data-dir {data_dir}: not a .npz file")
+    return data_dir
+
+
+DATASETS: dict[str, Callable[[Split, Path | None], EvalSet]] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "svhn": _svhn,
+    "folder": _folder,
+    "npz": _npz,
+}
+
+
+def load_dataset(name: str, split: Split = "test", data_dir: str | os.PathLike[str] | None = None) -> EvalSet:
+    """Load a data set by name.
+
+    Args:
+        name: a key of `DATASETS`.
+        split: ``train`` or ``test``.
+        data_dir: where cifar10 and svhn are (or are downloaded to); the folder or .npz file itself
+            for ``folder`` and ``npz``.
+
+    Raises:
+        UsageError: unknown name, files missing, unreadable or of the wrong shape, dtype or range.
+    """
+    if name not in DATASETS:
+        raise UsageError(
+            f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; see `cure-bench list datasets`"
+        )
+    return DATASETS[name](split, None if data_dir is None else Path(data_dir).expanduser())
