@@ -1,6 +1,6 @@
 """Data sets: images in [0, 1], labels, and for every sample a stable id and a hash of its pixels.
 
-Four built in by name (`digits`, `cifar10`, `svhn`, `folder`, `npz`), see `DATASETS`. A subset of n is the
+Built in by name (`digits`, `cifar10`, `svhn`, `folder`, `npz`), see `DATASETS`. A subset of n is the
 first n of one seeded permutation of the split, so that smaller subsets are prefixes of larger ones; the
 ids are stored with every result.
 """

@@ -1,0 +1,114 @@
+"""Diagnostics as data: every flag a record may carry, with what it means and what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Severity = Literal["note", "warning", "unreliable"]
+
+
+@dataclass(frozen=True)
+class FlagKind:
+    """The paragraph a report prints for one kind of flag."""
+
+    severity: Severity
+    title: str
+    raised_when: str
+    means: str
+    do_next: str
+
+
+FLAG_KINDS: dict[str, FlagKind] = {
+    "batch_dependent": FlagKind(
+        "unreliable",
+        "Output depends on the batch",
+        "an image's logits change when it is evaluated alone instead of in a batch",
+        "batch statistics are in use (a layer left in training mode, or normalisation over the batch); "
+        "accuracy and attacks depend on which images happen to stand together",
+        "make the model's evaluation mode independent of the batch; the numbers of this run cannot be compared",
+    ),
+    "stochastic": FlagKind(
+        "unreliable",
+        "Output is random",
+        "two passes over the same images give different logits",
+        "one lucky draw counts as a success and gradients are noisy; single-pass attacks overstate robustness",
+        "remove the randomness, or evaluate its expectation; the numbers of this run cannot be compared",
+    ),
+    "probabilities": FlagKind(
+        "warning",
+        "Output looks like probabilities",
+        "every row of the output lies in [0, 1] and sums to 1",
+        "a softmax inside the model saturates the losses and hides gradients from every attack",
+        "return logits",
+    ),
+    "zero_gradient": FlagKind(
+        "warning",
+        "Input gradients vanish",
+        "the gradient of the cross-entropy or of the margin is exactly zero for part of the images",
+        "gradient attacks cannot move those images: their survival is no evidence of robustness",
+        "look for quantisation, rounding, argmax or saturated logits; trust gradient-free attacks instead",
+    ),
+    "black_box_stronger": FlagKind(
+        "warning",
+        "A gradient-free attack succeeded where gradients failed",
+        "SPSA or random noise broke images that every gradient attack of the battery left standing",
+        "the gradients may be masked, so that white-box numbers overstate robustness",
+        "compare final margins sample by sample, add restarts and a margin loss, and attack adaptively",
+    ),
+    "violations": FlagKind(
+        "warning",
+        "An attack returned inadmissible images",
+        "a returned image was outside the ball or the box, not finite, or of the wrong shape",
+        "those rows count as not broken; the attack is faulty or the projection was skipped",
+        "mend the attack: its robust accuracy is too high",
+    ),
+    "side_effects": FlagKind(
+        "warning",
+        "An attack left traces",
+        "an attack modified its input, the model's weights or mode, or the global random state",
+        "results may depend on the order of attacks; input and random state were restored",
+        "mend the attack",
+    ),
+    "fewer_samples": FlagKind(
+        "note",
+        "Fewer samples than the protocol asks for",
+        "the run used a subset of the data set the battery is defined on",
+        "the interval is wider, and a comparison with published numbers is indicative only",
+        "run again without --n",
+    ),
+    "other_data": FlagKind(
+        "note",
+        "Other data than the protocol's",
+        "the data set is not the one the battery is defined on",
+        "published numbers stand beside these for orientation only",
+        "evaluate on the original data set",
+    ),
+    "lossy_data": FlagKind(
+        "note",
+        "Images were compressed",
+        "the images were read from a lossy format",
+        "compression shifts pixels by about as much as the attacks do; clean and robust accuracy both move",
+        "use the original pixels for numbers that are to be compared",
+    ),
+}
+
+
+class Flag(BaseModel):
+    """One raised flag: its kind, the evidence and, where it applies, the attack."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    #: What was seen, with numbers: "12 of 64 images".
+    evidence: str
+    value: float | None = None
+    threshold: float | None = None
+    attack: str = ""
+
+    @property
+    def about(self) -> FlagKind:
+        """Severity and explanation of this kind."""
+        return FLAG_KINDS[self.kind]

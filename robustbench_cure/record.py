@@ -1,0 +1,327 @@
+"""The record of one evaluation: a per-sample table and a manifest. Everything printed is derived from it.
+
+On disk a record is a directory:
+
+    manifest.json       who was judged, by what, on which data, with which code; flags; status
+    samples.parquet     one row a sample, written once all shards are there
+    shards/0000.parquet the same rows as they were finished, and 0000.json with their cost
+
+Columns of the table: ``sample_id, rank, image_sha256, label, clean_pred, clean_margin`` (rank: position in
+the seeded order that subsets are prefixes of), and for every attack ``<attack>.<field>`` with the fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from robustbench_cure.cards import AttackSpec, Battery, describe
+from robustbench_cure.errors import UsageError
+from robustbench_cure.flags import Flag
+from robustbench_cure.stats import Rate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+
+#: Field -> pandas dtype of the columns ``<attack>.<field>``. Rows not attacked (clean errors, rows
+#: beyond the attack's limit) have no evidence: broken False, attacked False, the rest missing.
+ATTACK_FIELDS: dict[str, str] = {
+    "attacked": "bool",  # was this sample given to the attack?
+    "broken": "bool",  # verified: misclassified, inside ball and box, finite
+    "step": "Int32",  # updates before the proposed image was reached
+    "margin": "Float32",  # reference margin z_y - max z_j at the proposed image; negative = misclassified
+    "pred": "Int32",  # reference prediction at the proposed image
+    "linf": "Float32",  # distance from the image, units of x
+    "l2": "Float32",
+    "forwards": "Int64",  # images passed forward for this sample
+    "backwards": "Int64",  # input gradients computed for this sample
+    "converged": "boolean",  # the attack's own stopping criterion; missing where it has none
+    "violation": "string",  # why the proposal was not admitted; empty if it was
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelInfo(_Part):
+    """Who was judged."""
+
+    id: str
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    weights_sha256: str
+    card_digest: str = ""
+    published_row: str = ""
+    training: str = ""
+
+
+class DataInfo(_Part):
+    """On which images."""
+
+    name: str
+    split: str
+    n: int
+    total: int
+    digest: str
+    classes: list[str]
+    notes: str = ""
+
+
+class RunConfig(_Part):
+    """Settings that decide the numbers, and, under `batch_size`, one that moves only their rounding."""
+
+    seed: int
+    subset_seed: int
+    device: str
+    precision: Literal["fp32", "bf16"]
+    shard_size: int
+    batch_size: int
+    shard: str = ""
+    allow_unreliable: bool = False
+
+
+class Environment(_Part):
+    """Code, libraries and machine."""
+
+    version: str
+    python: str
+    torch: str
+    device_name: str
+    threads: int
+    git_commit: str = ""
+    git_dirty: bool = False
+    command: str = ""
+
+
+class Cost(_Part):
+    """Seconds and passes of one attack, or of the clean pass ("clean"), summed over shards."""
+
+    seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+
+
+class Manifest(_Part):
+    """Everything about a run but the samples."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["running", "complete", "partial"] = "running"
+    started: str = ""
+    finished: str = ""
+    model: ModelInfo
+    battery: Battery
+    battery_digest: str
+    data: DataInfo
+    config: RunConfig
+    environment: Environment
+    flags: list[Flag] = []
+    cost: dict[str, Cost] = {}
+    wall_seconds: float = 0.0
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What must agree for two shards to belong to one run."""
+        config = self.config.model_dump(exclude={"batch_size", "device", "shard"})
+        return {
+            "model weights": self.model.weights_sha256,
+            "model": self.model.id,
+            "battery": self.battery_digest,
+            "data": self.data.digest,
+            "version": self.environment.version,
+            **config,
+        }
+
+
+class Record:
+    """One model, judged by one battery on one data set.
+
+    Attributes:
+        manifest: see `Manifest`.
+        samples: the per-sample table, see the module.
+        path: directory it lives in, or None.
+    """
+
+    def __init__(self, manifest: Manifest, samples: pd.DataFrame, path: Path | None = None) -> None:
+        self.manifest = manifest
+        self.samples = samples
+        self.path = path
+
+    # --- derived numbers ------------------------------------------------------------------------------
+
+    @property
+    def attacks(self) -> tuple[AttackSpec, ...]:
+        """The attacks of the battery, in order."""
+        return self.manifest.battery.attacks
+
+    @property
+    def n(self) -> int:
+        """Number of samples: the denominator of every accuracy."""
+        return len(self.samples)
+
+    @property
+    def clean_correct(self) -> pd.Series:
+        """Which samples are classified correctly without an attack; bool."""
+        return self.samples["clean_pred"] == self.samples["label"]
+
+    @property
+    def clean_accuracy(self) -> Rate:
+        """Correct without an attack, out of all samples."""
+        return Rate(int(self.clean_correct.sum()), self.n)
+
+    def covered(self, attack: str) -> pd.Series:
+        """Samples the attack's verdict is about: all, or the first `limit`; bool."""
+        limit = next(spec.limit for spec in self.attacks if spec.id == attack)
+        rank = self.samples["rank"]
+        return rank < limit if limit else rank >= 0
+
+    def robust_accuracy(self, attack: str) -> Rate:
+        """Correct and not broken, out of all samples the attack covers."""
+        survived = self.clean_correct & ~self.samples[f"{attack}.broken"]
+        covered = self.covered(attack)
+        return Rate(int((survived & covered).sum()), int(covered.sum()))
+
+    def success_rate(self, attack: str) -> Rate:
+        """Broken, out of the clean-correct samples the attack was given."""
+        attacked = self.samples[f"{attack}.attacked"]
+        return Rate(int(self.samples[f"{attack}.broken"].sum()), int(attacked.sum()))
+
+    @property
+    def worst_case(self) -> pd.Series:
+        """Samples classified correctly that no attack broke; bool."""
+        survived = self.clean_correct.copy()
+        for spec in self.attacks:
+            survived &= ~self.samples[f"{spec.id}.broken"]
+        return survived
+
+    @property
+    def worst_case_accuracy(self) -> Rate:
+        """Correct and broken by no attack, out of all samples."""
+        return Rate(int(self.worst_case.sum()), self.n)
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether a flag says that these numbers cannot be compared."""
+        return any(flag.about.severity == "unreliable" for flag in self.manifest.flags)
+
+    # --- files ------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write table and manifest, each atomically, the manifest last."""
+        path.mkdir(parents=True, exist_ok=True)
+        write_table(path / "samples.parquet", self.samples)
+        write_manifest(path, self.manifest)
+        self.path = path
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a finished record.
+
+        Raises:
+            UsageError: not a record, unfinished, damaged, or of another schema.
+        """
+        import pandas as pd
+
+        manifest = read_manifest(path)
+        if manifest.status == "running":
+            raise UsageError(f"{path}: this run is not finished; continue it with --resume")
+        try:
+            samples = pd.read_parquet(path / "samples.parquet", dtype_backend="numpy_nullable")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path / 'samples.parquet'}: cannot be read: {error}") from None
+        return cls(manifest, typed(samples, manifest.battery), path)
+
+
+def typed(samples: pd.DataFrame, battery: Battery) -> pd.DataFrame:
+    """The table with every column in its dtype, in canonical order.
+
+    Raises:
+        UsageError: a column is missing.
+    """
+    columns = {
+        "sample_id": "string",
+        "rank": "int64",
+        "image_sha256": "string",
+        "label": "int64",
+        "clean_pred": "int64",
+        "clean_margin": "float32",
+    }
+    for spec in battery.attacks:
+        columns |= {f"{spec.id}.{field}": dtype for field, dtype in ATTACK_FIELDS.items()}
+    missing = [name for name in columns if name not in samples]
+    if missing:
+        raise UsageError(f"samples table: column {missing[0]!r} is missing")
+    return samples[list(columns)].astype(columns).reset_index(drop=True)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check ``manifest.json`` of a record directory.
+
+    Raises:
+        UsageError: missing, damaged, or written by another schema version.
+    """
+    file = path / "manifest.json"
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: not a run: it has no manifest.json") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "upgrade robustbench-cure" if newer else "evaluate again"
+        raise UsageError(f"{file}: schema version {version}, this version reads {SCHEMA_VERSION}; {advice}")
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{file}: {describe(error)}") from None
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` atomically."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    write_atomically(path / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_table(path: Path, samples: pd.DataFrame) -> None:
+    """Write Parquet atomically, byte-equal for equal tables."""
+    # No pandas metadata: its library versions and index description are not evidence.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(samples, preserve_index=False).replace_schema_metadata(None)
+    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+
+    Raises:
+        UsageError: the disk is full or the place is not writable; nothing is left behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
