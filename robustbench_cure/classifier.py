@@ -118,7 +118,7 @@ class Classifier:
         """Reference logits, float32 (B, L), in chunks of ``batch_size``; no gradient."""
         self.forwards += len(x)
         with torch.no_grad(), full_precision():
-            parts = [self._forward(self.module, part) for part in x.split(self.batch_size)]
+            parts = [self._forward(self.module, part) for part in torch.split(x, self.batch_size)]
         return torch.cat(parts) if parts else x.new_zeros((0, self.num_classes))
 
     # --- search form --------------------------------------------------------------------------------

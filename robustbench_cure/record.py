@@ -6,8 +6,9 @@ On disk a record is a directory:
     samples.parquet     one row a sample, written once all shards are there
     shards/0000.parquet the same rows as they were finished, and 0000.json with their cost
 
-Columns of the table: ``sample_id, rank, image_sha256, label, clean_pred, clean_margin`` (rank: position in
-the seeded order that subsets are prefixes of), and for every attack ``<attack>.<field>`` with the fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
+Columns of the table: ``sample_id, rank, image_sha256, label, clean_pred, clean_margin`` (rank: position
+in the seeded order that subsets are prefixes of), and for every attack ``<attack>.<field>`` with the
+fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """count / total."""
+        """The rate itself, count / total."""
         return self.count / self.total if self.total else float("nan")
 
     @property

@@ -33,7 +33,7 @@ def fgsm(
     """
     del noise
     proposal = Proposal.start(x)
-    for rows in torch.arange(len(x), device=x.device).split(classifier.batch_size):
+    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         clean, labels = x[rows], y[rows]
         _, gradient = classifier.value_and_gradient(clean, lambda z, labels=labels: cross_entropy(z, labels))  # type: ignore[misc]
         proposal.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))

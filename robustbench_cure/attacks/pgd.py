@@ -132,7 +132,7 @@ class _Ladder:
 
     def run(self) -> list[Proposal]:
         everything = torch.arange(len(self.x), device=self.x.device)
-        for rows in everything.split(self.classifier.batch_size):
+        for rows in torch.split(everything, self.classifier.batch_size):
             self._begin(rows)
         pool = Pool(len(self.x), self.classifier.batch_size, self.x.device)
         for rows in pool:
@@ -207,14 +207,13 @@ class _Ladder:
         ladder = torch.tensor(self.rungs, device=rows.device)[:, None]
         self.horizon[rows] = (ladder * ~self.broken[:, rows]).amax(0)
 
-    def _offer(
-        self, rows: Tensor, here: Tensor, margin: Tensor, taken: Tensor, only: int | None = None
-    ) -> None:
-        """Keep an iterate where its margin is the lowest of its rung so far."""
+    def _offer(self, rows: Tensor, here: Tensor, margin: Tensor, only: int | None = None) -> None:
+        """Keep an iterate where its margin is the lowest of its rung (or of every rung) so far."""
         for index, rung in enumerate(self.rungs):
             if only is not None and index != only:
                 continue
-            better = (margin < self.best[index, rows]) & (taken <= rung) & ~self.broken[index, rows]
+            unbroken = (self.taken[rows] <= rung) & ~self.broken[index, rows]
+            better = unbroken & (margin < self.best[index, rows])
             self.best[index, rows[better]] = margin[better]
             self._propose(index, rows[better], here[better])
 

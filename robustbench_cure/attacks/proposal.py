@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,8 +32,3 @@ class Proposal:
         """The proposal that changes nothing and has cost nothing."""
         zeros = [torch.zeros(len(x), dtype=torch.int64, device=x.device) for _ in range(3)]
         return cls(x.clone(), *zeros)
-
-    def to(self, device: torch.device | str) -> Proposal:
-        """The same proposal on another device."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Proposal(*(v if v is None else v.to(device) for v in values))

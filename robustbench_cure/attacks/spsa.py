@@ -125,7 +125,7 @@ def gradient_estimate(
     signs = noise.signs((samples, size), stream)
     total = x.new_zeros((len(x), size))
     chunk = max(1, classifier.batch_size // (2 * len(x)))
-    for part in signs.split(chunk, dim=1):
+    for part in torch.split(signs, chunk, dim=1):
         shift = delta * part.view(len(x), -1, *shape)
         queries = torch.cat((x[:, None] + shift, x[:, None] - shift), 1).flatten(0, 1)
         labels = y.repeat_interleave(2 * part.shape[1])

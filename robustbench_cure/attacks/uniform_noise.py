@@ -59,7 +59,7 @@ def uniform_noise(
     noise = noise or Noise.for_rows(len(x), device=x.device)
     proposal = Proposal.start(x)
     lowest = torch.full((len(x),), torch.inf, device=x.device)
-    for rows in torch.arange(len(x), device=x.device).split(classifier.batch_size):
+    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         for number in range(draws):
             candidate = draw(x[rows], threat, noise[rows], number)
             margin = margins(classifier.search_logits(candidate), y[rows])
