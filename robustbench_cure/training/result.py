@@ -1,0 +1,76 @@
+"""What training hands back, and the file it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from robustbench_cure.zoo.loading import write_atomically
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One line of the training log; rates lie in [0, 1].
+
+    Attributes:
+        epoch: from 1.
+        lr: learning rate of the epoch's last step.
+        loss: mean of the minimised loss.
+        regulariser: mean of the unweighted regulariser over the steps that had one; 0 without.
+        seconds: of training alone.
+        clean: accuracy on the held-out images.
+        pgd: accuracy on them under the monitoring attack.
+    """
+
+    epoch: int
+    lr: float
+    loss: float
+    regulariser: float
+    seconds: float
+    clean: float
+    pgd: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A trained network and how it came about.
+
+    Attributes:
+        state_dict: of the bare network (without the input normalisation), contiguous, on the CPU.
+        log: one row an epoch.
+        figures: per cent, by name, on the held-out images: ``held_out_clean`` and ``held_out_pgd``.
+        seed: of the recipe.
+        recipe_digest: of the recipe, hex.
+        sha256: of the weights file, hex; empty if none was written.
+    """
+
+    state_dict: dict[str, Tensor]
+    log: list[EpochRow]
+    figures: dict[str, float]
+    seed: int
+    recipe_digest: str
+    sha256: str = field(default="")
+
+
+def portable_state(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, contiguous, sharing no memory with the network."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
+
+
+def save_weights(state: dict[str, Tensor], path: Path, recipe_json: str) -> str:
+    """Write a safetensors file, whole or not at all; the recipe is kept in its header.
+
+    Returns:
+        SHA-256 of the file, hex: equal tensors and recipe give equal bytes.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    # One key: the order of several in the header is not reproducible.
+    data = safetensors.torch.save(state, metadata={"recipe": recipe_json})
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
