@@ -217,6 +217,8 @@ class _Recipe(Strict):
     schedule: Literal["cosine", "one-cycle", "constant"]
     weight_decay: Annotated[float, Field(ge=0)]
     augmentation: Literal["none", "crop", "crop-flip"]
+    #: Of forward and backward passes; weights and optimiser stay in float32.
+    precision: Literal["fp32", "bf16"]
     seed: Annotated[int, Field(ge=0)]
 
 

@@ -53,14 +53,15 @@ def roots(extra: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
     packaged, checkout = package / "_cards", package.parent
     if packaged.is_dir():
         result.append(("installed package", packaged))
-    elif _is_our_checkout(checkout):
+    elif is_our_checkout(checkout):
         result.append(("checkout", checkout))
     if not result:
         raise UsageError(f"no cards found: tried {packaged} and {checkout}; reinstall, or use --cards DIR")
     return result
 
 
-def _is_our_checkout(path: Path) -> bool:
+def is_our_checkout(path: Path) -> bool:
+    """Whether this directory is a checkout of this project."""
     try:
         project = tomllib.loads((path / "pyproject.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):

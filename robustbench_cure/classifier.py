@@ -9,6 +9,7 @@ search weaker, never a claim wrong.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
+from robustbench_cure.record import ModelInfo
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
@@ -67,6 +69,7 @@ class Classifier:
         device: where the copy lives.
         precision: of the search form.
         batch_size: images in one forward pass.
+        info: who this is, for the record; default: an anonymous model with a digest of its weights.
 
     Attributes:
         forwards: images passed forward so far, all forms together.
@@ -82,12 +85,14 @@ class Classifier:
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
         batch_size: int = 128,
+        info: ModelInfo | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.num_classes = num_classes
         self.input_shape = input_shape
         self.precision: Precision = precision
         self.batch_size = batch_size
+        self._info = info
         self.forwards = 0
         self.backwards = 0
         snapshot = copy.deepcopy(module).to(self.device).float().eval().requires_grad_(False)
@@ -108,6 +113,7 @@ class Classifier:
         self.num_classes, self.input_shape = num_classes, (0, 0, 0)
         self.precision, self.batch_size = "fp32", batch_size
         self.forwards = self.backwards = 0
+        self._info = None
         self.folded = False
         self.module = self._search = module
         return self
@@ -199,7 +205,23 @@ class Classifier:
         (gradient,) = torch.autograd.grad(value, leaf, retain_graph=keep, allow_unused=True)
         return torch.zeros_like(leaf) if gradient is None else gradient.float()
 
-    # --- integrity ----------------------------------------------------------------------------------
+    # --- identity and integrity ------------------------------------------------------------------
+
+    def model_info(self) -> ModelInfo:
+        """Who this is: as given, or an anonymous model known by a digest of its weights."""
+        if self._info is not None:
+            return self._info
+        digest = hashlib.sha256()
+        for name, value in sorted(self.module.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return ModelInfo(
+            id="model",
+            name=type(self.module).__name__,
+            source="a module in memory",
+            architecture=type(self.module).__name__,
+            parameters=sum(p.numel() for p in self.module.parameters()),
+            weights_sha256=digest.hexdigest(),
+        )
 
     def fingerprint(self) -> tuple[object, ...]:
         """Cheap witness of weights, buffers and modes: differs after any in-place edit."""

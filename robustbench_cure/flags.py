@@ -28,14 +28,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "an image's logits change when it is evaluated alone instead of in a batch",
         "batch statistics are in use (a layer left in training mode, or normalisation over the batch); "
         "accuracy and attacks depend on which images happen to stand together",
-        "make evaluation mode independent of the batch; the numbers of this run cannot be compared",
+        "make evaluation mode independent of the batch; this run cannot be compared",
     ),
     "stochastic": FlagKind(
         "unreliable",
         "Output is random",
         "two passes over the same images give different logits",
-        "one lucky draw counts as a success and gradients are noisy; single-pass attacks overstate robustness",
-        "remove the randomness or take its expectation; the numbers of this run cannot be compared",
+        "one lucky draw counts as a success, gradients are noisy, and single passes overstate robustness",
+        "remove the randomness, or take its expectation; this run cannot be compared",
     ),
     "probabilities": FlagKind(
         "warning",

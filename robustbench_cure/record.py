@@ -14,9 +14,6 @@ fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robustbench_cure.cards import AttackSpec, Battery, describe
 from robustbench_cure.errors import UsageError
+from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import Flag
 from robustbench_cure.stats import Rate
 
@@ -303,26 +301,3 @@ def write_table(path: Path, samples: pd.DataFrame) -> None:
 
     table = pa.Table.from_pandas(samples, preserve_index=False).replace_schema_metadata(None)
     write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
-
-    Raises:
-        UsageError: the disk is full or the place is not writable; nothing is left behind.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -30,8 +30,6 @@ Progress: TypeAlias = Callable[[int, int, EpochRow | None], None]
 HELD_OUT, MONITORED = 0.1, 500
 #: Steps of the monitoring PGD; its step size is a quarter of the radius.
 MONITOR_STEPS = 10
-#: Methods that differentiate differences of gradients: too few digits are left in TF32.
-EXACT = frozenset({"cure"})
 
 
 def held_out_split(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +81,10 @@ def run(
     total = epochs * per_epoch
     optimizer = _optimizer(model, recipe)
     log: list[EpochRow] = []
-    with _precision(recipe.method, device):
+    reduced = recipe.precision == "bf16"
+    if reduced:
+        model.to(memory_format=torch.channels_last)
+    with _precision(recipe, device):
         for epoch in range(epochs):
             model.train()
             started = time.perf_counter()
@@ -95,8 +96,9 @@ def run(
                 optimizer.param_groups[0]["lr"] = rate
                 x = AUGMENTATIONS[recipe.augmentation](x_all[batch], generator)
                 context = StepContext(iteration, per_epoch, num_classes, generator)
-                loss, scalars = METHODS[recipe.method](model, x, y_all[batch], recipe, context)
-                losses.append(float(loss.detach()))
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
+                    loss, scalars = METHODS[recipe.method](model, x, y_all[batch], recipe, context)
+                losses.append(loss.detach().item())
                 if not math.isfinite(losses[-1]):
                     raise RunError(
                         f"training: the loss is {losses[-1]} in epoch {epoch + 1}, iteration {index + 1} of "
@@ -143,8 +145,9 @@ def _monitor(model: Normalised, x: Tensor, y: Tensor, threat: ThreatModel, seed:
     return clean / len(x), robust / len(x)
 
 
-def _precision(method: str, device: torch.device) -> AbstractContextManager[None]:
-    return full_precision() if method in EXACT or device.type != "cuda" else _tf32()
+def _precision(recipe: AnyRecipe, device: torch.device) -> AbstractContextManager[None]:
+    reduced = device.type == "cuda" and recipe.precision == "bf16"
+    return _tf32() if reduced else full_precision()
 
 
 @contextmanager

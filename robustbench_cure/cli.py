@@ -1,0 +1,160 @@
+"""The command line: one thin function a verb. No logic lives here, and torch is imported late."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from robustbench_cure import __version__, inventory
+from robustbench_cure.errors import CureBenchError, UsageError
+
+CARDS = click.option(
+    "--cards", multiple=True, metavar="DIR", help="Directory with further cards; repeatable."
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+DATA_DIR = click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Where the data are: a folder, or the .npz file."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cure-bench")
+def cli() -> None:
+    """How robust is this image classifier really, and can the number be trusted?
+
+    Without options, `cure-bench evaluate` judges the embedded digits models and writes a report.
+    """
+
+
+@cli.command()
+@click.option(
+    "--model", "models", multiple=True, metavar="ID", help="Card id, or package.module:factory; repeatable."
+)
+@click.option("--battery", metavar="ID", help="Protocol; default: the model card's own.")
+@click.option("--dataset", metavar="NAME", help="Data set; default: the battery's or the model's.")
+@DATA_DIR
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--n", type=click.IntRange(1), help="Number of samples; default: what the battery asks for.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights file, instead of the card's.")
+@click.option("--mean", metavar="M,M,M", help="Channel means of a model of your own, pixels in [0, 1].")
+@click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise.")
+@DEVICE
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the search; every success is verified in fp32.",
+)
+@click.option("--batch-size", default="auto", show_default=True, help="Images a pass.")
+@click.option("--seed", type=click.IntRange(0), help="Of the attacks; default: the battery's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/<battery>-<time>.")
+@click.option("--resume", is_flag=True, help="Go on with the run that --out holds.")
+@click.option("--shard", metavar="I/K", help="Do the I-th of K parts; join them with `cure-bench merge`.")
+@click.option("--save-adversarials", is_flag=True, help="Keep every attack's images, float32.")
+@click.option(
+    "--allow-unreliable", is_flag=True, help="Evaluate a random or batch-dependent model, marked as such."
+)
+@CARDS
+def evaluate(**options: object) -> None:
+    """Judge models by a battery of attacks and write a report."""
+    from robustbench_cure.session import Request, run
+
+    run(Request(**options), command="cure-bench " + " ".join(sys.argv[1:]))  # type: ignore[arg-type]
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where to write; default: into the run, if it is one."
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write the report of finished runs again, from their records alone."""
+    from robustbench_cure.session import find_records, write_and_name
+
+    if out is None and len(runs) > 1:
+        raise UsageError("several runs: say where the report goes with --out")
+    write_and_name(find_records(runs), out or runs[0])
+
+
+@cli.command()
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+def merge(parts: tuple[Path, ...], out: Path) -> None:
+    """Join the parts that `evaluate --shard I/K` wrote, and write the report."""
+    from robustbench_cure.session import merge_runs, write_and_name
+
+    write_and_name(merge_runs(parts, out), out)
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Weights file; default: the cache, where evaluate finds it.",
+)
+@click.option("--dataset", metavar="NAME", help="Data set; default: the card's.")
+@DATA_DIR
+@click.option(
+    "--epochs", type=click.IntRange(1), help="Stop after so many epochs; the schedule is shortened."
+)
+@DEVICE
+@CARDS
+def train(model: str, **options: object) -> None:
+    """Train MODEL by the recipe of its card."""
+    from robustbench_cure.session import train_model
+
+    train_model(model, **options)  # type: ignore[arg-type]
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(["models", "batteries", "attacks", "datasets"]))
+@CARDS
+def list_(what: str, cards: tuple[str, ...]) -> None:
+    """Show what can be named."""
+    click.echo(inventory.listing(what, cards))
+
+
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@CARDS
+def validate(files: tuple[Path, ...], cards: tuple[str, ...]) -> None:
+    """Check FILES, or every card that can be found, and what they refer to."""
+    click.echo(inventory.validate(files, cards))
+
+
+@cli.command()
+@CARDS
+def where(cards: tuple[str, ...]) -> None:
+    """Say where cards, weights and data are looked for."""
+    click.echo(inventory.where(cards))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command; every failure is one line on standard error and an exit code.
+
+    Exit codes: 0 good, 1 regression or failed check, 2 usage or bad input, 3 run error, 130 interrupted.
+    """
+    try:
+        code = cli(args=arguments, prog_name="cure-bench", standalone_mode=False)
+    except CureBenchError as error:
+        _fail(" ".join(str(error).split("\n")), error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message().replace("\n", " "), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(
+            "interrupted; finished shards are kept: run the same command with --resume and the same --out",
+            130,
+        )
+    except BrokenPipeError:
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"cure-bench: error: {message}", err=True)
+    sys.exit(code)

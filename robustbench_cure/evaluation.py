@@ -1,0 +1,362 @@
+"""The evaluation: clean pass, attacks on the living samples, verification, a record after every shard.
+
+Work is cut into shards of fixed size, in the order of the (seeded) subset. A shard's rows depend on the
+shard alone, so a run that was killed and resumed, or split over machines and merged, writes the table
+that one uninterrupted run writes, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks import ATTACKS, Noise, Proposal, pgd, pgd_ladder
+from robustbench_cure.attacks.losses import margins
+from robustbench_cure.cards import PGD, AttackSpec, Battery, DeepFool
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.files import write_atomically
+from robustbench_cure.flags import Flag
+from robustbench_cure.judge import Verdict, guarded, judge
+from robustbench_cure.preflight import preflight
+from robustbench_cure.provenance import environment
+from robustbench_cure.record import (
+    Cost,
+    DataInfo,
+    Manifest,
+    Record,
+    RunConfig,
+    read_manifest,
+    typed,
+    write_manifest,
+)
+from robustbench_cure.shards import Shard, check_same_run, finish, now, read_shards, write_shard
+
+T = TypeVar("T")
+
+#: Samples in one shard: the unit of resuming and splitting. Part of a run's identity.
+SHARD_SIZE = 512
+
+#: Called with (samples done, samples in all, what is being done).
+Progress = Callable[[float, int, str], None]
+
+
+def evaluate(
+    classifier: Classifier,
+    battery: Battery,
+    data: EvalSet,
+    *,
+    n: int = 0,
+    seed: int | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    shard: tuple[int, int] = (1, 1),
+    shard_size: int = SHARD_SIZE,
+    allow_unreliable: bool = False,
+    save_adversarials: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+    attacks: dict[str, Callable[..., Proposal]] | None = None,
+) -> Record:
+    """Judge one model by one battery.
+
+    Args:
+        classifier: the model, see `load_model`.
+        battery: the protocol, see `load_battery`.
+        data: the images, see `load_dataset`.
+        n: how many samples (0: what the battery asks for, or all).
+        seed: of the attacks' random draws; default: the battery's.
+        out: directory of the record; None keeps it in memory.
+        resume: go on with the run that ``out`` holds.
+        shard: (i, k) does the i-th of k parts, for `merge`.
+        shard_size: samples in one shard.
+        allow_unreliable: evaluate a stochastic or batch-dependent model all the same, marked as such.
+        save_adversarials: also write every attack's proposals, float32, to ``out/adversarials``.
+        command: command line for the provenance.
+        progress: told of every attack on every shard.
+        attacks: implementations by kind; default: `ATTACKS`.
+
+    Returns:
+        The record; complete, or partial when ``shard`` asks for one part.
+
+    Raises:
+        UsageError: the model does not fit, or ``out`` holds another run.
+        RunError: the model failed, or the device ran out of memory at batch size 1.
+    """
+    subset = data.subset(n or min(battery.n, len(data)))
+    flags = preflight(classifier, subset)
+    unreliable = [flag for flag in flags if flag.about.severity == "unreliable"]
+    if unreliable and not allow_unreliable:
+        raise UsageError(
+            f"{unreliable[0].about.title.lower()}: {unreliable[0].evidence}; "
+            "mend the model, or pass --allow-unreliable to mark every row"
+        )
+    for spec in battery.attacks:
+        if isinstance(spec, PGD) and spec.loss == "dlr" and classifier.num_classes < 3:
+            raise UsageError(f"attack {spec.id!r}: the DLR loss needs at least 3 classes")
+    config = RunConfig(
+        seed=battery.seed if seed is None else seed,
+        subset_seed=0,
+        device=str(classifier.device),
+        precision=classifier.precision,
+        shard_size=shard_size,
+        batch_size=classifier.batch_size,
+        shard="" if shard == (1, 1) else f"{shard[0]}/{shard[1]}",
+        allow_unreliable=allow_unreliable,
+    )
+    manifest = Manifest(
+        started=now(),
+        model=classifier.model_info(),
+        battery=battery,
+        battery_digest=battery.digest,
+        data=DataInfo(
+            name=subset.name,
+            split=subset.split,
+            n=len(subset),
+            total=subset.total,
+            digest=subset.digest,
+            classes=list(subset.classes),
+            notes=subset.notes,
+        ),
+        config=config,
+        environment=environment(classifier.device, command),
+        flags=flags,
+    )
+    run = _Run(classifier, manifest, subset, attacks or ATTACKS, progress or (lambda *_: None))
+    return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
+
+
+class _Run:
+    """One evaluation under way."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        manifest: Manifest,
+        data: EvalSet,
+        attacks: dict[str, Callable[..., Proposal]],
+        progress: Progress,
+    ) -> None:
+        self.classifier, self.manifest, self.data = classifier, manifest, data
+        self.attacks, self.progress = attacks, progress
+        self.battery = manifest.battery
+        self.threat = self.battery.threat.model
+        self.done = 0
+
+    def execute(
+        self, out: Path | None, shard: tuple[int, int], resume: bool, save_adversarials: bool
+    ) -> Record:
+        import pandas as pd
+
+        starts = list(range(0, len(self.data), self.manifest.config.shard_size))
+        mine = [k for k in range(len(starts)) if k % shard[1] == shard[0] - 1]
+        if not mine:
+            raise UsageError(f"--shard {shard[0]}/{shard[1]}: there are only {len(starts)} shards")
+        self.total = sum(len(self._ranks(starts[k])) for k in mine)
+        finished = self._open(out, resume) if out else {}
+        parts: list[Shard] = []
+        for k in mine:
+            ranks = self._ranks(starts[k])
+            if k in finished:
+                part = finished[k]
+            else:
+                part = self._shard(
+                    ranks, out / "adversarials" / f"{k:04d}" if out and save_adversarials else None
+                )
+                if out:
+                    write_shard(out, k, part)
+            self.done += len(ranks)
+            self.progress(self.done, self.total, "shard written" if out else "shard done")
+            parts.append(part)
+        samples = pd.concat([part.rows for part in parts], ignore_index=True)
+        complete = len(mine) == len(starts)
+        return finish(self.manifest, parts, samples, complete, out)
+
+    def _ranks(self, start: int) -> range:
+        return range(start, min(start + self.manifest.config.shard_size, len(self.data)))
+
+    def _open(self, out: Path, resume: bool) -> dict[int, Shard]:
+        """Start a run directory, or take over the finished shards of the one that is there."""
+        if (out / "manifest.json").exists():
+            if not resume:
+                raise UsageError(
+                    f"{out}: already holds a run; continue it with --resume or choose another --out"
+                )
+            before = read_manifest(out)
+            check_same_run(before, self.manifest, out)
+            self.manifest.started = before.started
+            write_manifest(out, self.manifest)
+            return read_shards(out, self.battery)
+        write_manifest(out, self.manifest)
+        return {}
+
+    # --- one shard ------------------------------------------------------------------------------------
+
+    def _shard(self, ranks: range, adversarials: Path | None) -> Shard:
+        import pandas as pd
+
+        part_data = self.data.take(list(ranks))
+        device = self.classifier.device
+        x, y = part_data.images.to(device), part_data.labels.to(device)
+        started = time.perf_counter()
+        logits = self._retry(lambda: self.classifier.logits(x))
+        clean_margin, pred = margins(logits, y), logits.argmax(1)
+        columns: dict[str, Any] = {
+            "sample_id": list(part_data.ids),
+            "rank": list(ranks),
+            "image_sha256": list(part_data.hashes),
+            "label": y.cpu().numpy(),
+            "clean_pred": pred.cpu().numpy(),
+            "clean_margin": clean_margin.cpu().numpy(),
+        }
+        shard = Shard(pd.DataFrame())
+        shard.cost["clean"] = Cost(seconds=time.perf_counter() - started, forwards=len(x))
+        correct = pred == y
+        rank = torch.arange(ranks.start, ranks.stop, device=device)
+        for group in groups(self.battery.attacks, shared=self.attacks.get("pgd") is pgd):
+            limit = group[0].limit
+            living = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
+            self.progress(self.done, self.total, ", ".join(spec.name for spec in group))
+            proposals = self._attack(
+                group, x[living], y[living], [part_data.ids[i] for i in living.tolist()], shard
+            )
+            for spec, proposal in zip(group, proposals, strict=True):
+                verdict = self._judge(spec, x[living], y[living], proposal)
+                columns |= attack_columns(spec.id, len(x), living.cpu(), proposal, verdict)
+            if adversarials:
+                save_proposals(adversarials, group, proposals, [part_data.ids[i] for i in living.tolist()])
+        shard.rows = typed(pd.DataFrame(columns), self.battery)
+        return shard
+
+    def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
+        minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
+        clip = not isinstance(spec, DeepFool) or spec.clip
+        return self._retry(
+            lambda: judge(self.classifier, x, y, proposal, self.threat, minimal=minimal, clip=clip)
+        )
+
+    def _attack(
+        self, group: list[AttackSpec], x: Tensor, y: Tensor, ids: list[str], shard: Shard
+    ) -> list[Proposal]:
+        """Run one group on its living samples; charge its cost, note its side effects."""
+        kind = group[0].kind
+        noise = Noise.for_samples(self.manifest.config.seed, kind, ids, x.device)
+        hyper = group[0].hyper
+
+        def work(given: Tensor) -> list[Proposal]:
+            if len(group) == 1:
+                return [
+                    self.attacks[kind](self.classifier, given, y, threat=self.threat, noise=noise, **hyper)
+                ]
+            rungs = tuple(spec.hyper["steps"] for spec in group)
+            rest = {key: value for key, value in hyper.items() if key != "steps"}
+            return pgd_ladder(self.classifier, given, y, threat=self.threat, noise=noise, rungs=rungs, **rest)
+
+        started = time.perf_counter()
+        try:
+            proposals, effects = self._retry(lambda: guarded(self.classifier, x, work))
+        except (RunError, UsageError):
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise RunError(f"attack {group[0].id!r} failed: {reason}") from error
+        if self.classifier.device.type == "cuda":
+            torch.cuda.synchronize(self.classifier.device)
+        seconds = time.perf_counter() - started
+        passes = [int((p.forwards + p.backwards).sum()) for p in proposals]
+        for spec, proposal, own in zip(group, proposals, passes, strict=True):
+            # A rung is charged the share of the common trajectory that it needs.
+            share = own / max(passes) if max(passes) else 1.0
+            shard.cost[spec.id] = Cost(
+                seconds=seconds * share,
+                forwards=int(proposal.forwards.sum()),
+                backwards=int(proposal.backwards.sum()),
+            )
+        shard.flags += [Flag(kind="side_effects", evidence=effect, attack=group[0].id) for effect in effects]
+        return proposals
+
+    def _retry(self, work: Callable[[], T]) -> T:
+        """Run; when the device's memory does not suffice, halve the batch and run again."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.classifier.batch_size == 1:
+                    raise RunError("out of device memory even at batch size 1") from None
+                self.classifier.batch_size //= 2
+                torch.cuda.empty_cache()
+
+
+def groups(specs: Iterable[AttackSpec], *, shared: bool = True) -> Iterator[list[AttackSpec]]:
+    """Attacks that run together: PGD entries that differ in ``steps`` alone, in order of steps."""
+    pending = list(specs)
+    while pending:
+        first = pending.pop(0)
+        group = [first]
+        if shared and isinstance(first, PGD):
+            same = [s for s in pending if isinstance(s, PGD) and _ladder_key(s) == _ladder_key(first)]
+            steps = {first.steps}
+            for spec in same:
+                if spec.steps not in steps:
+                    steps.add(spec.steps)
+                    group.append(spec)
+                    pending.remove(spec)
+            group.sort(key=lambda spec: spec.hyper["steps"])
+        yield group
+
+
+def _ladder_key(spec: PGD) -> tuple[object, ...]:
+    return (spec.limit, *(value for key, value in spec.hyper.items() if key != "steps"))
+
+
+def attack_columns(
+    attack: str, n: int, living: Tensor, proposal: Proposal, verdict: Verdict
+) -> dict[str, Any]:
+    """The columns ``<attack>.<field>`` of one shard; rows not attacked carry no evidence."""
+    import numpy as np
+
+    def spread(values: Any, empty: Any) -> list[Any]:
+        column = np.full(n, empty, dtype=object)
+        column[living.numpy()] = values
+        return list(column)
+
+    def ints(tensor: Tensor) -> list[int]:
+        return [int(v) for v in tensor.cpu().tolist()]
+
+    def reals(tensor: Tensor) -> list[float | None]:
+        return [None if v != v else v for v in tensor.cpu().tolist()]
+
+    converged = proposal.converged
+    fields = {
+        "attacked": spread([True] * len(living), False),
+        "broken": spread(verdict.broken.tolist(), False),
+        "step": spread(ints(proposal.steps), None),
+        "margin": spread(reals(verdict.margin), None),
+        "pred": spread(ints(verdict.pred), None),
+        "linf": spread(reals(verdict.linf), None),
+        "l2": spread(reals(verdict.l2), None),
+        "forwards": spread(ints(proposal.forwards), None),
+        "backwards": spread(ints(proposal.backwards), None),
+        "converged": spread([None] * len(living) if converged is None else converged.cpu().tolist(), None),
+        "violation": spread(verdict.violation, ""),
+    }
+    return {f"{attack}.{name}": values for name, values in fields.items()}
+
+
+def save_proposals(folder: Path, group: list[AttackSpec], proposals: list[Proposal], ids: list[str]) -> None:
+    """Write proposals of living samples as float32 safetensors, ids in the metadata."""
+    from safetensors.torch import save_file
+
+    tensors = {spec.id: p.x_adv.detach().cpu().contiguous() for spec, p in zip(group, proposals, strict=True)}
+    name = f"{folder.name}-{group[0].id}.safetensors"
+    metadata = {"sample_ids": json.dumps(ids)}
+    write_atomically(folder.parent / name, lambda file: save_file(tensors, file, metadata))

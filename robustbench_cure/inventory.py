@@ -1,0 +1,138 @@
+"""What can be named, whether it is well-formed, and where it is looked for. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar, get_args
+
+from robustbench_cure import __version__
+from robustbench_cure.cards import AttackSpec, Battery, ModelCard, PublishedTable, read_card
+from robustbench_cure.catalog import Found, cache_dir, catalog, roots
+from robustbench_cure.errors import UsageError
+
+T = TypeVar("T", ModelCard, Battery)
+
+#: Data sets by name; `datasets.DATASETS` loads them.
+DATASET_SUMMARIES = {
+    "digits": "handwritten digits of scikit-learn, 8x8 grey, 500 test images; embedded",
+    "cifar10": "CIFAR-10 through torchvision, 32x32 colour, 10,000 test images",
+    "svhn": "SVHN format 2 through torchvision, 32x32 colour, 26,032 test images",
+    "folder": "your image files: DIR/test/<class>/*",
+    "npz": "your arrays: x, y (or x_test, y_test), uint8 or float32 in [0, 1]",
+}
+
+
+def listing(what: str, cards: tuple[str, ...] = ()) -> str:
+    """A plain table of models, batteries, attacks or datasets."""
+    if what == "models":
+        rows = [(c.id, str(c.dataset), c.battery, _weights(c)) for c in _cards(ModelCard, cards)]
+        return _table(("model", "dataset", "battery", "weights"), rows)
+    if what == "batteries":
+        batteries = _cards(Battery, cards)
+        protocols = [
+            (b.id, str(b.version), f"{b.threat.norm} {b.threat.eps}", b.dataset or "any", b.name)
+            for b in batteries
+        ]
+        return _table(("battery", "version", "threat", "dataset", "name"), protocols)
+    if what == "attacks":
+        kinds = get_args(get_args(AttackSpec)[0])
+        return _table(
+            ("attack", "what it does"), [(_kind(k), (k.__doc__ or "").split("\n")[0]) for k in kinds]
+        )
+    return _table(("dataset", "what it is"), list(DATASET_SUMMARIES.items()))
+
+
+def validate(files: tuple[Path, ...] = (), cards: tuple[str, ...] = ()) -> str:
+    """Parse cards and check what they refer to.
+
+    Args:
+        files: these files alone; empty: every card of every root.
+        cards: further roots.
+
+    Raises:
+        UsageError: the first thing wrong, as ``file: field: what``.
+    """
+    if files:
+        for file in files:
+            _read(file)
+        return f"{len(files)} card{'s' if len(files) > 1 else ''} valid"
+    models, batteries = catalog(ModelCard, cards), catalog(Battery, cards)
+    tables = catalog(PublishedTable, cards)
+    for found in models.values():
+        _check_model(found, models, batteries, tables)
+    for battery in batteries.values():
+        if battery.card.published and battery.card.published not in tables:
+            raise UsageError(f"{battery.path}: published: no table {battery.card.published!r}")
+    return f"{len(models)} models, {len(batteries)} batteries, {len(tables)} published tables: all valid"
+
+
+def where(cards: tuple[str, ...] = ()) -> str:
+    """Card roots in order of lookup, the cache, and the version."""
+    lines = [("version", __version__), ("code", str(Path(__file__).parent))]
+    lines += [(f"cards ({reason})", str(path)) for reason, path in roots(cards)]
+    lines += [("cache", str(cache_dir()))]
+    return _table((), lines)
+
+
+def _check_model(
+    found: Found[ModelCard],
+    models: dict[str, Found[ModelCard]],
+    batteries: dict[str, Found[Battery]],
+    tables: dict[str, Found[PublishedTable]],
+) -> None:
+    card, path = found.card, found.path
+    if card.battery not in batteries:
+        raise UsageError(f"{path}: battery: no battery {card.battery!r}")
+    if card.training.start and card.training.start not in models:
+        raise UsageError(f"{path}: training.start: no model {card.training.start!r}")
+    if card.published_row and not any(
+        row.id == card.published_row for table in tables.values() for row in table.card.rows
+    ):
+        raise UsageError(f"{path}: published_row: no published table has a row {card.published_row!r}")
+    if card.weights and card.weights.file:
+        file = path.parent / card.weights.file
+        if not file.is_file():
+            raise UsageError(f"{path}: weights.file: {card.weights.file} is not beside the card")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != card.weights.sha256:
+            raise UsageError(f"{path}: weights.sha256: does not match {card.weights.file}")
+
+
+def _read(file: Path) -> None:
+    """Parse a card as what its keys say it is."""
+    try:
+        keys = tomllib.loads(file.read_text(encoding="utf-8")).keys()
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{file}: not valid TOML: {error}") from None
+    if "attacks" in keys:
+        read_card(Battery, file)
+    elif "cells" in keys:
+        read_card(PublishedTable, file)
+    else:
+        read_card(ModelCard, file)
+
+
+def _cards(kind: type[T], cards: tuple[str, ...]) -> list[T]:
+    return [found.card for _, found in sorted(catalog(kind, cards).items())]
+
+
+def _weights(card: ModelCard) -> str:
+    if card.weights is None:
+        return "none yet"
+    return "embedded" if card.weights.file else "download"
+
+
+def _kind(spec: type) -> str:
+    return str(get_args(spec.model_fields["kind"].annotation)[0])  # type: ignore[attr-defined]
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, *rows] if head else list(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

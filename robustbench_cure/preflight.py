@@ -1,0 +1,112 @@
+"""Checks of a model before it is attacked: can its numbers mean anything?
+
+What makes an evaluation meaningless is an error; what makes it unreliable is a flag of severity
+`unreliable`, which the evaluation refuses unless told otherwise; what makes it doubtful is a warning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks.losses import cross_entropy, margin
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.flags import Flag
+
+#: Images looked at, and images evaluated one by one.
+SAMPLE, ALONE = 64, 8
+#: Largest difference between two evaluations of one image, relative to the scale of the logits.
+REPEAT_TOLERANCE = 1e-3
+
+
+def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
+    """Look at the model's output and gradients on the first images.
+
+    Args:
+        classifier: the model to be judged.
+        data: where its images come from.
+
+    Returns:
+        The flags raised, possibly none.
+
+    Raises:
+        UsageError: the model does not fit the data (input shape, number of classes) or returns NaN.
+    """
+    x = data.images[:SAMPLE].to(classifier.device)
+    y = data.labels[:SAMPLE].to(classifier.device)
+    logits = _first_pass(classifier, x, data)
+    flags = [flag for flag in (_probabilities(logits), _repeatable(classifier, x, logits)) if flag]
+    zero = _zero_gradients(classifier, x, y)
+    return flags + ([zero] if zero else [])
+
+
+def _first_pass(classifier: Classifier, x: Tensor, data: EvalSet) -> Tensor:
+    if tuple(x.shape[1:]) != tuple(classifier.input_shape):
+        raise UsageError(
+            f"the model takes images of shape {classifier.input_shape}, {data.name} has {tuple(x.shape[1:])}"
+        )
+    try:
+        logits = classifier.logits(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the user's own code
+        reason = str(error).split("\n")[0]
+        raise RunError(f"the model failed on images of shape {tuple(x.shape)}: {reason}") from error
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise UsageError(f"the model must return logits of shape (B, classes), got {tuple(logits.shape)}")
+    classes = logits.shape[1]
+    # An archive knows only the labels that occur in it.
+    enough = classes >= len(data.classes) if data.name.startswith("npz") else classes == len(data.classes)
+    if classes < 2 or not enough:
+        raise UsageError(f"the model has {classes} outputs, {data.name} has {len(data.classes)} classes")
+    if not bool(logits.isfinite().all()):
+        bad = int((~logits.isfinite()).any(1).sum())
+        raise UsageError(
+            f"the model returns NaN or infinite logits for {bad} of {len(x)} images of {data.name}"
+        )
+    return logits
+
+
+def _probabilities(logits: Tensor) -> Flag | None:
+    inside = bool((logits >= -1e-6).all()) and bool((logits <= 1 + 1e-6).all())
+    if inside and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
+        return Flag(kind="probabilities", evidence=f"all {len(logits)} rows lie in [0, 1] and sum to 1")
+    return None
+
+
+def _repeatable(classifier: Classifier, x: Tensor, logits: Tensor) -> Flag | None:
+    scale = float(logits.abs().amax().clamp_min(1e-3))
+    again = float((classifier.logits(x) - logits).abs().amax()) / scale
+    if again > REPEAT_TOLERANCE:
+        return Flag(
+            kind="stochastic",
+            evidence=f"logits of the same images differ by {again:.1%} of their scale between two passes",
+            value=again,
+            threshold=REPEAT_TOLERANCE,
+        )
+    alone = torch.cat([classifier.logits(image[None]) for image in x[:ALONE]])
+    apart = float((alone - logits[: len(alone)]).abs().amax()) / scale
+    if apart > REPEAT_TOLERANCE:
+        return Flag(
+            kind="batch_dependent",
+            evidence=f"logits alone and in a batch of {len(x)} differ by {apart:.1%} of their scale",
+            value=apart,
+            threshold=REPEAT_TOLERANCE,
+        )
+    return None
+
+
+def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None:
+    counts = {}
+    for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
+        _, gradient = classifier.value_and_gradient(x, lambda z, loss=loss: loss(z, y), reference=True)  # type: ignore[misc]
+        counts[name] = int((gradient.flatten(1) == 0).all(1).sum())
+    worst = max(counts.values()) / len(x)
+    if worst == 0:
+        return None
+    parts = ", ".join(f"{count} of {len(x)} images ({name})" for name, count in counts.items())
+    return Flag(
+        kind="zero_gradient", evidence=f"gradient exactly zero for {parts}", value=worst, threshold=0.0
+    )

@@ -1,0 +1,136 @@
+"""Shards of a run on disk: written one by one, taken over by a resumed run, joined by `merge`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robustbench_cure.cards import Battery
+from robustbench_cure.errors import UsageError
+from robustbench_cure.files import write_atomically
+from robustbench_cure.flags import Flag
+from robustbench_cure.record import Cost, Manifest, Record, read_manifest, typed, write_table
+from robustbench_cure.verdicts import run_flags
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Flags that preflight raises: the same for every part of a run.
+PREFLIGHT_KINDS = {"batch_dependent", "stochastic", "probabilities", "zero_gradient"}
+
+
+@dataclass
+class Shard:
+    """Rows of one shard and what they cost."""
+
+    rows: pd.DataFrame
+    cost: dict[str, Cost] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
+
+
+def write_shard(out: Path, index: int, part: Shard) -> None:
+    """Write one finished shard; its cost comes last and says that the shard is whole."""
+    write_table(out / "shards" / f"{index:04d}.parquet", part.rows)
+    text = json.dumps(
+        {
+            "cost": {key: cost.model_dump() for key, cost in part.cost.items()},
+            "flags": [flag.model_dump() for flag in part.flags],
+        },
+        indent=2,
+    )
+    write_atomically(out / "shards" / f"{index:04d}.json", lambda file: file.write_text(text + "\n"))
+
+
+def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
+    """Finished shards of a run directory by index; damaged or half-written ones are done again."""
+    import pandas as pd
+
+    found = {}
+    for file in sorted((out / "shards").glob("[0-9]*.json")):
+        try:
+            side = json.loads(file.read_text(encoding="utf-8"))
+            rows = typed(pd.read_parquet(file.with_suffix(".parquet")), battery)
+            cost = {key: Cost.model_validate(value) for key, value in side["cost"].items()}
+            flags = [Flag.model_validate(value) for value in side["flags"]]
+        except (OSError, ValueError, KeyError, TypeError, UsageError):
+            continue
+        found[int(file.stem)] = Shard(rows, cost, flags)
+    return found
+
+
+def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:
+    """Refuse to mix two runs.
+
+    Raises:
+        UsageError: names the first thing that differs.
+    """
+    for name, value in now.identity.items():
+        if before.identity[name] != value:
+            shown = (str(before.identity[name])[:12], str(value)[:12])
+            raise UsageError(
+                f"{where}: holds another run: {name} was {shown[0]}, now {shown[1]}; choose another --out"
+            )
+
+
+def finish(
+    manifest: Manifest, parts: list[Shard], samples: pd.DataFrame, complete: bool, out: Path | None
+) -> Record:
+    """Add up the shards, raise the flags that need the whole table, and write the record."""
+    for part in parts:
+        for key, cost in part.cost.items():
+            total = manifest.cost.setdefault(key, Cost())
+            total.seconds += cost.seconds
+            total.forwards += cost.forwards
+            total.backwards += cost.backwards
+    manifest.status = "complete" if complete else "partial"
+    manifest.finished = now()
+    record = Record(manifest, typed(samples, manifest.battery), out)
+    noted = {(flag.kind, flag.attack, flag.evidence): flag for part in parts for flag in part.flags}
+    manifest.flags = [*manifest.flags, *noted.values(), *run_flags(record)]
+    if out:
+        record.save(out)
+    return record
+
+
+def merge(paths: list[Path], out: Path) -> Record:
+    """Join the parts of one run that were evaluated with ``shard=(i, k)``.
+
+    Raises:
+        UsageError: parts of different runs, missing or doubled shards, or ``out`` already in use.
+    """
+    import pandas as pd
+
+    if not paths:
+        raise UsageError("merge needs at least one run directory")
+    if (out / "manifest.json").exists():
+        raise UsageError(f"{out}: already holds a run; choose another --out")
+    manifests = [read_manifest(path) for path in paths]
+    first = manifests[0]
+    shards: dict[int, Shard] = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        check_same_run(first, manifest, path)
+        for index, part in read_shards(path, first.battery).items():
+            if index in shards:
+                raise UsageError(f"{path}: shard {index} is also in another part")
+            shards[index] = part
+    expected = -(-first.data.n // first.config.shard_size)
+    missing = [str(k) for k in range(expected) if k not in shards]
+    if missing:
+        raise UsageError(f"merge: shards {', '.join(missing)} of {expected} are missing")
+    parts = [shards[k] for k in range(expected)]
+    samples = pd.concat([part.rows for part in parts], ignore_index=True)
+    keep = [flag for flag in first.flags if flag.kind in PREFLIGHT_KINDS]
+    whole = first.model_copy(
+        update={"cost": {}, "flags": keep, "config": first.config.model_copy(update={"shard": ""})}
+    )
+    for index, part in shards.items():
+        write_shard(out, index, part)
+    return finish(whole, parts, samples, complete=True, out=out)
+
+
+def now() -> str:
+    """This moment, UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

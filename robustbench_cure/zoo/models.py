@@ -1,0 +1,133 @@
+"""From a name to a classifier: a card's id, or a user's own factory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustbench_cure.cards import ModelCard
+from robustbench_cure.catalog import find
+from robustbench_cure.classifier import Classifier, Normalised, Precision, has_bf16, resolve_device
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.errors import UsageError
+from robustbench_cure.record import ModelInfo
+from robustbench_cure.zoo.factory import import_factory
+from robustbench_cure.zoo.loading import load_card_module, load_weights
+
+#: Images a pass, where none is asked for; memory permitting, see the evaluation.
+BATCH_SIZE = {"cpu": 128, "cuda": 1024}
+
+
+def load_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    data: EvalSet | None = None,
+    cards: tuple[str, ...] = (),
+) -> Classifier:
+    """Load a model ready to be judged.
+
+    Args:
+        name: a card's id, or ``package.module:factory`` for a network of your own.
+        weights: a .safetensors file (or .pt with tensors alone); overrides the card's.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        precision: of the search for perturbations, ``auto`` (bf16 where the processor has it),
+            ``fp32`` or ``bf16``; every claim is checked in fp32.
+        batch_size: images in one pass; default by device.
+        mean: per channel, in units of x in [0, 1], for a factory's network; default: it normalises itself.
+        std: likewise.
+        data: the data set a factory's network is for: tells image shape and number of classes.
+        cards: directories with further cards.
+
+    Raises:
+        UsageError: unknown model, no weights, or weights that do not fit.
+    """
+    place = resolve_device(device)
+    if ":" in name:
+        module, info, classes, shape = _own(name, weights, mean, std, data)
+    else:
+        if mean is not None or std is not None:
+            raise UsageError(f"--mean and --std are for models of your own; {name!r} has them in its card")
+        module, info, classes, shape = _from_card(name, weights, cards)
+    return Classifier(
+        module,
+        num_classes=classes,
+        input_shape=shape,
+        device=place,
+        precision=resolve_precision(precision, place),
+        batch_size=batch_size or BATCH_SIZE.get(place.type, 128),
+        info=info,
+    )
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """``auto`` is bf16 where the processor multiplies it natively, else fp32."""
+    if name == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    if name not in ("fp32", "bf16"):
+        raise UsageError(f"--precision {name}: use auto, fp32 or bf16")
+    return "bf16" if name == "bf16" else "fp32"
+
+
+def _from_card(
+    name: str, weights: str | Path | None, cards: tuple[str, ...]
+) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
+    found = find(ModelCard, name, cards)
+    card = found.card
+    module, digest = load_card_module(found, Path(weights).expanduser() if weights else None)
+    info = ModelInfo(
+        id=card.id,
+        name=card.name,
+        source=f"weights given: {Path(weights).name}" if weights else "card",
+        architecture=card.architecture,
+        parameters=_count(module),
+        weights_sha256=digest,
+        card_digest=card.digest,
+        published_row=card.published_row,
+        training=card.training.method,
+    )
+    return module, info, card.num_classes, card.input_shape
+
+
+def _own(
+    name: str,
+    weights: str | Path | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    data: EvalSet | None,
+) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
+    if data is None:
+        raise UsageError(f"{name}: a model without a card needs a data set that tells its shape and classes")
+    channels, height, width = data.images.shape[1:]
+    net = import_factory(name)
+    digest = load_weights(net, Path(weights).expanduser()) if weights else ""
+    module: nn.Module = net
+    if mean is not None or std is not None:
+        mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
+        if len(mean) != channels or len(std) != channels:
+            raise UsageError(f"--mean and --std need {channels} numbers, one for each channel of {data.name}")
+        if min(std) <= 0:
+            raise UsageError("--std: must be positive")
+        module = Normalised(net, mean, std)
+    info = Classifier.live(copy.deepcopy(net).cpu(), num_classes=len(data.classes)).model_info()
+    info = info.model_copy(
+        update={
+            "id": "".join(c if c.isalnum() else "_" for c in name.lower()),
+            "name": name,
+            "source": f"imported from {name}" + (f", weights {Path(weights).name}" if weights else ""),
+            "weights_sha256": digest or info.weights_sha256,
+        }
+    )
+    return module, info, len(data.classes), (int(channels), int(height), int(width))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
