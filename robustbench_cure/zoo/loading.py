@@ -12,7 +12,9 @@ import io
 import os
 import pickle
 import tempfile
+import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,9 @@ def _parse(path: Path, data: bytes) -> dict[str, Tensor]:
     if path.suffix not in (".pt", ".pth"):
         raise UsageError(f"{path}: weights are read from .safetensors, .pt or .pth, not {path.suffix!r}")
     try:
-        loaded: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what follows is said below, in one line
+            loaded: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(
             f"{path}: holds Python objects besides tensors, or is damaged; loading it could run code, so it "
@@ -247,6 +251,9 @@ def fetch(url: str, sha256: str) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:  # noqa: S310 - scheme checked above
             data = answer.read()
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise UsageError(f"{url}: cannot be fetched ({error}); {offline}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(f"{url}: cannot be fetched ({reason}); {offline}") from None
