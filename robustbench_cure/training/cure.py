@@ -17,6 +17,7 @@ power of the norm (2 as printed, 1 as in the authors' code), and the batch-norm 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -96,10 +97,8 @@ def cure(model: Normalised, x: Tensor, y: Tensor, recipe: CureRecipe, context: S
     def loss_of_input(inputs: Tensor) -> Tensor:
         return functional.cross_entropy(network(inputs), y, reduction="none")
 
-    if recipe.batchnorm == "eval":
-        with evaluation_mode(model):
-            penalty, _ = curvature_penalty(loss_of_input, u, h, recipe.reg_power)
-    else:
+    mode = evaluation_mode(model) if recipe.batchnorm == "eval" else nullcontext()
+    with mode, torch.autocast(x.device.type, enabled=False):  # differences of gradients need the digits
         penalty, _ = curvature_penalty(loss_of_input, u, h, recipe.reg_power)
     loss = ce + gamma_at(recipe, context.epoch) * penalty
     return loss, {"ce": ce.detach(), "regulariser": penalty.detach()}
