@@ -99,55 +99,52 @@ class _Search:
 
     def visit(self, rows: Tensor, steps: int) -> Tensor:
         """One iteration of each row; returns the rows that are done."""
-        self._rank(rows[self.proposal.steps[rows] == 0])
-        here = self.proposal.x_adv[rows]
-        labels, classes = self.y[rows], self.classes[rows]
+        fresh = self.proposal.steps[rows] == 0
+        done = torch.zeros_like(fresh)
+        done[fresh] = self._enter(rows[fresh])
+        going = rows[~done]
+        if len(going) == 0:
+            return rows
+        here, labels, classes = self.proposal.x_adv[going], self.y[going], self.classes[going]
         logits, slopes = self._linearise(here, labels, classes)
-        done = self._crossed(rows, here, margins(logits, labels))
+        self.proposal.forwards[going] += 1
+        self.proposal.backwards[going] += self.others
 
         gaps = logits.gather(1, classes) - logits.gather(1, labels[:, None])
-        step = nearest_boundary_step(self.threat.norm, gaps, self._free(self.x[rows], here, slopes))
+        step = nearest_boundary_step(self.threat.norm, gaps, self._free(self.x[going], here, slopes))
         # here is x + (1 + overshoot) r, or what ball and box let through of it.
-        ahead = self._feasible(self.x[rows], here + (1.0 + self.overshoot) * step)
-        stuck = (ahead == here).flatten(1).all(1)
-        moving = ~done & ~stuck
-        moved = rows[moving]
+        ahead = self._feasible(self.x[going], here + (1.0 + self.overshoot) * step)
+        moving = (ahead != here).flatten(1).any(1)
+        moved = going[moving]
         self.proposal.x_adv[moved] = ahead[moving]
         self.proposal.steps[moved] += 1
+        # Looking before linearising again spares a crossed row all its backward passes.
+        crossed = self._cross(moved, self._look(moved))
+        ended = crossed | (self.proposal.steps[moved] >= steps)
+        return torch.cat((rows[done], going[~moving], moved[ended]))
 
-        last = moved[self.proposal.steps[moved] >= steps]
-        if len(last):
-            self._crossed(last, self.proposal.x_adv[last], None)
-        ended = ~moving
-        ended |= self.proposal.steps[rows] >= steps
-        return rows[ended]
-
-    def _rank(self, fresh: Tensor) -> None:
-        """Choose the candidate classes of rows visited for the first time, at x."""
+    def _enter(self, fresh: Tensor) -> Tensor:
+        """Choose the candidate classes of rows at x; returns which are past the boundary already."""
         if len(fresh) == 0:
-            return
-        logits = self.classifier.search_logits(self.x[fresh])
-        self.proposal.forwards[fresh] += 1
-        logits = logits.scatter(1, self.y[fresh, None], -torch.inf)
-        self.classes[fresh] = logits.topk(self.others, dim=1).indices
+            return torch.zeros_like(fresh, dtype=torch.bool)
+        logits = self._look(fresh)
+        others = logits.scatter(1, self.y[fresh, None], -torch.inf)
+        self.classes[fresh] = others.topk(self.others, dim=1).indices
+        return self._cross(fresh, logits)
+
+    def _look(self, rows: Tensor) -> Tensor:
+        self.proposal.forwards[rows] += 1
+        return self.classifier.logits(self.proposal.x_adv[rows])
+
+    def _cross(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Mark and return the rows whose label the reference form has changed."""
+        crossed = margins(logits, self.y[rows]) < 0
+        assert self.proposal.converged is not None  # noqa: S101 - set in __init__
+        self.proposal.converged[rows] = crossed
+        return crossed
 
     def _linearise(self, here: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         return self.classifier.value_and_jacobian(here, labels, classes, reference=not self.bounded)
-
-    def _crossed(self, rows: Tensor, here: Tensor, margin: Tensor | None) -> Tensor:
-        """Mark rows whose label the reference form has changed; checks only those that look it."""
-        if margin is not None:
-            self.proposal.forwards[rows] += 1
-            self.proposal.backwards[rows] += self.others
-        looks = torch.ones_like(rows, dtype=torch.bool) if margin is None else margin < 0
-        crossed = torch.zeros_like(looks)
-        if bool(looks.any()):
-            checked = rows[looks]
-            crossed[looks] = margins(self.classifier.logits(here[looks]), self.y[checked]) < 0
-            self.proposal.forwards[checked] += 1
-        assert self.proposal.converged is not None  # noqa: S101 - set in __init__
-        self.proposal.converged[rows[crossed]] = True
-        return crossed
 
     def _free(self, x: Tensor, here: Tensor, slopes: Tensor) -> Tensor:
         """The slopes, (B, m, C, H, W), with zeros where the way up leads out of the box or the linf ball."""
