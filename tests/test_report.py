@@ -1,0 +1,578 @@
+"""Every printed number against a count made by hand, and pages that hostile names cannot break."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import pytest
+
+from robustbench_cure.cards import Battery, PublishedTable
+from robustbench_cure.catalog import catalog, find
+from robustbench_cure.errors import UsageError
+from robustbench_cure.flags import FLAG_KINDS, Flag
+from robustbench_cure.record import (
+    Cost,
+    DataInfo,
+    Environment,
+    Manifest,
+    ModelInfo,
+    Record,
+    RunConfig,
+    typed,
+)
+from robustbench_cure.report import render_report, terminal_table, write_reports
+from robustbench_cure.report.export import latex, markdown, to_csv, to_latex, to_markdown
+from robustbench_cure.report.figure import bands
+from robustbench_cure.report.paper import NOT_MEASURED, paper_table
+from robustbench_cure.report.render import environment
+from robustbench_cure.report.tables import attack_rows, labels, only_this, protocols, summary
+from robustbench_cure.report.terminal import WIDTH
+from robustbench_cure.report.wording import duration, percent, points, spec_words
+from robustbench_cure.stats import Rate
+
+FGSM = {"id": "fgsm", "kind": "fgsm", "name": "FGSM", "limit": 0}
+PGD = {
+    "id": "pgd20",
+    "kind": "pgd",
+    "name": "PGD(20)",
+    "limit": 0,
+    "steps": 20,
+    "step_size": "2/255",
+    "random_start": True,
+    "restarts": 1,
+    "loss": "ce",
+    "stop": "first-success",
+}
+SPSA = {
+    "id": "spsa",
+    "kind": "spsa",
+    "name": "SPSA",
+    "limit": 6,
+    "steps": 100,
+    "samples": 128,
+    "step_size": "0.01",
+    "delta": 0.01,
+    "stop": "never",
+}
+DEEPFOOL = {
+    "id": "deepfool",
+    "kind": "deepfool",
+    "name": "DeepFool",
+    "limit": 0,
+    "mode": "minimal",
+    "steps": 50,
+    "overshoot": 0.02,
+    "candidates": 10,
+    "clip": True,
+}
+HOSTILE = """<script>alert(1)</script>"><img src=x onerror=alert(1)>&_%$#{}~^\\ | `x` *b* {{ 7*7 }}"""
+
+
+def battery(*attacks: dict, **more) -> Battery:
+    """A battery of these attacks, l∞ 8/255 unless told otherwise."""
+    fields = {"id": "mini", "version": 1, "name": "Mini", "source": "here", "dataset": "", "n": 0, "seed": 0}
+    fields |= {"published": "", "notes": "", "threat": {"norm": "linf", "eps": "8/255"}, "attacks": attacks}
+    return Battery.model_validate(fields | more)
+
+
+def record(protocol: Battery, clean: str, evidence: dict[str, str], flags=(), **more) -> Record:
+    """A record from pictures, one character a sample in order of rank.
+
+    clean: 1 correct, 0 not. evidence, by attack: ``-`` not attacked, ``.`` survived, ``x`` broken,
+    ``v`` proposal not admitted, ``o`` converged outside the ball. Sample i is moved by (i + 1)/255 in
+    every pixel, and takes 3 forward and 2 backward passes.
+    """
+    n = len(clean)
+    table: dict[str, object] = {
+        "sample_id": [f"s{i}" for i in range(n)],
+        "rank": range(n),
+        "image_sha256": [f"{i:064x}" for i in range(n)],
+        "label": [0] * n,
+        "clean_pred": [int(c == "0") for c in clean],
+        "clean_margin": [1.0 if c == "1" else -1.0 for c in clean],
+    }
+    for name, marks in evidence.items():
+        assert len(marks) == n
+        given = [m != "-" for m in marks]
+
+        def known(values, given=given):
+            return [value if there else None for value, there in zip(values, given, strict=True)]
+
+        table |= {
+            f"{name}.attacked": given,
+            f"{name}.broken": [m == "x" for m in marks],
+            f"{name}.step": pd.array(known([2] * n), "Int32"),
+            f"{name}.margin": pd.array(known([-0.5] * n), "Float32"),
+            f"{name}.pred": pd.array(known([1] * n), "Int32"),
+            f"{name}.linf": pd.array(known([(i + 1) / 255 for i in range(n)]), "Float32"),
+            f"{name}.l2": pd.array(known([(i + 1) / 10 for i in range(n)]), "Float32"),
+            f"{name}.forwards": pd.array(known([3] * n), "Int64"),
+            f"{name}.backwards": pd.array(known([2] * n), "Int64"),
+            f"{name}.converged": pd.array(known([m in "xo" for m in marks]), "boolean"),
+            f"{name}.violation": pd.array(
+                known(["outside the ball" if m == "v" else "" for m in marks]), "string"
+            ),
+        }
+    cost = {"clean": Cost(seconds=0.5, forwards=n)}
+    cost |= {name: Cost(seconds=7.0, forwards=3, backwards=2) for name in evidence}
+    model = {"id": "tiny", "name": "Tiny net", "source": "here", "architecture": "lenet", "parameters": 10}
+    model |= {"weights_sha256": "ab" * 32, **more.pop("model", {})}
+    data = {"name": "digits", "split": "test", "n": n, "total": n, "digest": "da" * 32}
+    data |= {"classes": ["0", "1"], **more.pop("data", {})}
+    manifest = Manifest(
+        status=more.pop("status", "complete"),
+        started="2026-01-02T03:04:05Z",
+        finished="2026-01-02T03:05:05Z",
+        model=ModelInfo(**model),
+        battery=protocol,
+        battery_digest=protocol.digest,
+        data=DataInfo(**data),
+        config=RunConfig(seed=0, subset_seed=0, device="cpu", precision="fp32", shard_size=8, batch_size=8),
+        environment=Environment(
+            version="0.1.0",
+            python="3.12",
+            torch="2.8",
+            device_name="CPU",
+            threads=2,
+            git_commit="abc123",
+            git_dirty=True,
+            command="cure-bench evaluate --model tiny",
+        ),
+        flags=list(flags),
+        cost=cost,
+        wall_seconds=60.0,
+    )
+    assert not more
+    return Record(manifest, typed(pd.DataFrame(table), protocol))
+
+
+CLEAN = "1111111100"
+EVIDENCE = {"fgsm": "xx......--", "pgd20": "xxxx....--", "spsa": "....xv----"}
+
+
+@pytest.fixture
+def run() -> Record:
+    """Ten samples, eight correct, three attacks; the counts of the tests below are read off these rows."""
+    return record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The closed form, z for 95 %."""
+    z, p = 1.959963984540054, k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+# --- the attacks table ---------------------------------------------------------------------------------
+
+
+def test_attack_rows_have_the_counts_of_the_samples(run):
+    rows = attack_rows(run)
+    assert [row.id for row in rows] == ["clean", "fgsm", "pgd20", "spsa", "worst"]
+    accuracy = {row.id: (row.accuracy.count, row.accuracy.total) for row in rows}
+    assert accuracy == {
+        "clean": (8, 10),
+        "fgsm": (6, 10),
+        "pgd20": (4, 10),
+        "spsa": (5, 6),
+        "worst": (3, 10),
+    }
+    success = {row.id: row.success and (row.success.count, row.success.total) for row in rows}
+    assert success == {"clean": None, "fgsm": (2, 8), "pgd20": (4, 8), "spsa": (1, 6), "worst": (5, 8)}
+    assert {row.id: row.only for row in rows[1:-1]} == {"fgsm": 0, "pgd20": 2, "spsa": 1}
+    assert {row.id: row.violations for row in rows[1:-1]} == {"fgsm": 0, "pgd20": 0, "spsa": 1}
+    assert [row.queries for row in rows] == [1.0, 5.0, 5.0, 5.0, None]
+    assert [row.seconds for row in rows] == [0.5, 7.0, 7.0, 7.0, None]
+    # Median of (1, 2), (1, 2, 3, 4) and (5) grey levels.
+    assert [255 * row.distance for row in rows[1:-1]] == pytest.approx([1.5, 2.5, 5.0], rel=1e-6)
+
+
+def test_intervals_are_wilsons(run):
+    for row in attack_rows(run):
+        assert row.accuracy.interval == pytest.approx(wilson(row.accuracy.count, row.accuracy.total))
+    assert run.worst_case_accuracy.interval == pytest.approx((0.107791, 0.603222), abs=1e-6)
+
+
+def test_worst_case_is_at_most_every_attack_that_covers_all(run):
+    for row in attack_rows(run)[1:-1]:
+        if not row.limit:
+            assert run.worst_case_accuracy.value <= row.accuracy.value
+
+
+def test_l2_distances_come_from_the_l2_column():
+    protocol = battery(FGSM, threat={"norm": "l2", "eps": "1/2"})
+    rows = attack_rows(record(protocol, "1111", {"fgsm": "xxx."}))
+    assert rows[1].distance == pytest.approx(0.2, rel=1e-6)
+    assert "0.200" in render_report([record(protocol, "1111", {"fgsm": "xxx."})], {})
+
+
+def test_minimal_norm_attacks_are_a_type_of_their_own():
+    run = record(battery(FGSM, DEEPFOOL), "11110", {"fgsm": "x...-", "deepfool": "x.oo-"})
+    row = attack_rows(run)[2]
+    assert row.kind == "minimal"
+    assert (row.converged, row.success, row.accuracy) == (Rate(3, 4), Rate(1, 4), Rate(3, 5))
+    assert row.distance == pytest.approx(3 / 255, rel=1e-6)  # of 1, 3 and 4 grey levels
+    assert "DeepFool" not in [band.name for band in bands(protocols([run])[0])]
+    assert "minimal-norm attacks" in render_report([run], {})
+    assert "converged" in terminal_table([run])
+
+
+def test_nothing_attacked_and_nothing_broken_are_not_numbers():
+    rows = attack_rows(record(battery(FGSM), "000", {"fgsm": "---"}))
+    assert (rows[1].success, rows[1].queries, rows[1].distance) == (Rate(0, 0), None, None)
+    page = render_report([record(battery(FGSM), "000", {"fgsm": "---"})], {})
+    assert ">nan" not in page
+    assert "nothing was broken" in page
+
+
+def test_summary_names_the_deciding_attack(run):
+    (line,) = summary([run])
+    assert (line.clean, line.worst, line.deciding) == (Rate(8, 10), Rate(3, 10), "PGD(20)")
+    untouched = record(battery(FGSM), "11", {"fgsm": ".."})
+    assert summary([untouched])[0].deciding == ""
+
+
+def test_an_attack_on_a_subset_does_not_decide():
+    weak = record(battery(FGSM, {**SPSA, "limit": 2}), "1111", {"fgsm": "..x.", "spsa": "xx--"})
+    assert weak.robust_accuracy("spsa").value == 0.0
+    assert summary([weak])[0].deciding == "FGSM"
+    assert only_this(weak) == {"fgsm": 1, "spsa": 2}
+
+
+def test_flags_are_ordered_by_severity_and_mark_the_run(run):
+    run.manifest.flags = [
+        Flag(kind="lossy_data", evidence="all"),
+        Flag(kind="stochastic", evidence="3 of 64"),
+    ]
+    (line,) = summary([run])
+    assert [flag.kind for flag in line.flags] == ["stochastic", "lossy_data"]
+    assert line.unreliable
+
+
+def test_equal_names_are_told_apart(run):
+    assert labels([run]) == ["Tiny net"]
+    assert labels([run, run]) == ["Tiny net (tiny) (1)", "Tiny net (tiny) (2)"]
+    other = record(battery(FGSM), "11", {"fgsm": ".."}, model={"id": "other"})
+    assert labels([run, other]) == ["Tiny net (tiny)", "Tiny net (other)"]
+
+
+def test_only_runs_of_one_battery_on_one_data_set_stand_side_by_side(run):
+    other = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE, data={"digest": "00" * 32})
+    assert [len(group.summary) for group in protocols([run, run, other])] == [2, 1]
+
+
+def test_specifications_name_every_parameter(run):
+    threat = run.manifest.battery.threat.model
+    words = [spec_words(spec, threat) for spec in run.attacks]
+    assert words == [
+        "one gradient-sign step of length 8/255, no random start, cross-entropy",
+        "20 steps of 2/255, random start, 1 restart, cross-entropy, stop at first success",
+        "100 Adam steps of 0.01, 128 random directions a step, finite difference 0.01, margin loss, "
+        "all steps, point of lowest margin counts; on the first 6 samples only",
+    ]
+    for found in catalog(Battery).values():
+        for spec in found.card.attacks:
+            text = spec_words(spec, found.card.threat.model)
+            for name, value in spec.model_dump(exclude={"id", "name", "kind", "limit"}).items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    assert f"{value:,}" in text or f"{value:g}" in text, (name, text)
+
+
+# --- published beside measured -------------------------------------------------------------------------
+
+
+def cifar(protocol: Battery, row: str, clean="1" * 8 + "00", marks="xxxx....--", **more) -> Record:
+    data = {"name": "cifar10", **more.pop("data", {})}
+    return record(
+        protocol, clean, {"pgd20": marks}, data=data, model={"id": "m", "published_row": row}, **more
+    )
+
+
+@pytest.fixture
+def table2() -> PublishedTable:
+    return find(PublishedTable, "table2").card
+
+
+@pytest.fixture
+def protocol2() -> Battery:
+    return find(Battery, "table2").card
+
+
+def test_paper_table_is_laid_out_as_printed(table2, protocol2):
+    laid = paper_table(cifar(protocol2, "resnet18/cure"), table2)
+    assert laid.columns == (("clean", "clean"), ("pgd20", "PGD(20)"))
+    assert [(row.group, row.name) for row in laid.rows] == [(row.group, row.name) for row in table2.rows]
+    cure = laid.rows[1]
+    clean, attacked = cure.cells
+    assert (clean.published.value, attacked.published.value) == (81.2, 36.3)
+    assert clean.measurements[0].rate == Rate(8, 10)
+    assert attacked.measurements[0].rate == Rate(4, 10)
+    assert clean.measurements[0].difference == pytest.approx(0.80 - 0.812)
+    assert attacked.measurements[0].difference == pytest.approx(0.40 - 0.363)
+    assert attacked.measurements[0].same
+    for row in (laid.rows[0], *laid.rows[2:]):
+        assert all(not cell.measurements and cell.empty == NOT_MEASURED for cell in row.cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data": {"name": "svhn"}}, "data set svhn instead of cifar10"),
+        ({"data": {"total": 10_000}}, "10 of 10,000 test images"),
+        ({"data": {"split": "train"}}, "split train, not the test set"),
+        ({"flags": [Flag(kind="stochastic", evidence="x")]}, "run flagged unreliable"),
+        ({"flags": [Flag(kind="lossy_data", evidence="x")]}, "flag: images were compressed"),
+        ({"status": "partial"}, "run is partial"),
+    ],
+)
+def test_another_specification_is_told_with_its_reason(table2, protocol2, change, reason):
+    found = cifar(protocol2, "resnet18/cure", **change)
+    measurement = paper_table(found, table2).rows[1].cells[1].measurements[0]
+    assert not measurement.same
+    assert measurement.reasons == (reason,)
+
+
+def test_quoted_numbers_are_marked_and_never_the_same(table2, protocol2):
+    found = cifar(protocol2, "resnet18/pgd_at")
+    cell = paper_table(found, table2).rows[2].cells[1]
+    assert cell.published.kind == "quoted"
+    assert "quotes this number" in cell.measurements[0].reasons[0]
+    page = render_report([found], {"table2": table2})
+    assert page.count('<abbr class="quoted" title="CVPR 2019') == 4
+
+
+def test_another_battery_stands_beside_only_where_the_own_one_was_not_run(table2, protocol2):
+    other = battery(PGD, dataset="cifar10")
+    lone = paper_table(cifar(other, "resnet18/cure"), table2).rows[1].cells[1]
+    assert lone.measurements[0].reasons == ("battery mini is not the one of this table",)
+    both = [cifar(other, "resnet18/cure"), cifar(protocol2, "resnet18/cure", marks="........--")]
+    cell = paper_table(both, table2).rows[1].cells[1]
+    assert [m.rate for m in cell.measurements] == [Rate(8, 10)]
+
+
+def test_another_radius_is_another_quantity(table2, protocol2):
+    small = battery({**PGD, "step_size": "1/255"}, threat={"norm": "linf", "eps": "4/255"})
+    runs = [cifar(small, "resnet18/cure"), cifar(protocol2, "resnet18/normal")]
+    clean, attacked = paper_table(runs, table2).rows[1].cells
+    assert not attacked.measurements
+    assert clean.measurements[0].rate == Rate(8, 10)
+
+
+def test_batteries_of_other_tables_and_missing_attacks_leave_the_cell_empty(table2, protocol2):
+    elsewhere = battery(PGD, published="table1")
+    assert not paper_table(cifar(elsewhere, "resnet18/cure"), table2).rows[1].cells[0].measurements
+    none = record(
+        battery(FGSM), "1", {"fgsm": "."}, data={"name": "cifar10"}, model={"published_row": "resnet18/cure"}
+    )
+    assert paper_table(none, table2).rows[1].cells[1].empty == "the battery has no such attack"
+
+
+def test_published_section_appears_only_with_its_battery(run, table2, protocol2):
+    assert 'id="published"' not in render_report([run], {"table2": table2})
+    page = render_report([cifar(protocol2, "resnet18/cure")], {"table2": table2})
+    assert "not measured in this run" in page
+    assert "+3.7" in page
+
+
+# --- wording ---------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_worded_precisely():
+    assert percent(Rate(212, 512)) == "41.4 %"
+    assert percent(Rate(0, 0)) == "n/a"
+    assert [points(x) for x in (0.0123, -0.004, 0.0002, -0.0002)] == ["+1.2", "−0.4", "0.0", "0.0"]
+    assert [duration(s) for s in (4.21, 200, 3725)] == ["4.2 s", "3 min 20 s", "1 h 02 min"]
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def hostile() -> Record:
+    protocol = battery({**FGSM, "name": HOSTILE}, PGD, SPSA, name=HOSTILE, notes=HOSTILE, source=HOSTILE)
+    return record(
+        protocol,
+        CLEAN,
+        EVIDENCE,
+        flags=[Flag(kind=kind, evidence=HOSTILE, attack=HOSTILE) for kind in FLAG_KINDS],
+        model={"name": HOSTILE, "source": HOSTILE, "training": HOSTILE, "architecture": HOSTILE},
+        data={"name": HOSTILE, "notes": HOSTILE, "classes": [HOSTILE, "</title><script>"]},
+    )
+
+
+def test_files_are_written_once_and_the_same_every_time(run, tmp_path):
+    first = write_reports([run], tmp_path / "a")
+    assert [path.name for path in first] == ["results.csv", "results.md", "results.tex", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(p.name for p in first)
+    second = write_reports([record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)], tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_no_runs_is_an_error_and_writes_nothing(tmp_path):
+    with pytest.raises(UsageError, match="no runs"):
+        write_reports([], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_csv_has_a_line_for_each_model_and_attack(run):
+    lines = list(csv.DictReader(io.StringIO(to_csv([run, hostile()]))))
+    assert len(lines) == 10
+    spsa = lines[3]
+    assert (spsa["attack"], spsa["count"], spsa["n"], spsa["success_count"]) == ("spsa", "5", "6", "1")
+    assert float(spsa["rate"]) == 5 / 6
+    assert (float(spsa["low"]), float(spsa["high"])) == pytest.approx(wilson(5, 6))
+    assert lines[5]["label"] == HOSTILE
+    assert {line["unreliable"] for line in lines[5:]} == {"True"}
+
+
+def test_markdown_cells_survive_hostile_names(run):
+    text = to_markdown([run])
+    assert "| Tiny net | 80.0 [49.0, 94.3] | 60.0" in text
+    assert "| SPSA (n = 6) |" in text
+    lines = to_markdown([hostile()]).splitlines()
+    head, _, row = [line for line in lines if line.startswith("|")]
+    unescaped = [line.replace("\\|", "").count("|") for line in (head, row)]
+    assert unescaped == [8, 8]
+    assert "<" not in "".join(lines)
+    assert markdown("a\nb|c") == "a b\\|c"
+
+
+def test_latex_is_escaped():
+    assert latex("&_%$#{}") == r"\&\_\%\$\#\{\}"
+    assert latex("\\~^") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}"
+    text = to_latex([hostile()])
+    assert HOSTILE not in text
+    assert r"$^\dagger$" in text
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    for line in body:
+        assert line.replace(r"\&", "").count("&") == 5
+        assert line.endswith(r"\\")
+
+
+def test_terminal_table_fits_and_cannot_move_the_cursor(run):
+    strong = find(Battery, "strong").card
+    evidence = {spec.id: "x..." for spec in strong.attacks}
+    several = [
+        record(strong, "1111", evidence, model={"id": f"a_rather_long_model_name_{i}", "name": "\x1b[31m"})
+        for i in range(3)
+    ]
+    for records in ([run], several, [hostile()], [*several, run]):
+        text = terminal_table(records)
+        assert max(len(line) for line in text.splitlines()) <= WIDTH
+        assert "\x1b" not in text
+    assert "  worst case   30.0 %  [10.8, 60.3]   n = 10" in terminal_table([run])
+    assert "UNRELIABLE" in terminal_table([hostile()])
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tags in order, with a check that they nest."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(params=["plain", "hostile", "paper", "several"])
+def page(request, run, table2, protocol2) -> Page:
+    records = {
+        "plain": [run],
+        "hostile": [hostile(), hostile()],
+        "paper": [cifar(protocol2, "resnet18/cure"), cifar(protocol2, "resnet18/pgd_at")],
+        "several": [run, hostile(), record(battery(FGSM, DEEPFOOL), "11", {"fgsm": "x.", "deepfool": "xo"})],
+    }[request.param]
+    return Page(render_report(records, {"table2": table2}))
+
+
+def test_page_is_well_formed_and_its_links_arrive(page):
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for attrs in page.all("a"):
+        assert attrs["href"].startswith("#")
+        assert attrs["href"][1:] in ids
+    for _, attrs in page.tags:
+        assert not [name for name in attrs if name.startswith("on")]
+        if "aria-labelledby" in attrs:
+            assert attrs["aria-labelledby"] in ids
+
+
+def test_page_loads_nothing(page):
+    assert {"script", "link", "iframe", "img", "object", "use", "base"}.isdisjoint(
+        tag for tag, _ in page.tags
+    )
+    assert not [attrs for _, attrs in page.tags if "src" in attrs or "srcset" in attrs or "style" in attrs]
+    css = Path(render_report.__code__.co_filename).parent / "templates" / "report.css"
+    text = css.read_text(encoding="utf-8")
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_tables_have_captions_and_scoped_heads(page):
+    tables = page.all("table")
+    assert tables
+    assert len(page.all("caption")) == len(tables)
+    assert all(attrs.get("scope") in ("row", "col", "colgroup") for attrs in page.all("th"))
+
+
+def test_hostile_names_stay_text():
+    text = render_report([hostile()], {})
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "&lt;script&gt;" in text
+    assert "{{ 7*7 }}" in text
+
+
+def test_undefined_names_are_errors_and_everything_is_escaped():
+    with pytest.raises(jinja2.UndefinedError):
+        environment().from_string("{{ nothing }}").render()
+    assert environment().from_string("{{ x }}").render(x="<b>") == "&lt;b&gt;"
+
+
+def test_every_row_of_an_unreliable_run_is_marked(run):
+    run.manifest.flags = [Flag(kind="batch_dependent", evidence="4 of 64")]
+    text = render_report([run], {})
+    assert text.count('title="this run is flagged unreliable"') == len(attack_rows(run))
+    assert 'href="#flag-batch_dependent"' in text
+    assert FLAG_KINDS["batch_dependent"].do_next in text.replace("&#39;", "'")
+
+
+def test_page_says_what_was_measured_on_what(run):
+    text = render_report([run], {})
+    for part in (
+        "l∞ 8/255",
+        "digits, test: all 10 images",
+        "ab" * 32,
+        "abc123 with uncommitted changes",
+        "cure-bench evaluate --model tiny",
+        "[10.8, 60.3]",
+        "20 steps of 2/255, random start, 1 restart, cross-entropy, stop at first success",
+    ):
+        assert part in text
