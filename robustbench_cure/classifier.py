@@ -195,7 +195,8 @@ class Classifier:
                 yield self._search
 
     def _forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        logits: Tensor = module(x.contiguous(memory_format=torch.channels_last))
+        # A copy always: networks that normalise in place must not reach the caller's images.
+        logits: Tensor = module(x.clone(memory_format=torch.channels_last))
         return logits.float()
 
     @staticmethod
@@ -224,11 +225,12 @@ class Classifier:
         )
 
     def fingerprint(self) -> tuple[object, ...]:
-        """Cheap witness of weights, buffers and modes: differs after any in-place edit."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
+        """Cheap witness of weights, buffers and modes: differs after an edit."""
+        tensors = [t.detach() for form in (self.module, self._search) for t in form.state_dict().values()]
+        sums = torch.stack([t.double().sum() for t in tensors]).tolist() if tensors else []
         modes = tuple(part.training for part in self.module.modules())
         return (
-            tuple((t.data_ptr(), t._version) for t in tensors),
+            tuple(sums),
             modes,
             tuple(p.requires_grad for p in self.module.parameters()),
         )

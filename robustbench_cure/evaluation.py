@@ -24,7 +24,7 @@ from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import Flag
-from robustbench_cure.judge import Verdict, guarded, judge
+from robustbench_cure.judge import RANDOM_STATE, Verdict, guarded, judge
 from robustbench_cure.preflight import preflight
 from robustbench_cure.provenance import environment
 from robustbench_cure.record import (
@@ -91,7 +91,7 @@ def evaluate(
         RunError: the model failed, or the device ran out of memory at batch size 1.
     """
     subset = data.subset(n or min(battery.n, len(data)))
-    flags = preflight(classifier, subset)
+    flags = with_memory(classifier, lambda: preflight(classifier, subset))
     unreliable = [flag for flag in flags if flag.about.severity == "unreliable"]
     if unreliable and not allow_unreliable:
         raise UsageError(
@@ -206,7 +206,7 @@ class _Run:
         device = self.classifier.device
         x, y = part_data.images.to(device), part_data.labels.to(device)
         started = time.perf_counter()
-        logits = self._retry(lambda: self.classifier.logits(x))
+        logits = with_memory(self.classifier, lambda: self.classifier.logits(x))
         clean_margin, pred = margins(logits, y), logits.argmax(1)
         columns: dict[str, Any] = {
             "sample_id": list(part_data.ids),
@@ -238,8 +238,9 @@ class _Run:
     def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
         minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
         clip = not isinstance(spec, DeepFool) or spec.clip
-        return self._retry(
-            lambda: judge(self.classifier, x, y, proposal, self.threat, minimal=minimal, clip=clip)
+        return with_memory(
+            self.classifier,
+            lambda: judge(self.classifier, x, y, proposal, self.threat, minimal=minimal, clip=clip),
         )
 
     def _attack(
@@ -261,10 +262,8 @@ class _Run:
 
         started = time.perf_counter()
         try:
-            proposals, effects = self._retry(lambda: guarded(self.classifier, x, work))
+            proposals, effects = with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
         except (RunError, UsageError):
-            raise
-        except torch.OutOfMemoryError:
             raise
         except Exception as error:
             reason = str(error).split("\n")[0] or type(error).__name__
@@ -281,18 +280,26 @@ class _Run:
                 forwards=int(proposal.forwards.sum()),
                 backwards=int(proposal.backwards.sum()),
             )
+        if any(flag.kind == "stochastic" for flag in self.manifest.flags):
+            effects = [effect for effect in effects if effect != RANDOM_STATE]  # the model's own doing
         shard.flags += [Flag(kind="side_effects", evidence=effect, attack=group[0].id) for effect in effects]
         return proposals
 
-    def _retry(self, work: Callable[[], T]) -> T:
-        """Run; when the device's memory does not suffice, halve the batch and run again."""
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                if self.classifier.batch_size == 1:
-                    raise RunError("out of device memory even at batch size 1") from None
-                self.classifier.batch_size //= 2
+
+def with_memory(classifier: Classifier, work: Callable[[], T]) -> T:
+    """Run; where the device's memory does not suffice, halve the batch and run again.
+
+    Raises:
+        RunError: not even one image fits.
+    """
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if classifier.batch_size == 1:
+                raise RunError("out of device memory even at batch size 1") from None
+            classifier.batch_size //= 2
+            if classifier.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 

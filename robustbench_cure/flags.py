@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 Severity = Literal["note", "warning", "unreliable"]
 
@@ -107,6 +107,13 @@ class Flag(BaseModel):
     value: float | None = None
     threshold: float | None = None
     attack: str = ""
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in FLAG_KINDS:
+            raise ValueError(f"unknown flag {kind!r}: the record was written by a newer version")
+        return kind
 
     @property
     def about(self) -> FlagKind:

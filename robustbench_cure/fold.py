@@ -33,7 +33,7 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> nn.Module:
             traced = fx.symbolic_trace(copy.deepcopy(module))
         folded = _fold(traced)
         with torch.no_grad():
-            before, after = module(example), folded(example)
+            before, after = module(example.clone()), folded(example.clone())
         scale = before.abs().amax().clamp_min(1.0)
         if bool(((before - after).abs().amax() <= FOLD_TOLERANCE * scale).item()):
             return folded

@@ -20,6 +20,10 @@ from robustbench_cure.errors import RunError
 from robustbench_cure.threat import TOLERANCE, ThreatModel, distance
 
 
+#: Side effect: the global random state moved.
+RANDOM_STATE = "global random state used"
+
+
 @dataclass
 class Verdict:
     """What the judge found for each row, on the CPU.
@@ -127,5 +131,5 @@ def guarded(
         effects.append("input modified")
     if not torch.equal(torch.get_rng_state(), random_state):
         torch.set_rng_state(random_state)
-        effects.append("global random state used")
+        effects.append(RANDOM_STATE)
     return proposals, effects

@@ -6,10 +6,12 @@ What makes an evaluation meaningless is an error; what makes it unreliable is a 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import cross_entropy, margin
+from robustbench_cure.attacks.losses import Loss, cross_entropy, margin
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
@@ -99,10 +101,13 @@ def _repeatable(classifier: Classifier, x: Tensor, logits: Tensor) -> Flag | Non
 
 
 def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None:
-    counts = {}
-    for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
-        _, gradient = classifier.value_and_gradient(x, lambda z, loss=loss: loss(z, y), reference=True)  # type: ignore[misc]
-        counts[name] = int((gradient.flatten(1) == 0).all(1).sum())
+    size = classifier.batch_size
+    counts = {"cross-entropy": 0, "margin": 0}
+    for part, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+        for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
+            objective = partial(_with_labels, loss, labels)
+            _, gradient = classifier.value_and_gradient(part, objective, reference=True)
+            counts[name] += int((gradient.flatten(1) == 0).all(1).sum())
     worst = max(counts.values()) / len(x)
     if worst == 0:
         return None
@@ -110,3 +115,7 @@ def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None
     return Flag(
         kind="zero_gradient", evidence=f"gradient exactly zero for {parts}", value=worst, threshold=0.0
     )
+
+
+def _with_labels(loss: Loss, labels: Tensor, logits: Tensor) -> Tensor:
+    return loss(logits, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from robustbench_cure.record import ModelInfo
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights
 
-#: Images a pass, where none is asked for; memory permitting, see the evaluation.
-BATCH_SIZE = {"cpu": 128, "cuda": 1024}
+#: Pixels a pass, where no batch size is asked for: 128 CIFAR images fill two cores, a card wants more.
+BATCH_PIXELS = {"cpu": 128 * 3072, "cuda": 4096 * 3072}
+#: Least and most images a pass. What does not fit the device's memory is halved during the evaluation.
+BATCH_RANGE = (16, 2048)
 
 
 def load_model(
@@ -63,9 +66,15 @@ def load_model(
         input_shape=shape,
         device=place,
         precision=resolve_precision(precision, place),
-        batch_size=batch_size or BATCH_SIZE.get(place.type, 128),
+        batch_size=batch_size or automatic_batch_size(shape, place),
         info=info,
     )
+
+
+def automatic_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Images a pass for this image shape (C, H, W) on this kind of device."""
+    pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"])
+    return max(BATCH_RANGE[0], min(BATCH_RANGE[1], pixels // math.prod(shape)))
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

@@ -1,0 +1,536 @@
+"""The evaluator: what it counts, what it refuses to count, and that runs can be cut and joined."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustbench_cure.attacks import ATTACKS, Proposal, pgd
+from robustbench_cure.cards import Battery
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import from_arrays
+from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.evaluation import evaluate, groups
+from robustbench_cure.record import Record
+from robustbench_cure.shards import merge
+
+SHAPE = (1, 4, 4)
+
+
+def battery(*attacks, eps="1/10", norm="linf", **fields):
+    head = {"id": "b", "version": 1, "name": "b", "source": "", "dataset": "", "n": 0, "seed": 0}
+    head |= {"published": "", "notes": "", "threat": {"norm": norm, "eps": eps}}
+    return Battery.model_validate(head | {"attacks": list(attacks)} | fields)
+
+
+def pgd_spec(steps=10, name=None, **fields):
+    base = {"id": name or f"pgd{steps}", "name": "PGD", "kind": "pgd", "limit": 0, "steps": steps}
+    base |= {"step_size": "1/40", "random_start": True, "restarts": 1, "loss": "ce", "stop": "first-success"}
+    return base | fields
+
+
+FGSM = {"id": "fgsm", "name": "FGSM", "kind": "fgsm", "limit": 0}
+NOISE = {"id": "noise", "name": "noise", "kind": "uniform_noise", "limit": 0, "draws": 2}
+DEEPFOOL = {"id": "deepfool", "name": "DF", "kind": "deepfool", "limit": 0, "mode": "minimal", "steps": 20}
+DEEPFOOL |= {"overshoot": 0.02, "candidates": 10, "clip": True}
+SPSA = {"id": "spsa", "name": "SPSA", "kind": "spsa", "limit": 7, "steps": 12, "samples": 8}
+SPSA |= {"step_size": "1/100", "delta": 0.01, "stop": "first-success"}
+
+
+def linear(classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.randn(classes, 16, generator=generator))
+        net[1].bias.copy_(-net[1].weight.sum(1) / 2)  # boundaries pass through the grey image
+    return net
+
+
+def images(n, classes=3, net=None, seed=1):
+    """Images in [0.3, 0.7], so that no box interferes; labelled by the net, one in five wrongly."""
+    x = np.random.default_rng(seed).uniform(0.3, 0.7, (n, *SHAPE)).astype(np.float32)
+    y = (net or linear(classes))(torch.from_numpy(x)).argmax(1).numpy()
+    y[::5] = (y[::5] + 1) % classes
+    return from_arrays(
+        "toy", "test", x, y.astype(np.int64), ids=[f"t/{i}" for i in range(n)], classes="abc"[:classes]
+    )
+
+
+def classifier(net, classes=3, **options):
+    return Classifier(net, num_classes=classes, input_shape=SHAPE, **options)
+
+
+def radius(net, x, y):
+    """Exact linf distance to the nearest boundary of a linear model."""
+    weight, logits = net[1].weight, net(x)
+    gaps = logits.gather(1, y[:, None]) - logits
+    slopes = (weight[None] - weight[y][:, None]).abs().sum(2)
+    return torch.where(slopes > 0, gaps / slopes.clamp_min(1e-9), torch.inf).amin(1)
+
+
+@pytest.mark.parametrize("eps", ["1/50", "1/20", "1/10"])
+def test_every_count_equals_the_closed_form_of_a_linear_model(eps):
+    net = linear(classes=2)
+    data = images(60, classes=2, net=net)
+    record = evaluate(classifier(net, classes=2), battery(FGSM, pgd_spec(), DEEPFOOL, eps=eps), data)
+    order = [int(name[2:]) for name in record.samples["sample_id"]]
+    x, y = data.images[order], data.labels[order]
+    correct = net(x).argmax(1) == y
+    robust = correct & (radius(net, x, y) > float(Fraction(eps)))
+    assert record.n == 60
+    assert record.clean_accuracy.count == int(correct.sum()) == 48
+    assert record.robust_accuracy("pgd10").count == int(robust.sum())
+    # Minimal DeepFool overshoots by 2 %: exact for radii up to eps / 1.02.
+    reach = correct & (radius(net, x, y) > float(Fraction(eps)) / 1.02)
+    assert record.robust_accuracy("deepfool").count == int(reach.sum())
+    assert record.worst_case_accuracy.count == int(robust.sum())
+    assert record.success_rate("pgd10").total == 48
+    assert record.success_rate("pgd10").count == 48 - int(robust.sum())
+    assert record.robust_accuracy("fgsm").count >= int(robust.sum())
+    distances = record.samples["deepfool.linf"][record.clean_correct].astype(float).to_numpy()
+    assert np.allclose(distances, 1.02 * radius(net, x, y)[correct].detach().numpy(), rtol=1e-3)
+
+
+def test_wrong_samples_are_never_attacked_and_stay_in_the_denominator():
+    record = evaluate(classifier(linear()), battery(FGSM, pgd_spec()), images(50))
+    wrong = ~record.clean_correct
+    assert wrong.sum() == 10
+    assert not record.samples.loc[wrong, "pgd10.attacked"].any()
+    assert record.samples.loc[wrong, "pgd10.margin"].isna().all()
+    assert record.robust_accuracy("pgd10").total == 50
+
+
+def test_limit_has_its_own_denominator_and_leaves_the_worst_case_alone():
+    record = evaluate(classifier(linear()), battery(FGSM, SPSA), images(30))
+    assert record.robust_accuracy("spsa").total == 7
+    assert not record.samples["spsa.attacked"][7:].any()
+    assert record.worst_case_accuracy.total == 30
+
+
+# --- lying attacks ------------------------------------------------------------------------------------
+
+
+def lying(change):
+    """An attack that starts from real PGD successes and then returns something inadmissible."""
+
+    def attack(model, x, y, *, threat, noise, **hyper):
+        proposal = pgd(model, x, y, threat=threat, noise=noise, **hyper)
+        return change(proposal, x)
+
+    return ATTACKS | {"pgd": attack}
+
+
+def _replace(proposal, x_adv):
+    proposal.x_adv = x_adv
+    return proposal
+
+
+LIES = {
+    "out of ball": (lambda p, x: _replace(p, (x + 3 * (p.x_adv - x)).clamp(0, 1)), "outside the linf"),
+    "just out of ball": (
+        lambda p, x: _replace(p, x + (0.1 + 1e-4) * (p.x_adv - x).sign()),
+        "outside the linf",
+    ),
+    "out of box": (lambda p, x: _replace(p, p.x_adv + 2.0), "outside the box"),
+    "NaN": (lambda p, x: _replace(p, p.x_adv * torch.nan), "not finite"),
+    "infinite": (lambda p, x: _replace(p, p.x_adv + torch.inf), "not finite"),
+    "wrong shape": (lambda p, x: _replace(p, p.x_adv[:, :, :2]), "expected"),
+    "too few rows": (lambda p, x: _replace(p, p.x_adv[:-1]), "expected"),
+    "wrong dtype": (lambda p, x: _replace(p, p.x_adv.double()), "expected"),
+    "no tensor": (lambda p, x: _replace(p, None), "expected"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_attack_breaks_nothing(lie):
+    change, reason = LIES[lie]
+    honest = evaluate(classifier(linear()), battery(pgd_spec()), images(40))
+    assert honest.success_rate("pgd10").count > 10
+    record = evaluate(classifier(linear()), battery(pgd_spec()), images(40), attacks=lying(change))
+    assert record.success_rate("pgd10").count == 0
+    assert (
+        record.samples["pgd10.violation"].str.contains(reason, regex=False).sum()
+        == record.clean_correct.sum()
+    )
+    assert [flag.kind for flag in record.manifest.flags] == ["violations"]
+
+
+def test_claiming_success_on_the_clean_image_counts_for_nothing():
+    record = evaluate(
+        classifier(linear()), battery(pgd_spec()), images(40), attacks=lying(lambda p, x: Proposal.start(x))
+    )
+    assert record.success_rate("pgd10").count == 0
+    assert record.manifest.flags == []
+
+
+def test_side_effects_of_an_attack_are_contained_and_flagged():
+    def rude(model, x, y, *, threat, noise, **hyper):
+        proposal = pgd(model, x.clone(), y, threat=threat, noise=noise, **hyper)
+        x += 0.5
+        torch.rand(1)
+        return proposal
+
+    model, data = classifier(linear()), images(40)
+    state = torch.get_rng_state()
+    honest = evaluate(model, battery(pgd_spec()), data)
+    record = evaluate(model, battery(pgd_spec()), data, attacks=ATTACKS | {"pgd": rude})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {flag.evidence for flag in record.manifest.flags} == {"input modified", "global random state used"}
+    assert record.robust_accuracy("pgd10") == honest.robust_accuracy("pgd10")
+
+
+@pytest.mark.parametrize("how", ["weights", "mode"])
+def test_an_attack_that_changes_the_model_stops_the_run(how):
+    def vandal(model, x, y, **_):
+        if how == "weights":
+            model.module[1].weight.data.add_(1.0)
+        else:
+            model.module.train()
+        return Proposal.start(x)
+
+    with pytest.raises(RunError, match="weights or mode"):
+        evaluate(classifier(linear()), battery(pgd_spec()), images(20), attacks=ATTACKS | {"pgd": vandal})
+
+
+def test_an_attack_that_raises_is_named_in_one_line():
+    def broken(*_, **__):
+        raise IndexError("list index\nout of range")
+
+    with pytest.raises(RunError, match=r"attack .pgd10. failed: list index$"):
+        evaluate(classifier(linear()), battery(pgd_spec()), images(20), attacks=ATTACKS | {"pgd": broken})
+
+
+# --- deceptive models ---------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    def __init__(self, change_input=None, change_output=None):
+        super().__init__()
+        self.net = linear()
+        self.change_input = change_input or (lambda x: x)
+        self.change_output = change_output or (lambda z: z)
+
+    def forward(self, x):
+        return self.change_output(self.net(self.change_input(x)))
+
+
+class BatchStatistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = linear()
+
+    def forward(self, x):
+        return self.net(x - x.mean(0) + 0.5)
+
+
+DECEPTIVE = {
+    "quantised": (lambda: Wrapped(lambda x: (x * 16).round() / 16), {"zero_gradient"}),
+    "argmax": (
+        lambda: Wrapped(None, lambda z: nn.functional.one_hot(z.argmax(1), 3).float() * 9),
+        {"zero_gradient"},
+    ),
+    "softmax": (lambda: Wrapped(None, lambda z: z.softmax(1)), {"probabilities"}),
+    "saturated": (lambda: Wrapped(None, lambda z: z * 1e4), {"zero_gradient"}),
+    "random": (lambda: Wrapped(lambda x: x + 0.1 * torch.randn(x.shape)), {"stochastic"}),
+    "batch statistics": (BatchStatistics, {"batch_dependent"}),
+    "honest": (linear, set()),
+}
+
+
+@pytest.mark.parametrize("name", DECEPTIVE)
+def test_a_deceptive_model_raises_exactly_its_flags(name):
+    make, expected = DECEPTIVE[name]
+    data = images(40)
+    with torch.random.fork_rng():
+        record = evaluate(classifier(make()), battery(pgd_spec()), data, allow_unreliable=True)
+    assert {flag.kind for flag in record.manifest.flags} == expected
+    for flag in record.manifest.flags:
+        assert flag.evidence
+        assert flag.about.raised_when
+        assert flag.about.do_next
+
+
+@pytest.mark.parametrize("name", ["random", "batch statistics"])
+def test_an_unreliable_model_is_refused_unless_asked_for(name):
+    make, _ = DECEPTIVE[name]
+    with torch.random.fork_rng():
+        with pytest.raises(UsageError, match="--allow-unreliable"):
+            evaluate(classifier(make()), battery(pgd_spec()), images(40))
+        assert evaluate(classifier(make()), battery(pgd_spec()), images(40), allow_unreliable=True).unreliable
+
+
+def test_dropout_left_in_training_mode_is_put_right():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).train()
+    record = evaluate(classifier(net), battery(pgd_spec()), images(30))
+    assert record.manifest.flags == []
+    assert net.training
+
+
+def test_a_black_box_attack_that_beats_gradients_is_flagged():
+    masked = Wrapped(lambda x: (x * 64).round() / 64)
+    spec = SPSA | {"limit": 0, "samples": 32, "steps": 30, "delta": 0.05}
+    record = evaluate(classifier(masked), battery(pgd_spec(random_start=False), spec), images(40))
+    raised = {flag.kind: flag for flag in record.manifest.flags}
+    assert set(raised) == {"zero_gradient", "black_box_stronger"}
+    assert raised["black_box_stronger"].attack == "spsa"
+    assert record.robust_accuracy("spsa").count < record.robust_accuracy("pgd10").count
+
+
+# --- shards, resuming, merging, batch size ------------------------------------------------------------
+
+
+FULL = (NOISE, FGSM, pgd_spec(5), pgd_spec(10), DEEPFOOL, SPSA)
+
+
+class KilledError(Exception):
+    pass
+
+
+def killer(after):
+    """A progress callback that dies at the given call."""
+    calls = 0
+
+    def progress(*_):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise KilledError
+
+    return progress
+
+
+@pytest.mark.parametrize("after", [1, 3, 6, 7, 12, 17])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, after):
+    options = {"shard_size": 8, "seed": 3}
+    evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "whole", **options)
+    with pytest.raises(KilledError):
+        evaluate(
+            classifier(linear()),
+            battery(*FULL),
+            images(21),
+            out=tmp_path / "cut",
+            progress=killer(after),
+            **options,
+        )
+    assert not (tmp_path / "cut" / "samples.parquet").exists()
+    with pytest.raises(UsageError, match="not finished"):
+        Record.load(tmp_path / "cut")
+    evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "cut", resume=True, **options)
+    whole, cut = ((tmp_path / name / "samples.parquet").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    assert Record.load(tmp_path / "cut").manifest.cost.keys() == {
+        "clean",
+        "noise",
+        "fgsm",
+        "pgd5",
+        "pgd10",
+        "deepfool",
+        "spsa",
+    }
+
+
+def test_resuming_does_not_repeat_finished_shards(tmp_path):
+    options = {"shard_size": 8}
+    model = classifier(linear())
+    evaluate(model, battery(FGSM), images(16), out=tmp_path / "run", **options)
+    before = model.forwards
+    evaluate(model, battery(FGSM), images(16), out=tmp_path / "run", resume=True, **options)
+    preflight = 2 * 16 + 8 + 2 * 16  # two passes, eight alone, two gradients
+    assert model.forwards - before == preflight
+
+
+def test_a_damaged_shard_is_done_again(tmp_path):
+    evaluate(classifier(linear()), battery(FGSM), images(16), out=tmp_path / "run", shard_size=8)
+    want = (tmp_path / "run" / "samples.parquet").read_bytes()
+    (tmp_path / "run" / "shards" / "0001.parquet").write_bytes(b"half a file")
+    evaluate(classifier(linear()), battery(FGSM), images(16), out=tmp_path / "run", shard_size=8, resume=True)
+    assert (tmp_path / "run" / "samples.parquet").read_bytes() == want
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_shards_merge_to_the_bytes_of_a_whole_run(tmp_path, parts):
+    evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "whole", shard_size=8)
+    paths = [tmp_path / f"part{i}" for i in range(1, parts + 1)]
+    for i, path in enumerate(paths, 1):
+        record = evaluate(
+            classifier(linear()), battery(*FULL), images(21), out=path, shard=(i, parts), shard_size=8
+        )
+        assert record.manifest.status == "partial"
+    joined = merge(paths[::-1], tmp_path / "joined")
+    assert joined.manifest.status == "complete"
+    assert (tmp_path / "joined" / "samples.parquet").read_bytes() == (
+        tmp_path / "whole" / "samples.parquet"
+    ).read_bytes()
+    whole = Record.load(tmp_path / "whole")
+    assert joined.manifest.flags == whole.manifest.flags
+    for key, cost in whole.manifest.cost.items():
+        assert (joined.manifest.cost[key].forwards, joined.manifest.cost[key].backwards) == (
+            cost.forwards,
+            cost.backwards,
+        )
+
+
+def test_merge_refuses_what_does_not_belong_together(tmp_path):
+    for i in (1, 2):
+        evaluate(
+            classifier(linear()),
+            battery(FGSM),
+            images(16),
+            out=tmp_path / f"p{i}",
+            shard=(i, 2),
+            shard_size=8,
+        )
+    evaluate(
+        classifier(linear(seed=9)),
+        battery(FGSM),
+        images(16),
+        out=tmp_path / "other",
+        shard=(2, 2),
+        shard_size=8,
+    )
+    with pytest.raises(UsageError, match="model weights"):
+        merge([tmp_path / "p1", tmp_path / "other"], tmp_path / "out")
+    with pytest.raises(UsageError, match="shards 1 of 2 are missing"):
+        merge([tmp_path / "p1"], tmp_path / "out")
+    with pytest.raises(UsageError, match="also in another part"):
+        merge([tmp_path / "p1", tmp_path / "p1"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"battery": battery(FGSM, eps="1/20")}, "battery"),
+        ({"data": images(16, seed=5)}, "data"),
+        ({"classifier": "other"}, "model weights"),
+        ({"seed": 5}, "seed"),
+        ({"shard_size": 4}, "shard_size"),
+        ({"n": 12}, "data"),
+    ],
+)
+def test_resume_refuses_another_run_and_says_what_differs(tmp_path, change, named):
+    base = {"classifier": classifier(linear()), "battery": battery(FGSM), "data": images(16), "shard_size": 8}
+    evaluate(out=tmp_path / "run", **base)
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    if change.get("classifier"):
+        change = {"classifier": classifier(linear(seed=4))}
+    with pytest.raises(UsageError, match=f"holds another run: {named} was"):
+        evaluate(out=tmp_path / "run", resume=True, **(base | change))
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+    with pytest.raises(UsageError, match="already holds a run"):
+        evaluate(out=tmp_path / "run", **base)
+
+
+def test_batch_size_draws_the_same_noise_and_moves_only_rounding():
+    records = [
+        evaluate(classifier(linear(), batch_size=size), battery(*FULL), images(40), seed=1)
+        for size in (1, 7, 64)
+    ]
+    for record in records[1:]:
+        for spec in record.attacks:
+            one, other = (r.samples for r in (records[0], record))
+            differ = one[f"{spec.id}.broken"] != other[f"{spec.id}.broken"]
+            margins = other.loc[differ, f"{spec.id}.margin"].astype(float).abs()
+            assert (margins < 1e-5).all()
+            near = one[f"{spec.id}.linf"].astype(float) - other[f"{spec.id}.linf"].astype(float)
+            assert near[~differ].abs().max() < 1e-5
+
+
+def test_seed_moves_random_attacks_and_nothing_else():
+    one, same, other = (
+        evaluate(classifier(linear()), battery(FGSM, pgd_spec(4)), images(40), seed=s).samples
+        for s in (1, 1, 2)
+    )
+    assert one.equals(same)
+    assert one.filter(like="fgsm").equals(other.filter(like="fgsm"))
+    assert not one["pgd4.margin"].equals(other["pgd4.margin"])
+
+
+def test_subsets_are_prefixes_and_samples_keep_their_noise():
+    small = evaluate(classifier(linear()), battery(pgd_spec()), images(40), n=10).samples
+    large = evaluate(classifier(linear()), battery(pgd_spec()), images(40), n=25).samples
+    shared = small.columns.difference(["pgd10.margin", "pgd10.l2", "pgd10.linf", "clean_margin"])
+    assert small[shared].equals(large.head(10)[shared])
+    assert np.allclose(
+        small["pgd10.margin"].astype(float),
+        large["pgd10.margin"].head(10).astype(float),
+        atol=1e-5,
+        equal_nan=True,
+    )
+
+
+def test_ladder_entries_run_together_and_equal_entries_alone():
+    specs = battery(FGSM, pgd_spec(10), pgd_spec(3, step_size="1/20"), pgd_spec(5), pgd_spec(20)).attacks
+    assert [[s.id for s in g] for g in groups(specs)] == [["fgsm"], ["pgd5", "pgd10", "pgd20"], ["pgd3"]]
+    together = evaluate(classifier(linear()), battery(pgd_spec(5), pgd_spec(20)), images(40))
+    for steps in (5, 20):
+        alone = evaluate(classifier(linear()), battery(pgd_spec(steps)), images(40))
+        pattern = f"pgd{steps}."
+        columns = [c for c in alone.samples if c.startswith(pattern) and not c.endswith("forwards")]
+        assert together.samples[columns].equals(alone.samples[columns])
+    assert together.robust_accuracy("pgd20").count <= together.robust_accuracy("pgd5").count
+
+
+def test_saved_adversarials_are_the_images_that_were_judged(tmp_path):
+    from safetensors import safe_open
+
+    net = linear()
+    record = evaluate(
+        classifier(net),
+        battery(pgd_spec(5), pgd_spec(10)),
+        images(12),
+        out=tmp_path / "r",
+        save_adversarials=True,
+    )
+    (file,) = (tmp_path / "r" / "adversarials").glob("*.safetensors")
+    with safe_open(file, "pt") as saved:
+        ids = json.loads(saved.metadata()["sample_ids"])
+        x_adv = saved.get_tensor("pgd10")
+    rows = record.samples.set_index("sample_id").loc[ids]
+    wrong = net(x_adv).argmax(1).numpy() != rows["label"].to_numpy()
+    assert (wrong == rows["pgd10.broken"].to_numpy()).all()
+    assert x_adv.dtype == torch.float32
+
+
+def test_the_record_survives_the_disk(tmp_path):
+    record = evaluate(classifier(linear()), battery(*FULL), images(20), out=tmp_path / "r")
+    loaded = Record.load(tmp_path / "r")
+    assert loaded.samples.equals(record.samples)
+    assert loaded.manifest == record.manifest
+    assert loaded.worst_case_accuracy == record.worst_case_accuracy
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [(99, "upgrade"), (0, "evaluate again"), (None, "evaluate again")]
+)
+def test_another_schema_version_is_refused_in_words(tmp_path, version, advice):
+    evaluate(classifier(linear()), battery(FGSM), images(10), out=tmp_path / "r")
+    file = tmp_path / "r" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": version}))
+    with pytest.raises(UsageError, match=advice):
+        Record.load(tmp_path / "r")
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+
+        def forward(self, x):
+            if len(x) > 5:
+                raise torch.OutOfMemoryError("too many")
+            return self.net(x)
+
+    model = Classifier(linear(), num_classes=3, input_shape=SHAPE, batch_size=32)
+    small = Classifier(linear(), num_classes=3, input_shape=SHAPE, batch_size=32)
+    small.module = small._search = Small().eval()
+    want = evaluate(model, battery(pgd_spec()), images(40))
+    got = evaluate(small, battery(pgd_spec()), images(40))
+    assert small.batch_size == 4
+    assert got.robust_accuracy("pgd10") == want.robust_accuracy("pgd10")
