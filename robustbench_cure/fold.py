@@ -63,6 +63,7 @@ def _fold(traced: fx.GraphModule) -> nn.Module:
         traced.set_submodule(str(before.target), fused)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()
     return traced
