@@ -1,0 +1,565 @@
+"""Attacks on models whose exact robustness is known: success just above the radius, none just below."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks.deepfool import nearest_boundary_step
+from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.spsa import gradient_estimate
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.threat import ThreatModel
+
+NORMS = ("linf", "l2")
+SHAPE = (1, 4, 4)
+DIMENSION = 16
+
+
+def ball(norm: str, radius: float) -> ThreatModel:
+    return ThreatModel(norm, Fraction(float(radius)))
+
+
+def run_pgd(loss):
+    def run(classifier, x, y, threat):
+        step = max(threat.radius / 4, 1e-6)
+        return pgd(classifier, x, y, threat=threat, steps=20, step_size=step, loss=loss)
+
+    return run
+
+
+def run_fgsm(classifier, x, y, threat):
+    return fgsm(classifier, x, y, threat=threat)
+
+
+def run_deepfool(classifier, x, y, threat):
+    return deepfool(classifier, x, y, threat=threat, mode="bounded")
+
+
+def run_spsa(classifier, x, y, threat):
+    steps = 30
+    return spsa(
+        classifier, x, y, threat=threat, steps=steps, samples=128, step_size=threat.radius / 8, delta=0.01
+    )
+
+
+GRADIENT_ATTACKS = {
+    "fgsm": run_fgsm,
+    "pgd-ce": run_pgd("ce"),
+    "pgd-margin": run_pgd("margin"),
+    "deepfool": run_deepfool,
+}
+ALL_ATTACKS = GRADIENT_ATTACKS | {"spsa": run_spsa}
+
+
+def interior_images(n: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.5 + 0.1 * (torch.rand((n, *SHAPE), generator=generator) - 0.5)
+
+
+def random_affine(affine, classes: int, seed: int, **options):
+    """Random faces, every class near the others at the grey image."""
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_normal((classes, DIMENSION))
+    bias = -weight @ np.full(DIMENSION, 0.5) + 0.3 * generator.standard_normal(classes)
+    return affine(weight, bias, SHAPE, **options)
+
+
+def duel(affine, classes: int, seed: int):
+    """Two classes contend, the others are far below everywhere in the box."""
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_normal((classes, DIMENSION))
+    bias = -weight @ np.full(DIMENSION, 0.5)
+    bias[0] += 0.7
+    bias[2:] -= 60.0
+    return affine(weight, bias, SHAPE)
+
+
+def labelled(model, x):
+    return torch.from_numpy(model.logits(x).argmax(1))
+
+
+def is_broken(judge, model, x, y, proposal, threat) -> np.ndarray:
+    return judge(model.classifier.module, x, y, proposal.x_adv, threat.norm, threat.radius)
+
+
+# --- affine models: both sides of the exact radius ---------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("name", [*GRADIENT_ATTACKS, "pgd-dlr"])
+def test_gradient_attacks_bracket_the_exact_radius(affine, judge, name, classes, norm):
+    attack = run_pgd("dlr") if name == "pgd-dlr" else GRADIENT_ATTACKS[name]
+    if name == "pgd-dlr" and classes == 2:
+        model, x = duel(affine, 2, 0), interior_images(1, 0)
+        with pytest.raises(ValueError, match="at least 3 classes"):
+            attack(model.classifier, x, labelled(model, x), ball(norm, 0.1))
+        return
+    model, x = duel(affine, classes, 1), interior_images(5, 1)
+    y = labelled(model, x)
+    radii = model.radii(x, y, norm).min(1)
+    assert 0 < radii.min() < radii.max() < (0.4 if norm == "l2" else 0.12)  # the box is out of reach
+    for row, radius in enumerate(radii):
+        one, label = x[row : row + 1], y[row : row + 1]
+        above, below = ball(norm, radius * 1.002), ball(norm, radius * 0.998)
+        assert is_broken(judge, model, one, label, attack(model.classifier, one, label, above), above).all()
+        assert not is_broken(
+            judge, model, one, label, attack(model.classifier, one, label, below), below
+        ).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ALL_ATTACKS)
+def test_no_attack_succeeds_inside_the_exact_radius_of_many_faces(affine, judge, name, norm):
+    model, x = random_affine(affine, 6, 2), interior_images(24, 2)
+    y = labelled(model, x)
+    radii = model.radii(x, y, norm).min(1)
+    threat = ball(norm, np.median(radii))
+    broken = is_broken(judge, model, x, y, ALL_ATTACKS[name](model.classifier, x, y, threat), threat)
+    assert not broken[radii > threat.radius * 1.0001].any()
+    # ... and what it does find lies beyond: deepfool and pgd find nearly all of it.
+    if name in ("pgd-margin", "deepfool"):
+        assert broken[radii < threat.radius * 0.999].mean() > 0.9
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_spsa_brackets_the_exact_linf_radius(affine, judge, classes):
+    model, x = duel(affine, classes, 3), interior_images(3, 3)
+    y = labelled(model, x)
+    for row, radius in enumerate(model.radii(x, y, "linf").min(1)):
+        one, label = x[row : row + 1], y[row : row + 1]
+        above, below = ball("linf", radius * 1.02), ball("linf", radius * 0.998)
+        assert is_broken(judge, model, one, label, run_spsa(model.classifier, one, label, above), above).all()
+        assert not is_broken(
+            judge, model, one, label, run_spsa(model.classifier, one, label, below), below
+        ).any()
+
+
+def test_spsa_reaches_the_l2_radius_up_to_adams_preference_for_the_corner(affine, judge):
+    """Adam steps along sign(w), so in l2 it needs up to sqrt(d) ||w||_2 / ||w||_1 of the exact radius."""
+    model, x = duel(affine, 2, 4), interior_images(3, 4)
+    y = labelled(model, x)
+    slope = model.weight[1] - model.weight[0]
+    excess = np.sqrt(DIMENSION) * np.linalg.norm(slope) / np.abs(slope).sum()
+    assert 1 < excess < 1.5
+    for row, radius in enumerate(model.radii(x, y, "l2").min(1)):
+        one, label = x[row : row + 1], y[row : row + 1]
+        above, below = ball("l2", radius * excess * 1.02), ball("l2", radius * 0.998)
+        assert is_broken(judge, model, one, label, run_spsa(model.classifier, one, label, above), above).all()
+        assert not is_broken(
+            judge, model, one, label, run_spsa(model.classifier, one, label, below), below
+        ).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("random_start", [True, False])
+def test_pgd_reaches_the_lowest_margin_of_the_ball(affine, norm, loss, random_start):
+    """On two classes the least margin is J - eps ||w_y - w_j||_dual, and PGD(20) gets there."""
+    model, x = duel(affine, 2, 5), interior_images(8, 5)
+    y = labelled(model, x)
+    radii = model.radii(x, y, norm).min(1)
+    threat = ball(norm, 0.9 * radii.min())
+    slope = model.weight[1] - model.weight[0]
+    dual = np.abs(slope).sum() if norm == "linf" else np.linalg.norm(slope)
+    proposal = pgd(
+        model.classifier, x, y, threat=threat, steps=20, step_size=threat.radius / 4, loss=loss,
+        random_start=random_start,
+    )  # fmt: skip
+    reached = margins(model.classifier.logits(proposal.x_adv), y).numpy()
+    expected = dual * (radii - threat.radius)
+    np.testing.assert_allclose(reached, expected, rtol=0, atol=2e-5 if norm == "linf" else 1e-3 * dual)
+    assert (proposal.steps == 20).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_fgsm_step_goes_exactly_to_the_radius(affine, norm):
+    model, x = duel(affine, 2, 6), interior_images(8, 6)
+    y = labelled(model, x)
+    threat = ball(norm, 0.05)
+    proposal = fgsm(model.classifier, x, y, threat=threat)
+    slope = torch.from_numpy(model.weight[1] - model.weight[0]).float().view(SHAPE)
+    step = slope.sign() if norm == "linf" else slope / slope.norm()
+    away = torch.where(y == 0, 1.0, -1.0).view(-1, 1, 1, 1)
+    torch.testing.assert_close(proposal.x_adv, x + 0.05 * away * step)
+
+
+def test_losses_that_do_not_saturate_see_past_huge_logits(affine, judge):
+    """At gaps of hundreds cross-entropy is exactly flat in float32; margin and DLR are not."""
+    model, x = duel(affine, 3, 7), interior_images(4, 7)
+    model = affine(model.weight * 3000, model.bias * 3000, SHAPE)
+    y = labelled(model, x)
+    radii = model.radii(x, y, "linf").min(1)
+    threat = ball("linf", radii.max() * 1.05)
+    for loss, expected in [("ce", False), ("margin", True), ("dlr", True)]:
+        proposal = pgd(
+            model.classifier, x, y, threat=threat, steps=20, step_size=threat.radius / 4, loss=loss,
+            random_start=False,
+        )  # fmt: skip
+        assert (is_broken(judge, model, x, y, proposal, threat) == expected).all(), loss
+
+
+# --- minimal DeepFool --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("classes", [2, 6])
+def test_minimal_deepfool_is_exact_on_affine_models(affine, classes, norm, clip):
+    model, x = random_affine(affine, classes, 8), interior_images(32, 8)
+    y = labelled(model, x)
+    faces = model.radii(x, y, norm)
+    proposal = deepfool(model.classifier, x, y, threat=ball(norm, 0.1), clip=clip)
+    # Leaving the nearest face by 2 % may enter a third class's region, never stay in the first.
+    assert proposal.converged.all()
+    assert (proposal.steps == 1).all()
+    distance = ThreatModel.parse(norm, "1").distance(x, proposal.x_adv).numpy()
+    np.testing.assert_allclose(distance, 1.02 * faces.min(1), rtol=1e-4, atol=3e-7)
+    # The step ends beyond the nearest face and, had it not been overshot, on it.
+    inner = (x + (proposal.x_adv - x) / 1.02).flatten(1).double().numpy()
+    logits = inner @ model.weight.T + model.bias
+    rows = np.arange(len(y))
+    gap = logits[rows, y.numpy()] - logits[rows, faces.argmin(1)]
+    np.testing.assert_allclose(gap, 0, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_deepfool_weighs_gaps_by_slopes(affine, norm):
+    """The runner-up is far because it is nearly parallel; a lower class is near because it is steep."""
+    weight = np.zeros((3, DIMENSION))
+    weight[1, 0] = 0.5
+    weight[2, 1] = 10.0
+    model = affine(weight, [0.0, -0.25 - 0.1, -5.0 - 0.5], SHAPE)
+    x = torch.full((1, *SHAPE), 0.5)
+    y = torch.zeros(1, dtype=torch.int64)
+    assert labelled(model, x).item() == 0
+    assert model.logits(x)[0, 1] > model.logits(x)[0, 2]
+    proposal = deepfool(model.classifier, x, y, threat=ball(norm, 0.2))
+    assert model.logits(proposal.x_adv).argmax(1) == [2]
+    assert ThreatModel.parse(norm, "1").distance(x, proposal.x_adv).item() == pytest.approx(
+        1.02 * 0.05, rel=1e-4
+    )
+
+
+def test_deepfool_considers_only_the_candidates_ranked_at_x(affine):
+    weight = np.zeros((3, DIMENSION))
+    weight[1, 0] = 0.5
+    weight[2, 1] = 10.0
+    model = affine(weight, [0.0, -0.25 - 0.1, -5.0 - 0.5], SHAPE)
+    x = torch.full((1, *SHAPE), 0.5)
+    y = torch.zeros(1, dtype=torch.int64)
+    proposal = deepfool(model.classifier, x, y, threat=ball("l2", 1), candidates=2)  # the label and class 1
+    assert model.logits(proposal.x_adv).argmax(1) == [1]
+    assert proposal.backwards.item() == proposal.steps.item()  # one other class, and none once across
+
+
+@pytest.mark.parametrize("overshoot", [0.02, 0.5])
+def test_overshoot_lengthens_the_whole_perturbation_once(affine, overshoot):
+    model, x = random_affine(affine, 2, 9), interior_images(6, 9)
+    y = labelled(model, x)
+    proposal = deepfool(model.classifier, x, y, threat=ball("l2", 1), overshoot=overshoot)
+    distance = ThreatModel.parse("l2", "1").distance(x, proposal.x_adv).numpy()
+    np.testing.assert_allclose(distance, (1 + overshoot) * model.radii(x, y, "l2").min(1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["minimal", "bounded"])
+def test_images_already_past_the_boundary_are_left_alone(affine, mode):
+    model, x = random_affine(affine, 3, 10), interior_images(10, 10)
+    wrong = (labelled(model, x) + 1) % 3
+    proposal = deepfool(model.classifier, x, wrong, threat=ball("linf", 0.1), mode=mode)
+    assert torch.equal(proposal.x_adv, x)
+    assert proposal.converged.all()
+    assert (proposal.steps == 0).all()
+
+
+def test_deepfool_says_when_it_did_not_get_there(affine):
+    model, x = random_affine(affine, 3, 11), interior_images(6, 11)
+    y = labelled(model, x)
+    radii = model.radii(x, y, "linf").min(1)
+    threat = ball("linf", np.median(radii))
+    proposal = deepfool(model.classifier, x, y, threat=threat, mode="bounded")
+    np.testing.assert_array_equal(proposal.converged.numpy(), radii < threat.radius)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nearest_boundary_step_has_the_least_length_that_reaches(norm):
+    generator = torch.Generator().manual_seed(0)
+    gaps = torch.randn((40, 5), generator=generator)
+    slopes = torch.randn((40, 5, 2, 3, 3), generator=generator) * torch.logspace(-3, 3, 5).view(1, 5, 1, 1, 1)
+    slopes = slopes[:, torch.randperm(5, generator=generator)]
+    step = nearest_boundary_step(norm, gaps, slopes)
+    assert step.shape == (40, 2, 3, 3)
+    flat = slopes.flatten(2).double()
+    dual = flat.abs().sum(2) if norm == "linf" else flat.norm(dim=2)
+    lengths = gaps.abs().double() / dual
+    length, nearest = lengths.min(1)
+    order = torch.inf if norm == "linf" else 2
+    torch.testing.assert_close(step.flatten(1).double().norm(p=order, dim=1), length, rtol=1e-5, atol=0)
+    chosen = flat[torch.arange(40), nearest]
+    reach = (chosen * step.flatten(1)).sum(1)
+    torch.testing.assert_close(reach, gaps[torch.arange(40), nearest].abs().double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_flat_boundaries_are_out_of_reach(norm):
+    gaps = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]])
+    slopes = torch.zeros((2, 2, 1, 1, 3))
+    slopes[0, 1, 0, 0, 2] = 4.0  # row 0: only the second class can be reached
+    step = nearest_boundary_step(norm, gaps, slopes)
+    torch.testing.assert_close(step[0].flatten(), torch.tensor([0.0, 0.0, 0.5]))
+    assert torch.equal(step[1], torch.zeros(1, 1, 3))
+
+
+# --- SPSA's estimate ---------------------------------------------------------------------------------
+
+
+def test_spsa_estimate_is_exact_in_one_dimension(affine):
+    model = affine([[3.0], [-1.0]], [0.0, 0.0], (1, 1, 1))
+    x, y = torch.full((4, 1, 1, 1), 0.5), torch.tensor([0, 1, 0, 1])
+    estimate = gradient_estimate(model.classifier, x, y, Noise.for_rows(4), 0, 5, 0.01)
+    torch.testing.assert_close(estimate.flatten(), torch.tensor([4.0, -4.0, 4.0, -4.0]), rtol=1e-4, atol=0)
+
+
+def test_spsa_estimate_is_unbiased_for_a_linear_margin(affine):
+    """mean_i (w . v_i) v_i has mean w and variance |w|^2 - w_k^2 over samples in coordinate k."""
+    model, x = duel(affine, 2, 12), interior_images(64, 12)
+    y = torch.zeros(64, dtype=torch.int64)
+    slope = (model.weight[0] - model.weight[1]).astype(np.float64)
+    samples = 50
+    draws = [
+        gradient_estimate(model.classifier, x, y, Noise.for_rows(64), stream, samples, 0.01)
+        .flatten(1)
+        .numpy()
+        for stream in range(10)
+    ]
+    estimates = np.concatenate(draws).astype(np.float64)
+    variance = (slope @ slope - slope**2) / samples
+    error = (estimates.mean(0) - slope) / np.sqrt(variance / len(estimates))
+    assert np.abs(error).max() < 4.5
+    np.testing.assert_allclose(estimates.var(0), variance, rtol=0.35)
+
+
+def test_spsa_estimate_does_not_depend_on_chunks_or_neighbours(affine):
+    model, x = random_affine(affine, 3, 13), interior_images(6, 13)
+    y = labelled(model, x)
+    whole = gradient_estimate(model.classifier, x, y, Noise.for_rows(6), 3, 40, 0.01)
+    small = random_affine(affine, 3, 13, batch_size=7).classifier  # 40 directions in many passes
+    torch.testing.assert_close(gradient_estimate(small, x, y, Noise.for_rows(6), 3, 40, 0.01), whole)
+    row = torch.tensor([4])
+    alone = gradient_estimate(model.classifier, x[row], y[row], Noise.for_rows(6)[row], 3, 40, 0.01)
+    torch.testing.assert_close(alone, whole[row])
+    streams = torch.tensor([3, 0, 3, 0, 3, 0])
+    mixed = gradient_estimate(model.classifier, x, y, Noise.for_rows(6), streams, 40, 0.01)
+    torch.testing.assert_close(mixed[::2], whole[::2])
+    assert (mixed[1::2] - whole[1::2]).abs().flatten(1).amax(1).min() > 0.01
+
+
+def test_spsa_that_cannot_reach_the_ball_is_refused(affine):
+    model, x = duel(affine, 2, 14), interior_images(1, 14)
+    with pytest.raises(ValueError, match="cannot reach"):
+        spsa(model.classifier, x, labelled(model, x), threat=ball("linf", 0.3), steps=1, samples=8)
+
+
+# --- a curved boundary: the sphere -------------------------------------------------------------------
+
+CENTRE, RADIUS = 0.5, 0.4
+
+
+class Sphere(nn.Module):
+    """Logits (R^2, |x - c|^2): label 0 inside the sphere of radius R, all curvatures 1/R."""
+
+    def forward(self, x):
+        square = (x - CENTRE).flatten(1).square().sum(1)
+        return torch.stack((torch.full_like(square, RADIUS**2), square), 1)
+
+
+def sphere() -> Classifier:
+    return Classifier(Sphere(), num_classes=2, input_shape=SHAPE)
+
+
+def at_distance_from_centre(lengths, seed: int) -> torch.Tensor:
+    direction = torch.randn((len(lengths), DIMENSION), generator=torch.Generator().manual_seed(seed))
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    return (CENTRE + direction * torch.tensor(lengths)[:, None]).view(-1, *SHAPE)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("random_start", [True, False])
+def test_l2_pgd_brackets_the_distance_to_a_sphere(judge, loss, random_start):
+    lengths = [0.2, 0.25, 0.3, 0.35]
+    x, y = at_distance_from_centre(lengths, 0), torch.zeros(1, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        for factor, expected in [(1.003, True), (0.997, False)]:
+            threat = ball("l2", (RADIUS - length) * factor)
+            one = x[row : row + 1]
+            proposal = pgd(
+                sphere(), one, y, threat=threat, steps=40, step_size=threat.radius / 4, loss=loss,
+                random_start=random_start,
+            )  # fmt: skip
+            broken = judge(Sphere(), one, y, proposal.x_adv, "l2", threat.radius)
+            assert bool(broken[0]) is expected, (length, factor)
+
+
+def test_deepfool_from_inside_a_sphere_is_newtons_step():
+    """One step of (R^2 - rho^2) / (2 rho) crosses from inside: the tangent's zero lies beyond the sphere."""
+    lengths = np.array([0.2, 0.25, 0.3, 0.35, 0.39])
+    x, y = at_distance_from_centre(lengths, 1).float(), torch.zeros(5, dtype=torch.int64)
+    proposal = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False)
+    distance = ThreatModel.parse("l2", "1").distance(x, proposal.x_adv).numpy()
+    np.testing.assert_allclose(distance, 1.02 * (RADIUS**2 - lengths**2) / (2 * lengths), rtol=1e-4)
+    assert (proposal.steps == 1).all()
+    # The perturbation is normal to the boundary: along the radius.
+    cosine = torch.cosine_similarity((proposal.x_adv - x).flatten(1), (x - CENTRE).flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(5), rtol=0, atol=1e-5)
+
+
+def test_deepfool_from_outside_a_sphere_iterates_and_ends_within_the_overshoot():
+    lengths = np.array([0.41, 0.5, 0.8, 1.2, 2.0])
+    x, y = at_distance_from_centre(lengths, 2).float(), torch.ones(5, dtype=torch.int64)
+    proposal = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False)
+    distance = ThreatModel.parse("l2", "1").distance(x, proposal.x_adv).numpy()
+    exact = lengths - RADIUS
+    assert proposal.converged.all()
+    assert (distance >= exact * (1 - 1e-4)).all()
+    assert (distance <= 1.02 * exact * (1 + 1e-4)).all()
+
+    def steps(rho: float) -> int:  # the algorithm in one dimension
+        total, taken = 0.0, 0
+        while (here := rho - 1.02 * total) > RADIUS:
+            total, taken = total + (here**2 - RADIUS**2) / (2 * here), taken + 1
+        return taken
+
+    assert proposal.steps.tolist() == [steps(rho) for rho in lengths]
+    assert proposal.steps.max() > 3
+    stopped = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False, steps=2)
+    assert stopped.converged.tolist() == [steps(rho) <= 2 for rho in lengths]
+
+
+# --- the box -----------------------------------------------------------------------------------------
+
+
+def blocked_duel(affine):
+    """Two classes; at these images the way to the other class leads out of the box at two pixels."""
+    generator = np.random.default_rng(15)
+    slope = generator.uniform(0.5, 1.5, DIMENSION) * np.where(np.arange(DIMENSION) % 2, 1, -1)
+    x = np.full(DIMENSION, 0.5)
+    x[0], x[3] = 0.0, 1.0  # slope[0] < 0 wants to go down, slope[3] > 0 up
+    x[5], x[6] = 0.98, 0.02  # and these have little room
+    weight = np.stack((np.zeros(DIMENSION), slope))
+    model = affine(weight, [0.0, -slope @ x - 1.0], SHAPE)
+    image = torch.from_numpy(x).float().view(1, *SHAPE)
+    room = np.where(slope > 0, 1 - x, x)
+    return model, image, torch.zeros(1, dtype=torch.int64), slope, room
+
+
+def exact_in_box(slope, room, gap, norm) -> float:
+    """Least eps at which the best point of ball and box reaches the gap, by bisection."""
+
+    def reach(eps):
+        if norm == "linf":
+            return np.abs(slope) @ np.minimum(eps, room)
+        low, high = 0.0, 1e6  # delta = clip(t |w|, 0, room) with |delta| = eps
+        for _ in range(200):
+            t = (low + high) / 2
+            if np.linalg.norm(np.minimum(t * np.abs(slope), room)) < eps:
+                low = t
+            else:
+                high = t
+        return np.abs(slope) @ np.minimum(low * np.abs(slope), room)
+
+    low, high = 0.0, 2.0
+    for _ in range(100):
+        eps = (low + high) / 2
+        low, high = (eps, high) if reach(eps) < gap else (low, eps)
+    return high
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["fgsm", "pgd-ce", "pgd-margin", "deepfool", "spsa"])
+def test_the_box_counts(affine, judge, name, norm):
+    model, x, y, slope, room = blocked_duel(affine)
+    gap = -float(model.logits(x)[0, 1])
+    exact = exact_in_box(slope, room, gap, norm)
+    free = model.radii(x, y, norm).min()
+    assert exact > 1.05 * free  # ignoring the box would break it here already
+    attack = ALL_ATTACKS[name]
+    below = ball(norm, exact * 0.998)
+    assert not is_broken(judge, model, x, y, attack(model.classifier, x, y, below), below).any()
+    # In l2 ball and box are projected onto in turn, and FGSM and Adam do not redistribute the length.
+    slack = {"linf": {"spsa": 1.02}, "l2": {"fgsm": 1.15, "spsa": 1.15}}[norm]
+    above = ball(norm, exact * slack.get(name, 1.002 if norm == "linf" else 1.02))
+    assert is_broken(judge, model, x, y, attack(model.classifier, x, y, above), above).all()
+
+
+# --- ground truth by exhaustive search ---------------------------------------------------------------
+
+
+def two_pixel_net(seed: int) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(2, 24), nn.Tanh(), nn.Linear(24, 3))
+    with torch.no_grad():
+        net[1].weight *= 6
+        net[1].bias.copy_(-net[1].weight @ torch.full((2,), 0.5) + net[1].bias)
+        net[3].weight *= 4
+        net[3].bias.copy_(-net[3](net[2](net[1](torch.full((1, 2), 0.5))))[0] + net[3].bias)
+    return net
+
+
+@pytest.fixture(scope="module")
+def plane():
+    """Points of the unit square, and per norm whether an adversarial point exists: True, False or None."""
+    net = two_pixel_net(3)
+    x = torch.rand((80, 1, 1, 2), generator=torch.Generator().manual_seed(3))
+    y = net(x).argmax(1)
+    assert len(set(y.tolist())) == 3
+    spectral = [torch.linalg.matrix_norm(net[i].weight.detach(), 2).item() for i in (1, 3)]
+    lipschitz = np.sqrt(2) * spectral[0] * spectral[1]  # of every logit difference, in l2
+    eps, cells = 0.08, 121
+    axis = torch.linspace(-eps, eps, cells)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 1, 1, 2)
+    slack = lipschitz * float(
+        axis[1] - axis[0]
+    )  # every point of the ball has a grid point of it within a cell
+    truth = {}
+    for norm in NORMS:
+        part = grid if norm == "linf" else grid[grid.flatten(1).norm(dim=1) <= eps]
+        answers = []
+        for image, label in zip(x, y, strict=True):
+            points = image + part
+            points = points[((points >= 0) & (points <= 1)).flatten(1).all(1)]
+            with torch.no_grad():
+                lowest = margins(net(points), label.expand(len(points))).min().item()
+            answers.append(True if lowest < -1e-4 else (False if lowest > slack else None))
+        truth[norm] = np.array(answers, dtype=object)
+    return net, x, y, eps, truth
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_exhaustive_search_agrees_with_the_attacks(plane, judge, norm):
+    net, x, y, eps, truth = plane
+    exists, none = truth[norm] == True, truth[norm] == False  # noqa: E712 - three values
+    assert exists.sum() >= 10
+    assert none.sum() >= 10
+    classifier = Classifier(net, num_classes=3, input_shape=(1, 1, 2), batch_size=8192)
+    threat = ball(norm, eps)
+    proposals = {
+        "pgd": pgd(classifier, x, y, threat=threat, steps=30, step_size=eps / 4, restarts=8, loss="margin"),
+        "pgd-ce": pgd(classifier, x, y, threat=threat, steps=20, step_size=eps / 4),
+        "fgsm": run_fgsm(classifier, x, y, threat),
+        "deepfool": run_deepfool(classifier, x, y, threat),
+        "spsa": run_spsa(classifier, x, y, threat),
+        "noise": uniform_noise(classifier, x, y, threat=threat, draws=30),
+    }
+    for name, proposal in proposals.items():
+        broken = judge(net, x, y, proposal.x_adv, norm, eps)
+        assert not (broken & none).any(), name
+        assert broken.any(), name
+        if name == "pgd":
+            assert (broken & exists).sum() >= 0.95 * exists.sum()
