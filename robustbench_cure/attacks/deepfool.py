@@ -94,6 +94,7 @@ class _Search:
         self.bounded, self.overshoot, self.clip = bounded, overshoot, clip
         self.proposal = Proposal.start(x)
         self.proposal.converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.logits = x.new_zeros((len(x), classifier.num_classes))  # of the reference form, at x_adv
         self.others = min(candidates, classifier.num_classes) - 1
         self.classes = torch.zeros((len(x), self.others), dtype=torch.int64, device=x.device)
 
@@ -106,10 +107,12 @@ class _Search:
         if len(going) == 0:
             return rows
         here, labels, classes = self.proposal.x_adv[going], self.y[going], self.classes[going]
-        logits, slopes = self._linearise(here, labels, classes)
+        slopes = self._slopes(here, labels, classes)
         self.proposal.forwards[going] += 1
         self.proposal.backwards[going] += self.others
 
+        # Gaps of the reference form: close to a boundary reduced precision sees ties, and would stop there.
+        logits = self.logits[going]
         gaps = logits.gather(1, classes) - logits.gather(1, labels[:, None])
         step = nearest_boundary_step(self.threat.norm, gaps, self._free(self.x[going], here, slopes))
         # here is x + (1 + overshoot) r, or what ball and box let through of it.
@@ -134,7 +137,8 @@ class _Search:
 
     def _look(self, rows: Tensor) -> Tensor:
         self.proposal.forwards[rows] += 1
-        return self.classifier.logits(self.proposal.x_adv[rows])
+        self.logits[rows] = self.classifier.logits(self.proposal.x_adv[rows])
+        return self.logits[rows]
 
     def _cross(self, rows: Tensor, logits: Tensor) -> Tensor:
         """Mark and return the rows whose label the reference form has changed."""
@@ -143,8 +147,8 @@ class _Search:
         self.proposal.converged[rows] = crossed
         return crossed
 
-    def _linearise(self, here: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        return self.classifier.value_and_jacobian(here, labels, classes, reference=not self.bounded)
+    def _slopes(self, here: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+        return self.classifier.value_and_jacobian(here, labels, classes, reference=not self.bounded)[1]
 
     def _free(self, x: Tensor, here: Tensor, slopes: Tensor) -> Tensor:
         """The slopes, (B, m, C, H, W), with zeros where the way up leads out of the box or the linf ball."""
