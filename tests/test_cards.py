@@ -137,13 +137,24 @@ PROTOCOLS = {
         "",
         "8/255",
         "",
-        ["uniform_noise", "fgsm", "deepfool", "pgd7", "pgd10", "pgd20", "pgd40", "pgd100", "spsa"],
+        [
+            "uniform_noise",
+            "fgsm",
+            "deepfool",
+            "pgd7",
+            "pgd10",
+            "pgd20",
+            "pgd40",
+            "pgd100",
+            "pgd100_margin",
+            "spsa",
+        ],
     ),
     "digits": (
         "digits",
         "51/255",
         "",
-        ["uniform_noise", "fgsm", "deepfool", "pgd7", "pgd20", "pgd100", "spsa"],
+        ["uniform_noise", "fgsm", "deepfool", "pgd7", "pgd20", "pgd100", "pgd100_margin", "spsa"],
     ),
 }
 NAMES = {"fgsm": "FGSM", "deepfool": "l∞ DeepFool", "spsa": "SPSA", "uniform_noise": "uniform noise"}
@@ -165,11 +176,17 @@ def test_battery_hyper_parameters(name):
     eps = battery.threat.model.eps
     for attack in battery.attacks:
         if isinstance(attack, PGD):
-            assert attack.id == f"pgd{attack.steps}"
-            assert attack.name == f"PGD({attack.steps})"
             assert Fraction(attack.step_size) == eps / 4
             assert attack.random_start
-            assert (attack.restarts, attack.loss, attack.stop) == (1, "ce", "first-success")
+            assert attack.stop == "first-success"
+            if attack.loss == "ce":
+                assert attack.id == f"pgd{attack.steps}"
+                assert attack.name == f"PGD({attack.steps})"
+                assert attack.restarts == 1
+            else:
+                assert (attack.id, attack.name) == ("pgd100_margin", "PGD(100) margin")
+                assert (attack.steps, attack.loss) == (100, "margin")
+                assert attack.restarts == (5 if name == "digits" else 1)
         else:
             assert attack.name == NAMES[attack.id]
         if isinstance(attack, DeepFool):
@@ -183,7 +200,7 @@ def test_battery_hyper_parameters(name):
 
 @pytest.mark.parametrize(
     ("name", "limit", "steps", "samples", "step_size"),
-    [("strong", 256, 100, 128, "0.01"), ("digits", 200, 50, 32, "0.02")],
+    [("strong", 256, 100, 128, "0.01"), ("digits", 100, 40, 32, "0.02")],
 )
 def test_spsa_budget(name, limit, steps, samples, step_size):
     (spsa,) = [attack for attack in batteries()[name].attacks if isinstance(attack, SPSA)]
@@ -224,7 +241,7 @@ def test_hyper_holds_every_parameter_with_fractions_as_floats():
 
 # --- digests -----------------------------------------------------------------------------------------
 
-OTHER_WORD = {"ce": "margin", "first-success": "never", "bounded": "minimal"}
+OTHER_WORD = {"margin": "dlr", "ce": "margin", "first-success": "never", "bounded": "minimal"}
 
 
 def changed(value: Any) -> Any:
