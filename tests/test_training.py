@@ -389,6 +389,15 @@ def test_every_method_lowers_its_loss_on_digits(digits, method, tmp_path):
     assert (result.log[-1].regulariser > 0) == (method == "cure")
 
 
+def test_reduced_precision_trains_the_weights_it_updates(digits):
+    """Autocast caches the weights it converts: a cache that outlives the step trains on the first ones."""
+    reduced = card("standard", replace=(('precision = "fp32"', 'precision = "bf16"'),))
+    log = train(reduced, digits, start_module=None).log
+    full = train(card("standard"), digits, start_module=None).log
+    assert log[-1].loss < 0.9 * log[0].loss
+    assert abs(log[-1].loss - full[-1].loss) < 0.1 * full[0].loss
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_weights(digits, method, tmp_path):
     def run(seed: int) -> str:

@@ -96,7 +96,8 @@ def run(
                 optimizer.param_groups[0]["lr"] = rate
                 x = AUGMENTATIONS[recipe.augmentation](x_all[batch], generator)
                 context = StepContext(iteration, per_epoch, num_classes, generator)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
+                # No cache: it outlives the step inside an outer context, and would keep the first weights.
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced, cache_enabled=False):
                     loss, scalars = METHODS[recipe.method](model, x, y_all[batch], recipe, context)
                 losses.append(loss.detach().item())
                 if not math.isfinite(losses[-1]):
