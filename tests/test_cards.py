@@ -186,7 +186,7 @@ def test_battery_hyper_parameters(name):
             else:
                 assert (attack.id, attack.name) == ("pgd100_margin", "PGD(100) margin")
                 assert (attack.steps, attack.loss) == (100, "margin")
-                assert attack.restarts == (5 if name == "digits" else 1)
+                assert attack.restarts == (2 if name == "digits" else 1)
         else:
             assert attack.name == NAMES[attack.id]
         if isinstance(attack, DeepFool):
