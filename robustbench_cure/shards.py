@@ -29,6 +29,7 @@ class Shard:
     rows: pd.DataFrame
     cost: dict[str, Cost] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def write_shard(out: Path, index: int, part: Shard) -> None:
@@ -38,6 +39,7 @@ def write_shard(out: Path, index: int, part: Shard) -> None:
         {
             "cost": {key: cost.model_dump() for key, cost in part.cost.items()},
             "flags": [flag.model_dump() for flag in part.flags],
+            "seconds": part.seconds,
         },
         indent=2,
     )
@@ -55,9 +57,10 @@ def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
             rows = typed(pd.read_parquet(file.with_suffix(".parquet")), battery)
             cost = {key: Cost.model_validate(value) for key, value in side["cost"].items()}
             flags = [Flag.model_validate(value) for value in side["flags"]]
+            seconds = float(side["seconds"])
         except (OSError, ValueError, KeyError, TypeError, UsageError):
             continue
-        found[int(file.stem)] = Shard(rows, cost, flags)
+        found[int(file.stem)] = Shard(rows, cost, flags, seconds)
     return found
 
 
@@ -85,6 +88,7 @@ def finish(
             total.seconds += cost.seconds
             total.forwards += cost.forwards
             total.backwards += cost.backwards
+    manifest.wall_seconds = sum(part.seconds for part in parts)
     manifest.status = "complete" if complete else "partial"
     manifest.finished = now()
     record = Record(manifest, typed(samples, manifest.battery), out)
@@ -103,6 +107,23 @@ def merge(paths: list[Path], out: Path) -> Record:
     """
     import pandas as pd
 
+    first, parts = gather(paths, out)
+    samples = pd.concat([part.rows for part in parts], ignore_index=True)
+    keep = [flag for flag in first.flags if flag.kind in PREFLIGHT_KINDS]
+    whole = first.model_copy(
+        update={"cost": {}, "flags": keep, "config": first.config.model_copy(update={"shard": ""})}
+    )
+    for index, part in enumerate(parts):
+        write_shard(out, index, part)
+    return finish(whole, parts, samples, complete=True, out=out)
+
+
+def gather(paths: list[Path], out: Path) -> tuple[Manifest, list[Shard]]:
+    """The shards of some parts in order, and the manifest of the first; writes nothing.
+
+    Raises:
+        UsageError: as `merge`.
+    """
     if not paths:
         raise UsageError("merge needs at least one run directory")
     if (out / "manifest.json").exists():
@@ -119,16 +140,11 @@ def merge(paths: list[Path], out: Path) -> Record:
     expected = -(-first.data.n // first.config.shard_size)
     missing = [str(k) for k in range(expected) if k not in shards]
     if missing:
-        raise UsageError(f"merge: shards {', '.join(missing)} of {expected} are missing")
-    parts = [shards[k] for k in range(expected)]
-    samples = pd.concat([part.rows for part in parts], ignore_index=True)
-    keep = [flag for flag in first.flags if flag.kind in PREFLIGHT_KINDS]
-    whole = first.model_copy(
-        update={"cost": {}, "flags": keep, "config": first.config.model_copy(update={"shard": ""})}
-    )
-    for index, part in shards.items():
-        write_shard(out, index, part)
-    return finish(whole, parts, samples, complete=True, out=out)
+        raise UsageError(
+            f"merge: shards {', '.join(missing)} of {expected} are missing in {', '.join(map(str, paths))}; "
+            "finish every part with `evaluate --shard I/K` and name them all"
+        )
+    return first, [shards[k] for k in range(expected)]
 
 
 def now() -> str:
