@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ from robustbench_cure.errors import UsageError
 Split: TypeAlias = Literal["train", "test"]
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
 
+#: More classes than any labelled image set has; a larger label is a mistake, not a class.
+MOST_CLASSES = 100_000
+#: Seconds without an answer after which a download is given up.
+TIMEOUT = 30.0
+#: Pixel formats of Pillow whose values are kept; wider ones would be cut down to 8 bits.
+PIXEL_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}
 #: File types the folder loader reads. JPEG is lossy, which the record says.
 IMAGE_SUFFIXES = {".png", ".bmp", ".ppm", ".jpg", ".jpeg", ".webp"}
 LOSSY_SUFFIXES = {".jpg", ".jpeg", ".webp"}
@@ -118,7 +125,10 @@ def from_arrays(
             raise UsageError(f"{name}: images contain NaN or infinity")
         low, high = float(pixels.amin()), float(pixels.amax())
         if low < 0 or high > 1:
-            raise UsageError(f"{name}: float images must lie in [0, 1], these span [{low:g}, {high:g}]")
+            raise UsageError(
+                f"{name}: float images must lie in [0, 1], these span [{low:g}, {high:g}]; "
+                "divide by 255, or store grey levels as uint8"
+            )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UsageError(f"{name}: labels must be 0..{len(classes) - 1}, got {labels.min()}..{labels.max()}")
     hashes = tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
@@ -131,7 +141,11 @@ def from_arrays(
 
 def _digits(split: Split, data_dir: Path | None) -> EvalSet:
     """Handwritten digits inside scikit-learn: 8x8 grey, 1,297 train and 500 test by one permutation."""
-    del data_dir
+    if data_dir is not None:
+        raise UsageError(
+            f"digits are embedded and not read from --data-dir {data_dir}; "
+            "for images of your own say --dataset folder or npz"
+        )
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -164,8 +178,10 @@ def _svhn(split: Split, data_dir: Path | None) -> EvalSet:
 
 def _torchvision(name: str, data_dir: Path | None, load: Callable[[str], object]):  # type: ignore[no-untyped-def]
     root = data_dir or cache_dir() / "data"
+    before = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(TIMEOUT)
         return load(str(root))
     except Exception as error:  # torchvision and urllib raise a dozen kinds
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -173,11 +189,13 @@ def _torchvision(name: str, data_dir: Path | None, load: Callable[[str], object]
             f"{name}: not found in {root} and could not be downloaded ({reason}); "
             f"give its folder with --data-dir, or your own images with --dataset folder or npz"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _folder(split: Split, data_dir: Path | None) -> EvalSet:
     """Image files as ``<split>/<class>/*``; classes in sorted order, which the record keeps."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     root = _existing(data_dir, "folder")
     base = root / split
@@ -185,7 +203,9 @@ def _folder(split: Split, data_dir: Path | None) -> EvalSet:
         raise UsageError(f"{root}: no folder '{split}' in it; expected {split}/<class>/<image files>")
     classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
     if len(classes) < 2:
-        raise UsageError(f"{base}: {len(classes)} class folders; a classifier needs at least 2")
+        raise UsageError(
+            f"{base}: {len(classes)} class folder{'s' * (len(classes) != 1)}; a classifier needs at least 2"
+        )
     arrays, labels, ids, suffixes, shape = [], [], [], set[str](), None
     for label, name in enumerate(classes):
         files = sorted(f for f in (base / name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -194,13 +214,19 @@ def _folder(split: Split, data_dir: Path | None) -> EvalSet:
         for file in files:
             try:
                 with Image.open(file) as image:
-                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
+                    mode = image.mode
+                    pixels = np.asarray(image if mode == "L" else image.convert("RGB"))
+            except Exception as error:  # Pillow raises OSError, SyntaxError and more on damaged files
                 raise UsageError(f"{file}: not a readable image: {error}") from None
+            if mode not in PIXEL_MODES:
+                raise UsageError(f"{file}: pixels of mode {mode!r}: 16 bits or more; save them with 8 bits")
             pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
             shape = shape or pixels.shape
             if pixels.shape != shape:
-                raise UsageError(f"{file}: shape {pixels.shape} differs from the first image's {shape}")
+                raise UsageError(
+                    f"{file}: shape {pixels.shape} differs from the first image's {shape}; "
+                    "bring all to one size and one number of channels"
+                )
             arrays.append(pixels)
             labels.append(label)
             ids.append(f"{split}/{name}/{file.name}")
@@ -225,18 +251,30 @@ def _npz(split: Split, data_dir: Path | None) -> EvalSet:
     """
     path = _existing(data_dir, "npz")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("it is a single array, as in .npy")
+        with archive:
             suffix = f"_{split}" if f"x_{split}" in archive else ""
             if f"x{suffix}" not in archive or f"y{suffix}" not in archive:
                 raise UsageError(
                     f"{path}: needs arrays x and y, or x_{split} and y_{split}; has {archive.files}"
                 )
             x, y = archive[f"x{suffix}"], archive[f"y{suffix}"]
-            index = archive[f"idx{suffix}"] if f"idx{suffix}" in archive else np.arange(len(x))
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path}: not a readable .npz file: {error}") from None
+            index = archive[f"idx{suffix}"] if f"idx{suffix}" in archive else np.arange(len(y))
+    except UsageError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib each have their own
+        raise UsageError(
+            f"{path}: not a readable .npz file: {error}; write it with numpy.savez(FILE, x=..., y=...)"
+        ) from None
+    for name, array in (("x", x), ("y", y), ("idx", index)):
+        if not isinstance(array, np.ndarray):
+            raise UsageError(f"{path}: {name}{suffix} is not an array; write the file with numpy.savez")
     if x.dtype not in (np.uint8, np.float32, np.float64) or not np.issubdtype(y.dtype, np.integer):
-        raise UsageError(f"{path}: x must be uint8 or float, y integer; got {x.dtype} and {y.dtype}")
+        raise UsageError(
+            f"{path}: x must be uint8 or float32 in [0, 1], y integer; got {x.dtype} and {y.dtype}"
+        )
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
@@ -245,6 +283,12 @@ def _npz(split: Split, data_dir: Path | None) -> EvalSet:
         raise UsageError(f"{path}: expected N images and N labels, got shapes {x.shape} and {y.shape}")
     if len(x) == 0:
         raise UsageError(f"{path}: no images")
+    if x.size == 0:
+        raise UsageError(f"{path}: the images have no pixels: shape {x.shape}")
+    if not np.issubdtype(index.dtype, np.integer) or len(set(index.tolist())) != len(index):
+        raise UsageError(f"{path}: idx{suffix} must be integers, each unique: they are the samples' names")
+    if int(y.max()) >= MOST_CLASSES:
+        raise UsageError(f"{path}: labels must be 0..L-1 for L classes, got {int(y.min())}..{int(y.max())}")
     classes = [str(k) for k in range(int(y.max()) + 1)]
     if len(set(y.tolist())) < 2:
         raise UsageError(f"{path}: only one class in y; robustness of one class says nothing")
