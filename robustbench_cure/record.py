@@ -234,11 +234,22 @@ class Record:
         manifest = read_manifest(path)
         if manifest.status == "running":
             raise UsageError(f"{path}: this run is not finished; continue it with --resume")
+        table = path / "samples.parquet"
         try:
-            samples = pd.read_parquet(path / "samples.parquet", dtype_backend="numpy_nullable")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path / 'samples.parquet'}: cannot be read: {error}") from None
-        return cls(manifest, typed(samples, manifest.battery), path)
+            samples = pd.read_parquet(table, dtype_backend="numpy_nullable")
+            samples = typed(samples, manifest.battery)
+        except FileNotFoundError:
+            raise UsageError(f"{table}: no such file; evaluate again with --resume") from None
+        except UsageError as error:
+            raise UsageError(f"{table}: {error}; evaluate again with --resume") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{table}: cannot be read: {error}; evaluate again with --resume") from None
+        if manifest.status == "complete" and len(samples) != manifest.data.n:
+            raise UsageError(
+                f"{table}: has {len(samples)} rows, the manifest says {manifest.data.n}; "
+                "evaluate again with --resume"
+            )
+        return cls(manifest, samples, path)
 
 
 def typed(samples: pd.DataFrame, battery: Battery) -> pd.DataFrame:
@@ -259,7 +270,7 @@ def typed(samples: pd.DataFrame, battery: Battery) -> pd.DataFrame:
         columns |= {f"{spec.id}.{field}": dtype for field, dtype in ATTACK_FIELDS.items()}
     missing = [name for name in columns if name not in samples]
     if missing:
-        raise UsageError(f"samples table: column {missing[0]!r} is missing")
+        raise UsageError(f"column {missing[0]!r} is missing")
     return samples[list(columns)].astype(columns).reset_index(drop=True)
 
 
