@@ -48,7 +48,8 @@ def roots(extra: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
         path = Path(text).expanduser()
         if not path.is_dir():
             raise UsageError(f"{reason}: no such directory: {text}")
-        result.append((reason, path))
+        if not any(path.samefile(other) for _, other in result):
+            result.append((reason, path))
     package = Path(__file__).parent
     packaged, checkout = package / "_cards", package.parent
     if packaged.is_dir():
