@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
 from pathlib import Path
 
@@ -54,21 +54,27 @@ def load_model(
         UsageError: unknown model, no weights, or weights that do not fit.
     """
     place = resolve_device(device)
+    if place.type == "meta":
+        raise UsageError(f"--device {device}: computes nothing; use auto, cpu or cuda")
     if ":" in name:
         module, info, classes, shape = _own(name, weights, mean, std, data)
     else:
         if mean is not None or std is not None:
             raise UsageError(f"--mean and --std are for models of your own; {name!r} has them in its card")
         module, info, classes, shape = _from_card(name, weights, cards)
-    return Classifier(
-        module,
-        num_classes=classes,
-        input_shape=shape,
-        device=place,
-        precision=resolve_precision(precision, place),
-        batch_size=batch_size or automatic_batch_size(shape, place),
-        info=info,
-    )
+    try:
+        return Classifier(
+            module,
+            num_classes=classes,
+            input_shape=shape,
+            device=place,
+            precision=resolve_precision(precision, place),
+            batch_size=batch_size or automatic_batch_size(shape, place),
+            info=info,
+        )
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{name}: the network cannot be copied to {place}: {reason}") from error
 
 
 def automatic_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
@@ -122,20 +128,30 @@ def _own(
     if mean is not None or std is not None:
         mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
         if len(mean) != channels or len(std) != channels:
-            raise UsageError(f"--mean and --std need {channels} numbers, one for each channel of {data.name}")
+            numbers = f"{channels} number{'s' * (channels != 1)}"
+            raise UsageError(f"--mean and --std need {numbers}, one for each channel of {data.name}")
         if min(std) <= 0:
             raise UsageError("--std: must be positive")
         module = Normalised(net, mean, std)
-    info = Classifier.live(copy.deepcopy(net).cpu(), num_classes=len(data.classes)).model_info()
-    info = info.model_copy(
-        update={
-            "id": "".join(c if c.isalnum() else "_" for c in name.lower()),
-            "name": name,
-            "source": f"imported from {name}" + (f", weights {Path(weights).name}" if weights else ""),
-            "weights_sha256": digest or info.weights_sha256,
-        }
+    info = ModelInfo(
+        id="".join(c if c.isalnum() else "_" for c in name.lower()),
+        name=name,
+        source=f"imported from {name}" + (f", weights {Path(weights).name}" if weights else ""),
+        architecture=type(net).__name__,
+        parameters=_count(net),
+        weights_sha256=digest or _state_digest(net),
     )
     return module, info, len(data.classes), (int(channels), int(height), int(width))
+
+
+def _state_digest(module: nn.Module) -> str:
+    """SHA-256 over names and bytes of the state dict, hex; of nothing for a network without a state."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(
+            key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 def _count(module: nn.Module) -> int:
