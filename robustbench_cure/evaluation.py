@@ -64,6 +64,7 @@ def evaluate(
     command: str = "",
     progress: Progress | None = None,
     attacks: dict[str, Callable[..., Proposal]] | None = None,
+    flags: list[Flag] | None = None,
 ) -> Record:
     """Judge one model by one battery.
 
@@ -82,6 +83,7 @@ def evaluate(
         command: command line for the provenance.
         progress: told of every attack on every shard.
         attacks: implementations by kind; default: `ATTACKS`.
+        flags: what `admit` returned, where it was asked already.
 
     Returns:
         The record; complete, or partial when ``shard`` asks for one part.
@@ -90,17 +92,9 @@ def evaluate(
         UsageError: the model does not fit, or ``out`` holds another run.
         RunError: the model failed, or the device ran out of memory at batch size 1.
     """
-    subset = data.subset(n or min(battery.n, len(data)))
-    flags = with_memory(classifier, lambda: preflight(classifier, subset))
-    unreliable = [flag for flag in flags if flag.about.severity == "unreliable"]
-    if unreliable and not allow_unreliable:
-        raise UsageError(
-            f"{unreliable[0].about.title.lower()}: {unreliable[0].evidence}; "
-            "mend the model, or pass --allow-unreliable to mark every row"
-        )
-    for spec in battery.attacks:
-        if isinstance(spec, PGD) and spec.loss == "dlr" and classifier.num_classes < 3:
-            raise UsageError(f"attack {spec.id!r}: the DLR loss needs at least 3 classes")
+    if flags is None:
+        flags = admit(classifier, battery, data, n=n, allow_unreliable=allow_unreliable)
+    subset = chosen(battery, data, n)
     config = RunConfig(
         seed=battery.seed if seed is None else seed,
         subset_seed=0,
@@ -133,6 +127,36 @@ def evaluate(
     return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
 
 
+def chosen(battery: Battery, data: EvalSet, n: int = 0) -> EvalSet:
+    """The samples of an evaluation: ``n``, or what the battery asks for, or all."""
+    return data.subset(n or min(battery.n, len(data)))
+
+
+def admit(
+    classifier: Classifier, battery: Battery, data: EvalSet, *, n: int = 0, allow_unreliable: bool = False
+) -> list[Flag]:
+    """Look whether a model can be judged at all, before anything is written.
+
+    Returns:
+        The flags of `preflight`.
+
+    Raises:
+        UsageError: the model fits neither data nor battery, or is unreliable and that is not allowed.
+    """
+    subset = chosen(battery, data, n)
+    flags = with_memory(classifier, lambda: preflight(classifier, subset))
+    unreliable = [flag for flag in flags if flag.about.severity == "unreliable"]
+    if unreliable and not allow_unreliable:
+        raise UsageError(
+            f"{unreliable[0].about.title.lower()}: {unreliable[0].evidence}; "
+            "mend the model, or pass --allow-unreliable to mark every row"
+        )
+    for spec in battery.attacks:
+        if isinstance(spec, PGD) and spec.loss == "dlr" and classifier.num_classes < 3:
+            raise UsageError(f"attack {spec.id!r}: the DLR loss needs at least 3 classes")
+    return flags
+
+
 class _Run:
     """One evaluation under way."""
 
@@ -158,9 +182,14 @@ class _Run:
         starts = list(range(0, len(self.data), self.manifest.config.shard_size))
         mine = [k for k in range(len(starts)) if k % shard[1] == shard[0] - 1]
         if not mine:
-            raise UsageError(f"--shard {shard[0]}/{shard[1]}: there are only {len(starts)} shards")
+            raise UsageError(
+                f"--shard {shard[0]}/{shard[1]}: there {'is' if len(starts) == 1 else 'are'} only "
+                f"{len(starts)} shard{'s' * (len(starts) > 1)} of {self.manifest.config.shard_size} samples; "
+                "ask for fewer parts"
+            )
         self.total = sum(len(self._ranks(starts[k])) for k in mine)
         finished = self._open(out, resume) if out else {}
+        self.progress(0, self.total, "clean pass")
         parts: list[Shard] = []
         for k in mine:
             ranks = self._ranks(starts[k])
@@ -206,7 +235,7 @@ class _Run:
         device = self.classifier.device
         x, y = part_data.images.to(device), part_data.labels.to(device)
         started = time.perf_counter()
-        logits = with_memory(self.classifier, lambda: self.classifier.logits(x))
+        logits = self._ask("the clean pass", lambda: self.classifier.logits(x))
         clean_margin, pred = margins(logits, y), logits.argmax(1)
         columns: dict[str, Any] = {
             "sample_id": list(part_data.ids),
@@ -232,16 +261,27 @@ class _Run:
                 columns |= attack_columns(spec.id, len(x), living.cpu(), proposal, verdict)
             if adversarials:
                 save_proposals(adversarials, group, proposals, [part_data.ids[i] for i in living.tolist()])
+        shard.seconds = time.perf_counter() - started
         shard.rows = typed(pd.DataFrame(columns), self.battery)
         return shard
 
     def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
         minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
         clip = not isinstance(spec, DeepFool) or spec.clip
-        return with_memory(
-            self.classifier,
+        return self._ask(
+            f"the check of attack {spec.id!r}",
             lambda: judge(self.classifier, x, y, proposal, self.threat, minimal=minimal, clip=clip),
         )
+
+    def _ask(self, what: str, work: Callable[[], T]) -> T:
+        """Passes through the user's model, which may raise what it likes."""
+        try:
+            return with_memory(self.classifier, work)
+        except (RunError, UsageError):
+            raise
+        except Exception as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise RunError(f"the model failed during {what}: {reason}") from error
 
     def _attack(
         self, group: list[AttackSpec], x: Tensor, y: Tensor, ids: list[str], shard: Shard
@@ -361,9 +401,10 @@ def attack_columns(
 
 def save_proposals(folder: Path, group: list[AttackSpec], proposals: list[Proposal], ids: list[str]) -> None:
     """Write proposals of living samples as float32 safetensors, ids in the metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {spec.id: p.x_adv.detach().cpu().contiguous() for spec, p in zip(group, proposals, strict=True)}
     name = f"{folder.name}-{group[0].id}.safetensors"
-    metadata = {"sample_ids": json.dumps(ids)}
-    write_atomically(folder.parent / name, lambda file: save_file(tensors, file, metadata))
+    # Not `save_file`: its errors are no OSErrors, and a full disk is none of its own.
+    data = save(tensors, {"sample_ids": json.dumps(ids)})
+    write_atomically(folder.parent / name, lambda file: file.write_bytes(data))

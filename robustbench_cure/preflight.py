@@ -14,7 +14,7 @@ from torch import Tensor
 from robustbench_cure.attacks.losses import Loss, cross_entropy, margin
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
-from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.errors import UsageError
 from robustbench_cure.flags import Flag
 
 #: Images looked at, and images evaluated one by one.
@@ -34,7 +34,7 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
         The flags raised, possibly none.
 
     Raises:
-        UsageError: the model does not fit the data (input shape, number of classes) or returns NaN.
+        UsageError: the model does not fit the data (input shape, number of classes), fails, or returns NaN.
     """
     x = data.images[:SAMPLE].to(classifier.device)
     y = data.labels[:SAMPLE].to(classifier.device)
@@ -54,8 +54,10 @@ def _first_pass(classifier: Classifier, x: Tensor, data: EvalSet) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the user's own code
-        reason = str(error).split("\n")[0]
-        raise RunError(f"the model failed on images of shape {tuple(x.shape)}: {reason}") from error
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"the model failed on images of shape {tuple(x.shape)} of {data.name}: {reason}"
+        ) from error
     if logits.dim() != 2 or len(logits) != len(x):
         raise UsageError(f"the model must return logits of shape (B, classes), got {tuple(logits.shape)}")
     classes = logits.shape[1]
