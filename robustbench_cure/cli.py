@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -20,13 +21,34 @@ DATA_DIR = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class StoppedError(CureBenchError):
+    """Ctrl-C; the message may say what is left and how to go on."""
+
+    exit_code = 130
+
+
+class _Verbs(click.Group):
+    """Catches Ctrl-C before click does, which would write an empty line and forget what was said."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise StoppedError("; ".join(["interrupted", *map(str, error.args)])) from None
+
+
+@click.group(
+    cls=_Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="cure-bench")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """How robust is this image classifier really, and can the number be trusted?
 
     Without options, `cure-bench evaluate` judges the embedded digits models and writes a report.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -50,7 +72,7 @@ def cli() -> None:
     help="Of the search; every success is verified in fp32.",
 )
 @click.option("--batch-size", default="auto", show_default=True, help="Images a pass.")
-@click.option("--seed", type=click.IntRange(0), help="Of the attacks; default: the battery's.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the attacks; default: the battery's.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/<battery>-<time>.")
 @click.option("--resume", is_flag=True, help="Go on with the run that --out holds.")
 @click.option("--shard", metavar="I/K", help="Do the I-th of K parts; join them with `cure-bench merge`.")
@@ -138,23 +160,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command; every failure is one line on standard error and an exit code.
 
     Exit codes: 0 good, 1 regression or failed check, 2 usage or bad input, 3 run error, 130 interrupted.
+    With CURE_BENCH_DEBUG set, a failure that nothing here foresaw shows its traceback.
     """
     try:
         code = cli(args=arguments, prog_name="cure-bench", standalone_mode=False)
     except CureBenchError as error:
-        _fail(" ".join(str(error).split("\n")), error.exit_code)
+        _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "), 2)
+        _fail(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail(
-            "interrupted; finished shards are kept: run the same command with --resume and the same --out",
-            130,
-        )
-    except BrokenPipeError:
-        sys.exit(0)
+        _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("CURE_BENCH_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        _fail(f"unexpected {what}; CURE_BENCH_DEBUG=1 shows where it comes from; please report it", 3)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"cure-bench: error: {message}", err=True)
+    click.echo(f"cure-bench: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
