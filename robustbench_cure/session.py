@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +16,13 @@ from robustbench_cure.catalog import catalog, find
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet, Split, load_dataset
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation import evaluate
+from robustbench_cure.evaluation import admit, evaluate
+from robustbench_cure.flags import Flag
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.record import Record
 from robustbench_cure.report.render import write_reports
 from robustbench_cure.report.terminal import terminal_table
-from robustbench_cure.shards import merge
+from robustbench_cure.shards import gather, merge
 from robustbench_cure.zoo.models import load_model
 
 
@@ -57,7 +60,7 @@ def run(request: Request, command: str = "") -> list[Record]:
     """
     if request.resume and request.out is None:
         raise UsageError("--resume needs --out DIR, the run to go on with")
-    if request.weights and len(request.models) != 1:
+    if request.weights is not None and len(request.models) != 1:
         raise UsageError("--weights goes with exactly one --model")
     shard = parse_shard(request.shard)
     models = request.models or tuple(
@@ -67,38 +70,50 @@ def run(request: Request, command: str = "") -> list[Record]:
     if doubled:
         raise UsageError(f"--model {doubled[0]} is given twice")
     battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
-    data = load_dataset(
-        request.dataset or _default_dataset(models[0], battery, request.cards),
-        request.split,
-        request.data_dir,
-    )
-    classifiers = [_classifier(model, request, data) for model in models]
+    dataset = request.dataset or _default_dataset(models[0], battery, request.cards)
+    # Cards do without the data: a model that cannot be loaded is refused before anything is downloaded.
+    loaded = {model: _classifier(model, request, None) for model in models if ":" not in model}
+    data = load_dataset(dataset, request.split, request.data_dir)
+    classifiers = [loaded.get(model) or _classifier(model, request, data) for model in models]
     out = request.out or Path("runs") / f"{battery.id}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    _check_places(models, classifiers, out, request.resume)
+    flags = [_admit(*each, battery, data, request) for each in zip(models, classifiers, strict=True)]
     first = classifiers[0]
     n = request.n or min(battery.n or len(data), len(data))
-    click.echo(
+    head = [
         f"{battery.name}\n{data.name} {data.split}, {n} of {len(data)} samples; device {first.device}, "
-        f"search in {first.precision}, batch size {first.batch_size}",
-        err=True,
-    )
+        f"search in {first.precision}, batch size {first.batch_size}"
+    ]
     records = []
-    for classifier in classifiers:
+    for classifier, raised in zip(classifiers, flags, strict=True):
         info = classifier.model_info()
         with ProgressLine(info.id) as progress:
-            record = evaluate(
-                classifier,
-                battery,
-                data,
-                n=request.n or 0,
-                seed=request.seed,
-                out=out / info.id,
-                resume=request.resume,
-                shard=shard,
-                allow_unreliable=request.allow_unreliable,
-                save_adversarials=request.save_adversarials,
-                command=command,
-                progress=progress,
-            )
+
+            def told(done: float, total: float, doing: str, line: ProgressLine = progress) -> None:
+                while head:  # said once the run is under way: before that an error is all there is to say
+                    click.echo(head.pop(), err=True)
+                line(done, total, doing)
+
+            try:
+                record = evaluate(
+                    classifier,
+                    battery,
+                    data,
+                    n=request.n or 0,
+                    seed=request.seed,
+                    out=out / info.id,
+                    resume=request.resume,
+                    shard=shard,
+                    allow_unreliable=request.allow_unreliable,
+                    save_adversarials=request.save_adversarials,
+                    command=command,
+                    progress=told,
+                    flags=raised,
+                )
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"finished shards are kept: go on with the same command and --resume --out {out}"
+                ) from None
         records.append(record)
     if shard != (1, 1):
         click.echo(f"part {shard[0]} of {shard[1]} is in {out}; join the parts with `cure-bench merge`")
@@ -107,7 +122,35 @@ def run(request: Request, command: str = "") -> list[Record]:
     return records
 
 
-def _classifier(model: str, request: Request, data: EvalSet) -> Classifier:
+def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: Path, resume: bool) -> None:
+    """Refuse what would only show when the first models are done: a place taken, or one for two models."""
+    for part in (out, *out.parents):
+        if part.exists() and not part.is_dir():
+            raise UsageError(f"--out {out}: {part} is a file, not a directory; choose another --out")
+    places: dict[str, str] = {}
+    for model, classifier in zip(models, classifiers, strict=True):
+        place = classifier.model_info().id
+        if place in places:
+            raise UsageError(
+                f"--model {places[place]} and --model {model} both write to {out / place}: rename one"
+            )
+        places[place] = model
+        if not resume and (out / place / "manifest.json").exists():
+            raise UsageError(
+                f"{out / place}: already holds a run; continue it with --resume or choose another --out"
+            )
+
+
+def _admit(
+    model: str, classifier: Classifier, battery: Battery, data: EvalSet, request: Request
+) -> list[Flag]:
+    try:
+        return admit(classifier, battery, data, n=request.n or 0, allow_unreliable=request.allow_unreliable)
+    except UsageError as error:
+        raise UsageError(f"{model}: {error}") from error
+
+
+def _classifier(model: str, request: Request, data: EvalSet | None) -> Classifier:
     return load_model(
         model,
         weights=request.weights,
@@ -154,9 +197,12 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"{option} {text}: write numbers separated by commas, .49,.48,.45") from None
+    if not all(math.isfinite(number) for number in numbers):
+        raise UsageError(f"{option} {text}: the numbers must be finite")
+    return numbers
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -198,7 +244,8 @@ def find_records(runs: tuple[Path, ...]) -> list[Record]:
     for record in records:
         if record.manifest.status == "partial":
             raise UsageError(
-                f"{record.path}: only part {record.manifest.config.shard} of a run; join the parts first"
+                f"{record.path}: only part {record.manifest.config.shard} of a run; "
+                "join the parts with `cure-bench merge`"
             )
     return records
 
@@ -209,7 +256,10 @@ def merge_runs(parts: tuple[Path, ...], out: Path) -> list[Record]:
     for part in parts:
         for path in record_dirs(part):
             by_model.setdefault(path.name if path != part else "", []).append(path)
-    return [merge(paths, out / name if name else out) for name, paths in by_model.items()]
+    places = {name: out / name if name else out for name in by_model}
+    for name, paths in by_model.items():  # all of them before the first is written
+        gather(paths, places[name])
+    return [merge(paths, places[name]) for name, paths in by_model.items()]
 
 
 def write_and_name(records: list[Record], out: Path) -> None:
@@ -232,7 +282,7 @@ def train_model(
     device: str,
     cards: tuple[str, ...],
 ) -> None:
-    """Run the recipe of a card and say where the weights are."""
+    """Run the recipe of a card and say where the weights are and how they are used."""
     from robustbench_cure.classifier import resolve_device
     from robustbench_cure.training.train import load_start, train
     from robustbench_cure.zoo.loading import trained_weights
@@ -243,14 +293,25 @@ def train_model(
     start = load_start(card, cards)
     data = load_dataset(dataset or card.dataset, "train", data_dir)
     with ProgressLine(card.id, "steps") as progress:
-        result = train(
-            card,
-            data,
-            start_module=start,
-            device=place,
-            out_path=target,
-            progress=lambda done, total, _: progress(done, total, card.training.method),
-            limit_epochs=epochs,
-        )
+        try:
+            result = train(
+                card,
+                data,
+                start_module=start,
+                device=place,
+                out_path=target,
+                progress=lambda done, total, _: progress(done, total, card.training.method),
+                limit_epochs=epochs,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"weights after the last whole epoch, if any, lie beside {target}"
+            ) from None
     figures = ", ".join(f"{name} {value:.1f} %" for name, value in result.figures.items())
     click.echo(f"weights: {target}\n{figures}")
+    extra = "".join(f" --cards {shlex.quote(folder)}" for folder in cards)
+    if out is None and card.weights is None:
+        click.echo(f"`cure-bench evaluate --model {card.id}{extra}` finds them there")
+    else:
+        given = f"--weights {shlex.quote(str(target))}"
+        click.echo(f"to judge them: cure-bench evaluate --model {card.id} {given}{extra}")
