@@ -343,9 +343,11 @@ class InPlace(nn.Module):
 def test_a_model_that_writes_into_its_input_cannot_reach_the_images(data, digits_net, name):
     x, y = data
     before = x.clone()
-    ATTACKERS[name](
-        Classifier(InPlace(digits_net), num_classes=10, input_shape=SHAPE), x, y, threat_of("linf")
-    )
+    classifier = Classifier(InPlace(digits_net), num_classes=10, input_shape=SHAPE)
+    expected = digits_net(x - 0.25)
+    ATTACKERS[name](classifier, x, y, threat_of("linf"))
+    torch.testing.assert_close(classifier.logits(x), expected)
+    classifier.value_and_gradient(x, lambda z: z[:, 0], reference=True)
     assert torch.equal(x, before)
 
 
