@@ -8,51 +8,16 @@ validating answer at once.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from robustbench_cure.errors import UsageError
+from robustbench_cure.recipes import Recipe
+from robustbench_cure.strict import Fractional, Identifier, Positive, Strict, describe
 from robustbench_cure.threat import Norm, ThreatModel, parse_fraction
-
-ID_PATTERN = r"^[a-z][a-z0-9_]*$"
-Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-def _exact(text: str) -> str:
-    parse_fraction(text)
-    return text
-
-
-#: An exact fraction as text, "8/255".
-Fractional = Annotated[str, AfterValidator(_exact)]
-
-
-class Strict(BaseModel):
-    """Base of every card section: unknown keys and silent conversions are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON of this section, hex."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
 
 # --- attacks -----------------------------------------------------------------------------------------
 
@@ -206,76 +171,6 @@ class Weights(Strict):
         return self
 
 
-class _Recipe(Strict):
-    #: Id of the model whose weights training starts from; empty: random initialisation.
-    start: str
-    epochs: Positive
-    batch_size: Positive
-    optimizer: Literal["adam", "sgd"]
-    lr: Annotated[float, Field(gt=0)]
-    lr_final: Annotated[float, Field(ge=0)]
-    schedule: Literal["cosine", "one-cycle", "constant"]
-    weight_decay: Annotated[float, Field(ge=0)]
-    augmentation: Literal["none", "crop", "crop-flip"]
-    #: Of forward and backward passes; weights and optimiser stay in float32.
-    precision: Literal["fp32", "bf16"]
-    seed: Annotated[int, Field(ge=0)]
-
-
-class StandardRecipe(_Recipe):
-    """Cross-entropy on clean images."""
-
-    method: Literal["standard"]
-
-
-class PGDRecipe(_Recipe):
-    """Adversarial training: cross-entropy on PGD examples made on the fly."""
-
-    method: Literal["pgd_at"]
-    eps: Fractional
-    step_size: Fractional
-    steps: Positive
-
-
-class DeepFoolRecipe(_Recipe):
-    """Fine-tuning on DeepFool examples of the current weights (CURE paper, section 2)."""
-
-    method: Literal["deepfool"]
-    norm: Norm
-    overshoot: Annotated[float, Field(ge=0)]
-    steps: Positive
-    candidates: Annotated[int, Field(ge=2)]
-
-
-class GammaPhase(Strict):
-    """`gamma` during `epochs` epochs."""
-
-    epochs: Positive
-    gamma: Annotated[float, Field(gt=0)]
-
-
-class CureRecipe(_Recipe):
-    """Curvature regularisation (CURE paper, section 4): CE + gamma * ||grad l(x+hz) - grad l(x)||^power."""
-
-    method: Literal["cure"]
-    gamma: Annotated[tuple[GammaPhase, ...], Field(min_length=1, strict=False)]
-    h: Annotated[float, Field(gt=0)]
-    h_ramp_epochs: Annotated[int, Field(ge=0)]
-    h_space: Literal["norm", "px01"]
-    reg_power: Literal[1, 2]
-    batchnorm: Literal["eval", "train"]
-
-    @model_validator(mode="after")
-    def _phases(self) -> CureRecipe:
-        total = sum(phase.epochs for phase in self.gamma)
-        if total != self.epochs:
-            raise ValueError(f"gamma phases cover {total} epochs, the recipe has {self.epochs}")
-        return self
-
-
-Recipe = Annotated[StandardRecipe | PGDRecipe | DeepFoolRecipe | CureRecipe, Field(discriminator="method")]
-
-
 class ModelCard(Strict):
     """One model: how it is built, where its weights come from, how it was or can be trained."""
 
@@ -299,7 +194,7 @@ class ModelCard(Strict):
     weights: Weights | None = None
     training: Recipe
     #: Figures of the stored weights in per cent, by name; written by the training command's report.
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = Field(default_factory=dict)
 
     @field_validator("mean", "std")
     @classmethod
@@ -394,18 +289,6 @@ def parse_card(kind: type[CardT], text: str, source: str, stem: str) -> CardT:
     if card.id != stem:
         raise UsageError(f"{source}: id: {card.id!r} does not match the file name {stem!r}")
     return card
-
-
-def describe(error: ValidationError) -> str:
-    """All complaints of one validation on one line: ``field: message; field: message``."""
-    complaints = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"]) or "card"
-        what = re.sub(r"^Value error, ", "", item["msg"])
-        if item["type"] == "extra_forbidden":
-            what = "unknown key"
-        complaints.append(f"{where}: {what}")
-    return "; ".join(complaints)
 
 
 def read_card(kind: type[CardT], path: Path) -> CardT:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_cure.attacks.deepfool import deepfool
-from robustbench_cure.cards import DeepFoolRecipe
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.recipes import DeepFoolRecipe
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training.step import Step, StepContext, evaluation_mode
 

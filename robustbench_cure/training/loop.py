@@ -11,9 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from robustbench_cure.cards import CureRecipe, DeepFoolRecipe, PGDRecipe, StandardRecipe
 from robustbench_cure.classifier import Normalised, full_precision
 from robustbench_cure.errors import RunError
+from robustbench_cure.recipes import CureRecipe, DeepFoolRecipe, PGDRecipe, StandardRecipe
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training import METHODS
 from robustbench_cure.training.augment import AUGMENTATIONS

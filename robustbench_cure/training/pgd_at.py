@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustbench_cure.cards import PGDRecipe
+from robustbench_cure.recipes import PGDRecipe
 from robustbench_cure.threat import ThreatModel, parse_fraction
 from robustbench_cure.training.step import Step, StepContext, evaluation_mode
 
