@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,9 @@ from robustbench_cure.catalog import Found, cache_dir, catalog, roots
 from robustbench_cure.errors import UsageError
 
 T = TypeVar("T", ModelCard, Battery)
+
+#: Width of what is printed.
+COLUMNS = 80
 
 #: Data sets by name; `datasets.DATASETS` loads them.
 DATASET_SUMMARIES = {
@@ -133,6 +137,12 @@ def _kind(spec: type) -> str:
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, *rows] if head else list(rows)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    if head:  # names and sentences are wrapped, paths are not
+        lines = [(*line[:-1], *textwrap.wrap(line[-1], max(COLUMNS - indent, 20))) for line in lines]
+    printed = []
+    for line in lines:
+        *cells, last = line[: len(widths)]
+        printed.append("".join(f"{cell:{w}}  " for cell, w in zip(cells, widths, strict=False)) + last)
+        printed += [" " * indent + more for more in line[len(widths) :]]
+    return "\n".join(text.rstrip() for text in printed)
