@@ -251,10 +251,10 @@ def _npz(split: Split, data_dir: Path | None) -> EvalSet:
     """
     path = _existing(data_dir, "npz")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it is a single array, as in .npy")
-        with archive:
+        with path.open("rb") as file:  # NumPy leaves the file open where an archive is damaged
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it is a single array, as in .npy")
             suffix = f"_{split}" if f"x_{split}" in archive else ""
             if f"x{suffix}" not in archive or f"y{suffix}" not in archive:
                 raise UsageError(
