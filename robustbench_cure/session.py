@@ -118,7 +118,8 @@ def run(request: Request, command: str = "") -> list[Record]:
     if shard != (1, 1):
         click.echo(f"part {shard[0]} of {shard[1]} is in {out}; join the parts with `cure-bench merge`")
     else:
-        write_and_name(records, out)
+        # In the order in which `report` finds them, so that it writes the same files again.
+        write_and_name(sorted(records, key=lambda record: record.manifest.model.id), out)
     return records
 
 
