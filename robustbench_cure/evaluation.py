@@ -7,7 +7,6 @@ that one uninterrupted run writes, byte for byte.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from robustbench_cure.cards import PGD, AttackSpec, Battery, DeepFool
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
-from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import Flag
 from robustbench_cure.judge import RANDOM_STATE, Verdict, guarded, judge
 from robustbench_cure.preflight import preflight
@@ -37,7 +35,16 @@ from robustbench_cure.record import (
     typed,
     write_manifest,
 )
-from robustbench_cure.shards import Shard, check_same_run, finish, now, read_shards, write_shard
+from robustbench_cure.shards import (
+    Shard,
+    attack_columns,
+    check_same_run,
+    finish,
+    now,
+    read_shards,
+    save_proposals,
+    write_shard,
+)
 
 T = TypeVar("T")
 
@@ -363,48 +370,3 @@ def groups(specs: Iterable[AttackSpec], *, shared: bool = True) -> Iterator[list
 
 def _ladder_key(spec: PGD) -> tuple[object, ...]:
     return (spec.limit, *(value for key, value in spec.hyper.items() if key != "steps"))
-
-
-def attack_columns(
-    attack: str, n: int, living: Tensor, proposal: Proposal, verdict: Verdict
-) -> dict[str, Any]:
-    """The columns ``<attack>.<field>`` of one shard; rows not attacked carry no evidence."""
-    import numpy as np
-
-    def spread(values: Any, empty: Any) -> list[Any]:
-        column = np.full(n, empty, dtype=object)
-        column[living.numpy()] = values
-        return list(column)
-
-    def ints(tensor: Tensor) -> list[int]:
-        return [int(v) for v in tensor.cpu().tolist()]
-
-    def reals(tensor: Tensor) -> list[float | None]:
-        return [None if v != v else v for v in tensor.cpu().tolist()]
-
-    converged = proposal.converged
-    fields = {
-        "attacked": spread([True] * len(living), False),
-        "broken": spread(verdict.broken.tolist(), False),
-        "step": spread(ints(proposal.steps), None),
-        "margin": spread(reals(verdict.margin), None),
-        "pred": spread(ints(verdict.pred), None),
-        "linf": spread(reals(verdict.linf), None),
-        "l2": spread(reals(verdict.l2), None),
-        "forwards": spread(ints(proposal.forwards), None),
-        "backwards": spread(ints(proposal.backwards), None),
-        "converged": spread([None] * len(living) if converged is None else converged.cpu().tolist(), None),
-        "violation": spread(verdict.violation, ""),
-    }
-    return {f"{attack}.{name}": values for name, values in fields.items()}
-
-
-def save_proposals(folder: Path, group: list[AttackSpec], proposals: list[Proposal], ids: list[str]) -> None:
-    """Write proposals of living samples as float32 safetensors, ids in the metadata."""
-    from safetensors.torch import save
-
-    tensors = {spec.id: p.x_adv.detach().cpu().contiguous() for spec, p in zip(group, proposals, strict=True)}
-    name = f"{folder.name}-{group[0].id}.safetensors"
-    # Not `save_file`: its errors are no OSErrors, and a full disk is none of its own.
-    data = save(tensors, {"sample_ids": json.dumps(ids)})
-    write_atomically(folder.parent / name, lambda file: file.write_bytes(data))

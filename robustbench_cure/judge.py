@@ -19,7 +19,6 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import RunError
 from robustbench_cure.threat import TOLERANCE, ThreatModel, distance
 
-
 #: Side effect: the global random state moved.
 RANDOM_STATE = "global random state used"
 

@@ -6,12 +6,16 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from robustbench_cure.cards import Battery
+from torch import Tensor
+
+from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.cards import AttackSpec, Battery
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import Flag
+from robustbench_cure.judge import Verdict
 from robustbench_cure.record import Cost, Manifest, Record, read_manifest, typed, write_table
 from robustbench_cure.verdicts import run_flags
 
@@ -62,6 +66,51 @@ def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
             continue
         found[int(file.stem)] = Shard(rows, cost, flags, seconds)
     return found
+
+
+def attack_columns(
+    attack: str, n: int, living: Tensor, proposal: Proposal, verdict: Verdict
+) -> dict[str, Any]:
+    """The columns ``<attack>.<field>`` of one shard; rows not attacked carry no evidence."""
+    import numpy as np
+
+    def spread(values: Any, empty: Any) -> list[Any]:
+        column = np.full(n, empty, dtype=object)
+        column[living.numpy()] = values
+        return list(column)
+
+    def ints(tensor: Tensor) -> list[int]:
+        return [int(v) for v in tensor.cpu().tolist()]
+
+    def reals(tensor: Tensor) -> list[float | None]:
+        return [None if v != v else v for v in tensor.cpu().tolist()]
+
+    converged = proposal.converged
+    fields = {
+        "attacked": spread([True] * len(living), False),
+        "broken": spread(verdict.broken.tolist(), False),
+        "step": spread(ints(proposal.steps), None),
+        "margin": spread(reals(verdict.margin), None),
+        "pred": spread(ints(verdict.pred), None),
+        "linf": spread(reals(verdict.linf), None),
+        "l2": spread(reals(verdict.l2), None),
+        "forwards": spread(ints(proposal.forwards), None),
+        "backwards": spread(ints(proposal.backwards), None),
+        "converged": spread([None] * len(living) if converged is None else converged.cpu().tolist(), None),
+        "violation": spread(verdict.violation, ""),
+    }
+    return {f"{attack}.{name}": values for name, values in fields.items()}
+
+
+def save_proposals(folder: Path, group: list[AttackSpec], proposals: list[Proposal], ids: list[str]) -> None:
+    """Write proposals of living samples as float32 safetensors, ids in the metadata."""
+    from safetensors.torch import save
+
+    tensors = {spec.id: p.x_adv.detach().cpu().contiguous() for spec, p in zip(group, proposals, strict=True)}
+    name = f"{folder.name}-{group[0].id}.safetensors"
+    # Not `save_file`: its errors are no OSErrors, and a full disk is none of its own.
+    data = save(tensors, {"sample_ids": json.dumps(ids)})
+    write_atomically(folder.parent / name, lambda file: file.write_bytes(data))
 
 
 def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:

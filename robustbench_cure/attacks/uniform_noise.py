@@ -32,7 +32,9 @@ def draw(x: Tensor, threat: ThreatModel, noise: Noise, stream: int | Tensor) -> 
         return threat.project(x, x + threat.radius * (2.0 * noise.uniform(shape, stream) - 1.0))
     # Disjoint streams for direction and radius: the radius takes a key of its own.
     direction = threat.steepest(noise.normal(shape, stream))
-    length = Noise(~noise.keys).uniform((1,), stream).view(-1, *[1] * (x.dim() - 1)) ** (1.0 / math.prod(shape))
+    length = Noise(~noise.keys).uniform((1,), stream).view(-1, *[1] * (x.dim() - 1)) ** (
+        1.0 / math.prod(shape)
+    )
     return threat.project(x, x + threat.radius * length * direction)
 
 

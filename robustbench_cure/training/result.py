@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from robustbench_cure.zoo.loading import write_atomically
+from robustbench_cure.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ def save_weights(state: dict[str, Tensor], path: Path, recipe_json: str) -> str:
     """
     # One key: the order of several in the header is not reproducible.
     data = safetensors.torch.save(state, metadata={"recipe": recipe_json})
-    write_atomically(path, data)
+    write_atomically(path, lambda file: file.write_bytes(data))
     return hashlib.sha256(data).hexdigest()

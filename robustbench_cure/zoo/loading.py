@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
-import os
 import pickle
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
@@ -28,6 +26,7 @@ from robustbench_cure.cards import ModelCard
 from robustbench_cure.catalog import Found, cache_dir
 from robustbench_cure.classifier import Normalised
 from robustbench_cure.errors import UsageError
+from robustbench_cure.files import write_atomically
 from robustbench_cure.zoo import build
 
 #: Keys under which training scripts put the state dict inside a checkpoint.
@@ -261,26 +260,5 @@ def fetch(url: str, sha256: str) -> Path:
     if digest != sha256:
         what = _foreign(data) or "the file changed since its card was written"
         raise UsageError(f"{url}: sha256 is {digest[:12]}..., the card says {sha256[:12]}...: {what}")
-    write_atomically(path, data)
+    write_atomically(path, lambda file: file.write_bytes(data))
     return path
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none of it: a temporary one beside it, then a rename.
-
-    Raises:
-        UsageError: the place cannot be written.
-    """
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
