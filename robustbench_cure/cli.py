@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,11 +82,13 @@ def cli(context: click.Context) -> None:
     "--allow-unreliable", is_flag=True, help="Evaluate a random or batch-dependent model, marked as such."
 )
 @CARDS
-def evaluate(**options: object) -> None:
+@click.pass_obj
+def evaluate(words: list[str] | None, /, **options: object) -> None:
     """Judge models by a battery of attacks and write a report."""
     from robustbench_cure.session import Request, run
 
-    run(Request(**options), command="cure-bench " + " ".join(sys.argv[1:]))  # type: ignore[arg-type]
+    command = shlex.join(["cure-bench", *(words or [])])
+    run(Request(**options), command=command)  # type: ignore[arg-type]
 
 
 @cli.command()
@@ -163,7 +166,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     With CURE_BENCH_DEBUG set, a failure that nothing here foresaw shows its traceback.
     """
     try:
-        code = cli(args=arguments, prog_name="cure-bench", standalone_mode=False)
+        words = sys.argv[1:] if arguments is None else arguments
+        code = cli(args=words, prog_name="cure-bench", standalone_mode=False, obj=words)
     except CureBenchError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:

@@ -205,6 +205,7 @@ def test_a_run_writes_the_files_it_names_and_reports_can_be_written_again(tmp_pa
     assert {path.name for path in out.iterdir()} == {path.name for path in reports} | set(models)
     for model in models:
         record = Record.load(out / model)
+        assert record.manifest.environment.command == f"cure-bench {line}"
         assert (record.n, record.manifest.status, record.manifest.model.id) == (8, "complete", model)
         assert model in printed.out
     table = [text for text in printed.out.split("\n") if str(out) not in text]
