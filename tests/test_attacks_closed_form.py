@@ -360,6 +360,22 @@ def test_spsa_estimate_does_not_depend_on_chunks_or_neighbours(affine):
     assert (mixed[1::2] - whole[1::2]).abs().flatten(1).amax(1).min() > 0.01
 
 
+def test_spsa_asks_around_the_iterate_not_around_the_image(affine, monkeypatch):
+    model, x = duel(affine, 2, 16), interior_images(3, 16)
+    y = labelled(model, x)
+    threat = ball("linf", 1e-3)  # nothing is broken: both steps are made
+    options = {"threat": threat, "samples": 8, "step_size": 1e-3, "stop": "never"}
+    asked = []
+    answer = model.classifier.search_logits
+    monkeypatch.setattr(model.classifier, "search_logits", lambda q: asked.append(q) or answer(q))
+    spsa(model.classifier, x, y, steps=2, **options)
+    first, second = (queries.view(3, 16, *SHAPE).mean(1) for queries in asked)
+    torch.testing.assert_close(first, x)
+    after_one_step = spsa(model.classifier, x, y, steps=1, **options).x_adv
+    assert (after_one_step != x).any()
+    torch.testing.assert_close(second, after_one_step, rtol=0, atol=1e-6)
+
+
 def test_spsa_that_cannot_reach_the_ball_is_refused(affine):
     model, x = duel(affine, 2, 14), interior_images(1, 14)
     with pytest.raises(ValueError, match="cannot reach"):

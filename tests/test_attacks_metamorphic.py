@@ -399,7 +399,7 @@ def test_broken_rows_cost_nothing_more(make, data):
 @every_attack
 @both_norms
 def test_bf16_search_changes_few_verdicts_and_no_claim(make, digits_test, judge, digits_net, name, norm):
-    x, y = digits_test[0][:100], digits_test[1][:100]
+    x, y = digits_test[0][:60], digits_test[1][:60]
     threat = threat_of(norm, Fraction(1, 2))
     sets = []
     for precision in ("fp32", "bf16"):
