@@ -186,7 +186,12 @@ def test_deepfool_crosses_from_the_edge_of_the_box(classifier, data, norm):
     """Most pixels of these images are 0 or nearly 1; every one of them has another label in the box."""
     x = data[0]
     y = classifier.logits(x).argmax(1)
-    assert deepfool(classifier, x, y, threat=THREATS[norm]).converged.all()
+    inside = deepfool(classifier, x, y, threat=THREATS[norm])
+    assert inside.converged.all()
+    assert inside.x_adv.amin() >= 0
+    assert inside.x_adv.amax() <= 1
+    free = deepfool(classifier, x, y, threat=THREATS[norm], clip=False)
+    assert free.x_adv.amin() < 0
 
 
 @both_norms

@@ -285,6 +285,19 @@ def test_the_iterate_of_lowest_margin_is_returned(make, data, norm):
     assert (last > lowest + 0.01).any()
 
 
+def test_spsa_without_stop_keeps_its_best_iterate(make, data):
+    """Runs of more steps are continuations of shorter ones, so the best margin can only fall."""
+    x, y = data[0][:10], data[1][:10]
+    classifier = make(batch_size=1024)
+    options = {"threat": threat_of("linf"), "samples": 4, "step_size": 0.1, "stop": "never"}
+    reached = [
+        true_margin(classifier, spsa(classifier, x, y, steps=k, **options).x_adv, y) for k in range(1, 8)
+    ]
+    for shorter, longer in itertools.pairwise(reached):
+        assert (longer <= shorter + 1e-5).all()
+    assert (reached[-1] < reached[0] - 0.1).any()
+
+
 def true_margin(classifier, x, y):
     logits = classifier.logits(x)
     own = torch.nn.functional.one_hot(y, 10).bool()
