@@ -15,7 +15,8 @@ Deviations. (1) The label is tested, and the model linearised, at the overshot p
 code does: on an affine model the algorithm as printed stops exactly on the boundary. (2) No absolute
 constant is added to a step. (3) Pixels that cannot move, because box or linf ball end there, take no part
 in the linearisation. Otherwise every step covers only their complement's share of the way, and iterates
-creep up to the boundary without ever crossing it: on digits most pixels are 0.
+creep up to the boundary without ever crossing it: on digits most pixels are 0. (4) Inside a ball, a row
+whose margin has not fallen for `PATIENCE` iterations is given up.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from robustbench_cure.threat import Norm, ThreatModel
 
 #: Below this dual norm a linearised boundary is out of reach, and a step in that direction unstable.
 FLAT = 1e-12
+#: Iterations without a lower margin after which a row inside the ball is given up: it goes in circles
+#: between the boundaries of classes that the ball does not reach.
+PATIENCE = 10
 
 
 def deepfool(
@@ -94,6 +98,10 @@ class _Search:
         self.bounded, self.overshoot, self.clip = bounded, overshoot, clip
         self.proposal = Proposal.start(x)
         self.proposal.converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.lowest = x.new_full((len(x),), torch.inf)  # margin so far
+        self.stalled = torch.zeros(
+            len(x), dtype=torch.int64, device=x.device
+        )  # iterations without a lower one
         self.logits = x.new_zeros((len(x), classifier.num_classes))  # of the reference form, at x_adv
         self.others = min(candidates, classifier.num_classes) - 1
         self.classes = torch.zeros((len(x), self.others), dtype=torch.int64, device=x.device)
@@ -124,6 +132,8 @@ class _Search:
         # Looking before linearising again spares a crossed row all its backward passes.
         crossed = self._cross(moved, self._look(moved))
         ended = crossed | (self.proposal.steps[moved] >= steps)
+        if self.bounded:
+            ended |= self.stalled[moved] >= PATIENCE
         return torch.cat((rows[done], going[~moving], moved[ended]))
 
     def _enter(self, fresh: Tensor) -> Tensor:
@@ -142,7 +152,11 @@ class _Search:
 
     def _cross(self, rows: Tensor, logits: Tensor) -> Tensor:
         """Mark and return the rows whose label the reference form has changed."""
-        crossed = margins(logits, self.y[rows]) < 0
+        margin = margins(logits, self.y[rows])
+        lower = margin < self.lowest[rows]
+        self.lowest[rows] = torch.where(lower, margin, self.lowest[rows])
+        self.stalled[rows] = torch.where(lower, 0, self.stalled[rows] + 1)
+        crossed = margin < 0
         assert self.proposal.converged is not None  # noqa: S101 - set in __init__
         self.proposal.converged[rows] = crossed
         return crossed
