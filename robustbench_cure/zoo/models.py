@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 import torch
@@ -18,10 +17,10 @@ from robustbench_cure.record import ModelInfo
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights
 
-#: Pixels a pass, where no batch size is asked for: 128 CIFAR images fill two cores, a card wants more.
-BATCH_PIXELS = {"cpu": 128 * 3072, "cuda": 4096 * 3072}
-#: Least and most images a pass. What does not fit the device's memory is halved during the evaluation.
-BATCH_RANGE = (16, 2048)
+#: Least and most images a pass, where no batch size is asked for.
+BATCH_RANGE = (16, 1024)
+#: Bytes that one pass may keep for its backward pass on a CPU; on a card it is half of what is free.
+CPU_BUDGET = 1 << 30
 
 
 def load_model(
@@ -63,24 +62,33 @@ def load_model(
             raise UsageError(f"--mean and --std are for models of your own; {name!r} has them in its card")
         module, info, classes, shape = _from_card(name, weights, cards)
     try:
-        return Classifier(
+        classifier = Classifier(
             module,
             num_classes=classes,
             input_shape=shape,
             device=place,
             precision=resolve_precision(precision, place),
-            batch_size=batch_size or automatic_batch_size(shape, place),
+            batch_size=batch_size or BATCH_RANGE[0],
             info=info,
         )
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{name}: the network cannot be copied to {place}: {reason}") from error
+    if batch_size is None:
+        classifier.batch_size = automatic_batch_size(classifier)
+    return classifier
 
 
-def automatic_batch_size(shape: tuple[int, int, int], device: torch.device) -> int:
-    """Images a pass for this image shape (C, H, W) on this kind of device."""
-    pixels = BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"])
-    return max(BATCH_RANGE[0], min(BATCH_RANGE[1], pixels // math.prod(shape)))
+def automatic_batch_size(classifier: Classifier) -> int:
+    """Images a pass whose forward and backward fit the device, from the bytes one image needs."""
+    free = CPU_BUDGET
+    if classifier.device.type == "cuda":
+        free = torch.cuda.mem_get_info(classifier.device)[0] // 2
+    try:
+        needed = max(1, classifier.bytes_per_image())
+    except Exception:  # a network that cannot run at all: preflight says what is wrong with it
+        return BATCH_RANGE[0]
+    return max(BATCH_RANGE[0], min(BATCH_RANGE[1], free // needed))
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
