@@ -34,6 +34,7 @@ from robustbench_cure.classifier import Classifier, has_bf16, resolve_device
 from robustbench_cure.datasets import EvalSet, load_dataset
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.loading import build_from_card, load_card_module
+from robustbench_cure.zoo.models import automatic_batch_size
 
 Run = Callable[[Tensor, Tensor], Tensor]
 
@@ -67,10 +68,11 @@ def main() -> None:
         precision = "bf16" if has_bf16(device) else "fp32"
     ours = Classifier(
         module, num_classes=len(data.classes), input_shape=tuple(x.shape[1:]), device=device,
-        precision=precision, batch_size=options.batch_size,
+        precision=precision,
     )  # fmt: skip
+    ours.batch_size = options.our_batch_size or automatic_batch_size(ours)
     machine(device, ours, options)
-    raw = raw_rate(ours, x[: options.batch_size], options.seconds)
+    raw = raw_rate(ours, x[: ours.batch_size], options.seconds)
     print(f"raw forward + input gradient: {raw:,.0f} images/s (folded search form, {precision})")
     clean = accuracy(ours, x, y, x, threat)
     print(f"{options.model} on {data.name}, n = {len(x)}, clean accuracy {clean:.1%}, {threat}")
@@ -88,7 +90,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--untrained", action="store_true", help="random weights: speed alone, no verdicts")
     parser.add_argument("--data", type=Path, help=".npz file or image folder; default: the card's data set")
     parser.add_argument("--n", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=128, help="of the peers; try several")
+    parser.add_argument("--our-batch-size", type=int, default=0, help="0: automatic, as in an evaluation")
     parser.add_argument("--attacks", default="pgd,deepfool,spsa")
     parser.add_argument("--eps", default="8/255")
     parser.add_argument("--steps", type=int, default=20, help="PGD steps of eps/4")
@@ -129,7 +132,10 @@ def machine(device: torch.device, ours: Classifier, options: argparse.Namespace)
     packages = ("torch", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "robustbench-cure")
     print(", ".join(f"{package} {installed(package)}" for package in packages))
     folded = "folded" if ours.folded else "not folded"
-    print(f"ours: search in {ours.precision}, {folded}; peers: float32; batch {options.batch_size}")
+    print(
+        f"ours: search in {ours.precision}, {folded}, batch {ours.batch_size}; "
+        f"peers: float32, batch {options.batch_size}"
+    )
 
 
 def installed(package: str) -> str:
