@@ -121,14 +121,23 @@ def guarded(
     """
     given = x.clone()
     before = classifier.fingerprint()
-    random_state = torch.get_rng_state()
+    random_state = _random_state(classifier.device)
     proposals = attack(given)
     effects = []
     if classifier.fingerprint() != before:
         raise RunError("an attack changed the model's weights or mode; the evaluation was stopped")
     if not torch.equal(given, x):
         effects.append("input modified")
-    if not torch.equal(torch.get_rng_state(), random_state):
-        torch.set_rng_state(random_state)
+    if any(
+        not torch.equal(*pair) for pair in zip(random_state, _random_state(classifier.device), strict=True)
+    ):
+        torch.set_rng_state(random_state[0])
+        if classifier.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state[1], classifier.device)
         effects.append(RANDOM_STATE)
     return proposals, effects
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
