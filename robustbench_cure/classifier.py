@@ -74,6 +74,7 @@ class Classifier:
     Attributes:
         forwards: images passed forward so far, all forms together.
         backwards: input gradients computed so far, images times gradients.
+        heartbeat: called after every pass; None: nobody listens.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Classifier:
         self.precision: Precision = precision
         self.batch_size = batch_size
         self._info = info
+        self.heartbeat: Callable[[], None] | None = None
         self.forwards = 0
         self.backwards = 0
         snapshot = copy.deepcopy(module).to(self.device).float().eval().requires_grad_(False)
@@ -114,6 +116,7 @@ class Classifier:
         self.precision, self.batch_size = "fp32", batch_size
         self.forwards = self.backwards = 0
         self._info = None
+        self.heartbeat = None
         self.folded = False
         self.module = self._search = module
         return self
@@ -122,7 +125,7 @@ class Classifier:
 
     def logits(self, x: Tensor) -> Tensor:
         """Reference logits, float32 (B, L), in chunks of ``batch_size``; no gradient."""
-        self.forwards += len(x)
+        self._count(len(x))
         with torch.no_grad(), full_precision():
             parts = [self._forward(self.module, part) for part in torch.split(x, self.batch_size)]
         return torch.cat(parts) if parts else x.new_zeros((0, self.num_classes))
@@ -131,7 +134,7 @@ class Classifier:
 
     def search_logits(self, x: Tensor) -> Tensor:
         """Logits of the search form, float32 (B, L), one pass; no gradient."""
-        self.forwards += len(x)
+        self._count(len(x))
         with torch.no_grad(), self._form(False) as module:
             return self._forward(module, x)
 
@@ -152,8 +155,7 @@ class Classifier:
             leaf = x.detach().requires_grad_(True)
             logits = self._forward(module, leaf)
             gradient = self._grad(loss(logits).sum(), leaf, keep=False)
-        self.forwards += len(x)
-        self.backwards += len(x)
+        self._count(len(x), len(x))
         return logits.detach(), gradient
 
     def value_and_jacobian(
@@ -178,9 +180,14 @@ class Classifier:
             rows = []
             for k in range(classes.shape[1]):
                 rows.append(self._grad(differences[k], leaf, keep=k + 1 < classes.shape[1]))
-        self.forwards += len(x)
-        self.backwards += len(x) * classes.shape[1]
+        self._count(len(x), len(x) * classes.shape[1])
         return logits.detach(), torch.stack(rows, 1)
+
+    def _count(self, forwards: int, backwards: int = 0) -> None:
+        self.forwards += forwards
+        self.backwards += backwards
+        if self.heartbeat is not None:
+            self.heartbeat()
 
     @contextmanager
     def _form(self, reference: bool) -> Iterator[nn.Module]:

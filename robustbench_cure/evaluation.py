@@ -131,7 +131,10 @@ def evaluate(
         flags=flags,
     )
     run = _Run(classifier, manifest, subset, attacks or ATTACKS, progress or (lambda *_: None))
-    return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
+    try:
+        return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
+    finally:
+        classifier.heartbeat = None
 
 
 def chosen(battery: Battery, data: EvalSet, n: int = 0) -> EvalSet:
@@ -259,7 +262,7 @@ class _Run:
         for group in groups(self.battery.attacks, shared=self.attacks.get("pgd") is pgd):
             limit = group[0].limit
             living = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
-            self.progress(self.done, self.total, ", ".join(spec.name for spec in group))
+            self._announce(group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}")
             proposals = self._attack(
                 group, x[living], y[living], [part_data.ids[i] for i in living.tolist()], shard
             )
@@ -271,6 +274,20 @@ class _Run:
         shard.seconds = time.perf_counter() - started
         shard.rows = typed(pd.DataFrame(columns), self.battery)
         return shard
+
+    def _announce(self, doing: str) -> None:
+        """Say what is being done now, and every second that it is still being done."""
+        self.progress(self.done, self.total, doing)
+        started, last = self.classifier.forwards, time.monotonic()
+
+        def beat() -> None:
+            nonlocal last
+            if time.monotonic() - last >= 1.0:
+                last = time.monotonic()
+                passes = self.classifier.forwards - started
+                self.progress(self.done, self.total, f"{doing}: {passes:,} passes")
+
+        self.classifier.heartbeat = beat
 
     def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
         minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"

@@ -41,7 +41,7 @@ class ProgressLine:
                     total=total, desc=self.title, unit=f" {self.unit}", leave=False, dynamic_ncols=True
                 )
             self.bar.n = done
-            self.bar.set_postfix_str(doing[:32], refresh=False)
+            self.bar.set_postfix_str(doing[:40], refresh=False)
             self.bar.refresh()
             return
         now = time.monotonic()

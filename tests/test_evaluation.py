@@ -534,3 +534,15 @@ def test_out_of_memory_halves_the_batch_and_goes_on():
     got = evaluate(small, battery(pgd_spec()), images(40))
     assert small.batch_size == 4
     assert got.robust_accuracy("pgd10") == want.robust_accuracy("pgd10")
+
+
+def test_a_long_attack_shows_that_it_is_alive(monkeypatch):
+    clock = iter(range(0, 100_000, 2))
+    monkeypatch.setattr("robustbench_cure.evaluation.time.monotonic", lambda: float(next(clock)))
+    said = []
+    model = classifier(linear())
+    evaluate(model, battery(pgd_spec()), images(40), progress=lambda *told: said.append(told[2]))
+    passes = [int(text.split()[1].replace(",", "")) for text in said if text.endswith("passes")]
+    assert len(passes) > 3
+    assert passes == sorted(set(passes))
+    assert model.heartbeat is None
