@@ -51,6 +51,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "gradient attacks cannot move those images: their survival is no evidence of robustness",
         "look for quantisation, rounding, argmax or saturated logits; trust gradient-free attacks instead",
     ),
+    "near_chance": FlagKind(
+        "warning",
+        "Clean accuracy is that of guessing",
+        "the interval of the clean accuracy reaches down to one over the number of classes",
+        "most often the images do not reach the network as it expects them: normalisation left out or applied "
+        "twice, another order of classes or channels, or weights that were not loaded",
+        "check mean, std and class order; robust accuracy says nothing until clean accuracy is right",
+    ),
     "black_box_stronger": FlagKind(
         "warning",
         "A gradient-free attack succeeded where gradients failed",

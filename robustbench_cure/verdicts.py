@@ -13,7 +13,7 @@ BLACK_BOX_SHARE = 0.01
 
 def run_flags(record: Record) -> list[Flag]:
     """Everything a finished table and its manifest say about how far the numbers can be trusted."""
-    flags = [*_data_flags(record), *_violations(record)]
+    flags = [*_data_flags(record), *_near_chance(record), *_violations(record)]
     stronger = _black_box(record)
     return flags + ([stronger] if stronger else [])
 
@@ -36,6 +36,14 @@ def _data_flags(record: Record) -> list[Flag]:
     if "lossy" in data.notes:
         flags.append(Flag(kind="lossy_data", evidence=data.notes))
     return flags
+
+
+def _near_chance(record: Record) -> list[Flag]:
+    chance, rate = 1.0 / len(record.manifest.data.classes), record.clean_accuracy
+    if rate.interval[0] > chance:
+        return []
+    evidence = f"{rate.count} of {rate.total} images are right; guessing gives {chance:.0%}"
+    return [Flag(kind="near_chance", evidence=evidence, value=rate.value, threshold=chance)]
 
 
 def _violations(record: Record) -> list[Flag]:

@@ -255,6 +255,15 @@ def test_a_deceptive_model_raises_exactly_its_flags(name):
         assert flag.about.do_next
 
 
+def test_guessing_is_flagged_and_knowing_is_not():
+    data = images(60)
+    other = classifier(linear(seed=5))
+    (flag,) = evaluate(other, battery(FGSM), data).manifest.flags
+    assert flag.kind == "near_chance"
+    assert flag.value <= 0.5
+    assert evaluate(classifier(linear()), battery(FGSM), data).manifest.flags == []
+
+
 @pytest.mark.parametrize("name", ["random", "batch statistics"])
 def test_an_unreliable_model_is_refused_unless_asked_for(name):
     make, _ = DECEPTIVE[name]
@@ -265,7 +274,7 @@ def test_an_unreliable_model_is_refused_unless_asked_for(name):
 
 
 def test_dropout_left_in_training_mode_is_put_right():
-    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).train()
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), linear()[1]).train()
     record = evaluate(classifier(net), battery(pgd_spec()), images(30))
     assert record.manifest.flags == []
     assert net.training
