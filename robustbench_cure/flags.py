@@ -55,7 +55,7 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "warning",
         "Clean accuracy is that of guessing",
         "the interval of the clean accuracy reaches down to one over the number of classes",
-        "most often the images do not reach the network as it expects them: normalisation left out or applied "
+        "most often the images do not reach the network as it expects them: normalisation left out or done "
         "twice, another order of classes or channels, or weights that were not loaded",
         "check mean, std and class order; robust accuracy says nothing until clean accuracy is right",
     ),

@@ -7,16 +7,19 @@ nearest, |f_k| / ||w_k||_q (q dual to the norm), and add the shortest step that 
 
     l2:    r += |f_l| / ||w_l||_2^2 * w_l            linf:  r += |f_l| / ||w_l||_1 * sign(w_l)
 
-``mode = "minimal"`` runs until the label changes: its product is a distance, so it searches in the
-reference form. ``mode = "bounded"`` cuts the overshot vector to the ball after every step (the form of
-the CURE paper's Table 1, whose caption constrains the perturbations) and needs only a verdict.
+Gaps and labels are those of the reference form, slopes those of the search form, until a row's margin no
+longer falls: a distance depends on reduced precision only through the sum of many slopes.
+``mode = "minimal"`` runs until the label changes: its product is a distance. ``mode = "bounded"`` cuts
+the overshot vector to the ball after every step (the form of the CURE paper's Table 1, whose caption
+constrains the perturbations) and needs only a verdict.
 
 Deviations. (1) The label is tested, and the model linearised, at the overshot point, as the authors' own
 code does: on an affine model the algorithm as printed stops exactly on the boundary. (2) No absolute
 constant is added to a step. (3) Pixels that cannot move, because box or linf ball end there, take no part
 in the linearisation. Otherwise every step covers only their complement's share of the way, and iterates
 creep up to the boundary without ever crossing it: on digits most pixels are 0. (4) Inside a ball, a row
-whose margin has not fallen for `PATIENCE` iterations is given up.
+whose margin has not fallen for `PATIENCE` iterations is given up. (5) No step is shorter than a thousandth
+of the way made so far, so that rounding cannot hold a row on the boundary.
 """
 
 from __future__ import annotations
@@ -31,13 +34,17 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.threat import Norm, ThreatModel
+from robustbench_cure.threat import Norm, ThreatModel, distance
 
 #: Below this dual norm a linearised boundary is out of reach, and a step in that direction unstable.
 FLAT = 1e-12
+#: Iterations without a lower margin after which reduced precision is no longer trusted with a row's slopes.
+DOUBT = 2
 #: Iterations without a lower margin after which a row inside the ball is given up: it goes in circles
 #: between the boundaries of classes that the ball does not reach.
-PATIENCE = 10
+PATIENCE = 6
+#: A step is at least this share of the way made so far: on the boundary itself gaps are lost in rounding.
+LEAST = 1e-3
 
 
 def deepfool(
@@ -115,7 +122,7 @@ class _Search:
         if len(going) == 0:
             return rows
         here, labels, classes = self.proposal.x_adv[going], self.y[going], self.classes[going]
-        slopes = self._slopes(here, labels, classes)
+        slopes = self._slopes(going, here, labels, classes)
         self.proposal.forwards[going] += 1
         self.proposal.backwards[going] += self.others
 
@@ -123,6 +130,10 @@ class _Search:
         logits = self.logits[going]
         gaps = logits.gather(1, classes) - logits.gather(1, labels[:, None])
         step = nearest_boundary_step(self.threat.norm, gaps, self._free(self.x[going], here, slopes))
+        made = distance(self.threat.norm, self.x[going], here)
+        length = distance(self.threat.norm, torch.zeros_like(step), step)
+        factor = torch.where(length > 0, LEAST * made / length.clamp_min(1e-30), 1.0).clamp_min(1.0)
+        step = step * factor.view(-1, 1, 1, 1)
         # here is x + (1 + overshoot) r, or what ball and box let through of it.
         ahead = self._feasible(self.x[going], here + (1.0 + self.overshoot) * step)
         moving = (ahead != here).flatten(1).any(1)
@@ -161,8 +172,15 @@ class _Search:
         self.proposal.converged[rows] = crossed
         return crossed
 
-    def _slopes(self, here: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-        return self.classifier.value_and_jacobian(here, labels, classes, reference=not self.bounded)[1]
+    def _slopes(self, rows: Tensor, here: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+        """Slopes of the search form; of the reference form for rows whose margin no longer falls."""
+        slopes = here.new_empty((len(rows), self.others, *here.shape[1:]))
+        stuck = self.stalled[rows] >= DOUBT
+        for part, reference in ((~stuck, False), (stuck, True)):
+            if bool(part.any()):
+                given = here[part], labels[part], classes[part]
+                slopes[part] = self.classifier.value_and_jacobian(*given, reference=reference)[1]
+        return slopes
 
     def _free(self, x: Tensor, here: Tensor, slopes: Tensor) -> Tensor:
         """The slopes, (B, m, C, H, W), with zeros where the way up leads out of the box or the linf ball."""
@@ -194,8 +212,8 @@ def nearest_boundary_step(norm: Norm, gaps: Tensor, slopes: Tensor) -> Tensor:
     """
     flat = slopes.flatten(2)
     dual = flat.abs().sum(2) if norm == "linf" else flat.norm(dim=2)
-    distance = torch.where(dual > FLAT, gaps.abs() / dual.clamp_min(FLAT), torch.inf)
-    length, nearest = distance.min(1)
+    lengths = torch.where(dual > FLAT, gaps.abs() / dual.clamp_min(FLAT), torch.inf)
+    length, nearest = lengths.min(1)
     picked = torch.arange(len(gaps), device=gaps.device)
     slope, size = slopes[picked, nearest], dual[picked, nearest].clamp_min(FLAT)
     direction = slope.sign() if norm == "linf" else slope / size.view(-1, 1, 1, 1)
