@@ -18,7 +18,7 @@ from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights
 
 #: Least and most images a pass, where no batch size is asked for.
-BATCH_RANGE = (16, 1024)
+BATCH_RANGE = (16, 512)
 #: Bytes that one pass may keep for its backward pass on a CPU; on a card it is half of what is free.
 CPU_BUDGET = 1 << 30
 
