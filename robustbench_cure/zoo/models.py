@@ -19,8 +19,10 @@ from robustbench_cure.zoo.loading import load_card_module, load_weights
 
 #: Least and most images a pass, where no batch size is asked for.
 BATCH_RANGE = (16, 512)
-#: Bytes that one pass may keep for its backward pass on a CPU; on a card it is half of what is free.
-CPU_BUDGET = 1 << 30
+#: Bytes that one pass may keep for its backward pass, for each thread of a CPU; on a card it is half of
+#: what is free. More is slower: activations fall out of the cache, and above 32 MB each the C library
+#: returns them to the system and takes them back at every layer.
+CPU_BUDGET = 1 << 26
 
 
 def load_model(
@@ -81,7 +83,7 @@ def load_model(
 
 def automatic_batch_size(classifier: Classifier) -> int:
     """Images a pass whose forward and backward fit the device, from the bytes one image needs."""
-    free = CPU_BUDGET
+    free = CPU_BUDGET * torch.get_num_threads()
     if classifier.device.type == "cuda":
         free = torch.cuda.mem_get_info(classifier.device)[0] // 2
     try:
