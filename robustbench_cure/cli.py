@@ -116,22 +116,31 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Weights file; default: the cache, where evaluate finds it.",
 )
+@click.option("--start", type=click.Path(path_type=Path), help="Weights to start from, not the card's.")
 @click.option("--dataset", metavar="NAME", help="Data set; default: the card's.")
 @DATA_DIR
+@click.option("--n", type=click.IntRange(2), help="Train on so many random images of the set.")
+@click.option("--epochs", type=click.IntRange(1), help="End after so many epochs; the schedule is shortened.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint that a stopped run left.")
+@click.option("--time-budget", metavar="TIME", help="Stop after 90s, 45m or 2h, with a checkpoint.")
 @click.option(
-    "--epochs", type=click.IntRange(1), help="Stop after so many epochs; the schedule is shortened."
+    "--smoke", is_flag=True, help="Three steps on 64 images, nothing kept; without MODEL: all cards."
 )
 @DEVICE
 @CARDS
-def train(model: str, **options: object) -> None:
-    """Train MODEL by the recipe of its card."""
-    from robustbench_cure.session import train_model
+def train(model: str | None, **options: object) -> None:
+    """Train MODEL by the recipe of its card.
+
+    Ctrl-C and SIGTERM stop it with a checkpoint. On several devices: torchrun --nproc-per-node K
+    -m robustbench_cure train MODEL.
+    """
+    from robustbench_cure.training.command import train_model
 
     train_model(model, **options)  # type: ignore[arg-type]
 

@@ -18,13 +18,15 @@ class ProgressLine:
     Args:
         title: what is being done, e.g. the model's id.
         unit: what is counted.
+        silent: say nothing: another process speaks.
     """
 
-    def __init__(self, title: str, unit: str = "samples") -> None:
-        self.title, self.unit = title, unit
+    def __init__(self, title: str, unit: str = "samples", *, silent: bool = False) -> None:
+        self.title, self.unit, self.silent = title, unit, silent
         self.living = sys.stderr.isatty()
         self.bar: tqdm[None] | None = None
         self.started = self.last = time.monotonic()
+        self.first: float | None = None
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -35,10 +37,19 @@ class ProgressLine:
 
     def __call__(self, done: float, total: float, doing: str) -> None:
         """Report ``done`` of ``total``, and what comes next."""
+        if self.silent:
+            return
+        if self.first is None:
+            self.first = done  # a resumed run starts here: the time left follows from what was done since
         if self.living:
             if self.bar is None:
                 self.bar = tqdm(
-                    total=total, desc=self.title, unit=f" {self.unit}", leave=False, dynamic_ncols=True
+                    total=total,
+                    initial=done,
+                    desc=self.title,
+                    unit=f" {self.unit}",
+                    leave=False,
+                    dynamic_ncols=True,
                 )
             self.bar.n = done
             self.bar.set_postfix_str(doing[:40], refresh=False)
@@ -48,7 +59,16 @@ class ProgressLine:
         if now - self.last < INTERVAL:
             return
         self.last = now
-        sys.stderr.write(
-            f"{self.title}: {done:g}/{total:g} {self.unit}, {now - self.started:.0f} s, {doing}\n"
+        spent = now - self.started
+        left = (
+            f", {_duration(spent * (total - done) / (done - self.first))} left" if done > self.first else ""
         )
+        sys.stderr.write(f"{self.title}: {done:g}/{total:g} {self.unit}, {_duration(spent)}{left}, {doing}\n")
         sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person who waits reads them: 45 s, 12 min, 3.1 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,10 @@ class _Recipe(Strict):
     #: Of forward and backward passes; weights and optimiser stay in float32.
     precision: Literal["fp32", "bf16"]
     seed: Annotated[int, Field(ge=0)]
+    #: Largest l2 norm of the weights' gradient, which is shortened to it; 0: no limit.
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    #: Decay of the exponential moving average of the weights, which is then what is kept; 0: none.
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class StandardRecipe(_Recipe):
@@ -51,6 +55,26 @@ class DeepFoolRecipe(_Recipe):
     candidates: Annotated[int, Field(ge=2)]
 
 
+class StaticDeepFoolRecipe(_Recipe):
+    """Fine-tuning on DeepFool images made once, by the network training starts from (thesis, section 3.3)."""
+
+    method: Literal["static_deepfool"]
+    norm: Norm
+    overshoot: Annotated[float, Field(ge=0)]
+    steps: Positive
+    candidates: Annotated[int, Field(ge=2)]
+    #: Factor on every perturbation (thesis, figure 3.7).
+    magnification: Annotated[float, Field(gt=0)]
+
+
+class StaticFGSMRecipe(_Recipe):
+    """Fine-tuning on FGSM images made once: the control of `StaticDeepFoolRecipe`."""
+
+    method: Literal["static_fgsm"]
+    eps: Fractional
+    magnification: Annotated[float, Field(gt=0)]
+
+
 class GammaPhase(Strict):
     """`gamma` during `epochs` epochs."""
 
@@ -68,6 +92,10 @@ class CureRecipe(_Recipe):
     h_space: Literal["norm", "px01"]
     reg_power: Literal[1, 2]
     batchnorm: Literal["eval", "train"]
+    #: z along the sign of the loss gradient, or along the gradient itself; both of unit l2 length.
+    direction: Literal["sign", "gradient"] = "sign"
+    #: Of the difference of gradients, which loses digits: float32 unless a card decides otherwise.
+    regulariser_precision: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
     def _phases(self) -> CureRecipe:
@@ -77,4 +105,7 @@ class CureRecipe(_Recipe):
         return self
 
 
-Recipe = Annotated[StandardRecipe | PGDRecipe | DeepFoolRecipe | CureRecipe, Field(discriminator="method")]
+AnyRecipe: TypeAlias = (
+    StandardRecipe | PGDRecipe | DeepFoolRecipe | StaticDeepFoolRecipe | StaticFGSMRecipe | CureRecipe
+)
+Recipe = Annotated[AnyRecipe, Field(discriminator="method")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -271,48 +270,3 @@ def write_and_name(records: list[Record], out: Path) -> None:
         if file.suffix == ".html":
             click.echo(f"report: {file}")
     click.echo("tables: " + ", ".join(file.name for file in files if file.suffix != ".html") + f" in {out}")
-
-
-def train_model(
-    model: str,
-    *,
-    out: Path | None,
-    dataset: str | None,
-    data_dir: Path | None,
-    epochs: int | None,
-    device: str,
-    cards: tuple[str, ...],
-) -> None:
-    """Run the recipe of a card and say where the weights are and how they are used."""
-    from robustbench_cure.classifier import resolve_device
-    from robustbench_cure.training.train import load_start, train
-    from robustbench_cure.zoo.loading import trained_weights
-
-    card = find(ModelCard, model, cards).card
-    place = resolve_device(device)
-    target = out or trained_weights(card.id)
-    start = load_start(card, cards)
-    data = load_dataset(dataset or card.dataset, "train", data_dir)
-    with ProgressLine(card.id, "steps") as progress:
-        try:
-            result = train(
-                card,
-                data,
-                start_module=start,
-                device=place,
-                out_path=target,
-                progress=lambda done, total, _: progress(done, total, card.training.method),
-                limit_epochs=epochs,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"weights after the last whole epoch, if any, lie beside {target}"
-            ) from None
-    figures = ", ".join(f"{name} {value:.1f} %" for name, value in result.figures.items())
-    click.echo(f"weights: {target}\n{figures}")
-    extra = "".join(f" --cards {shlex.quote(folder)}" for folder in cards)
-    if out is None and card.weights is None:
-        click.echo(f"`cure-bench evaluate --model {card.id}{extra}` finds them there")
-    else:
-        given = f"--weights {shlex.quote(str(target))}"
-        click.echo(f"to judge them: cure-bench evaluate --model {card.id} {given}{extra}")

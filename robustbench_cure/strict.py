@@ -32,8 +32,12 @@ class Strict(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of this section, hex."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the canonical JSON of this section, hex.
+
+        Keys at their default are left out, so that a key added later changes no digest.
+        """
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 

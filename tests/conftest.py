@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from tiny import Data
 from torch import nn
 from torch.nn import functional
 
@@ -53,6 +54,13 @@ def affine():
         return Affine(Classifier(net, **options), weight.astype(np.float64), bias.astype(np.float64))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def digits() -> Data:
+    """The first 320 training digits."""
+    data = load_dataset("digits", "train")
+    return Data(data.images[:320].clone(), data.labels[:320].clone())
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ class CurvatureParts:
 
 
 def curvature_penalty(
-    loss_of_input: Callable[[Tensor], Tensor], u: Tensor, h: float, power: int
+    loss_of_input: Callable[[Tensor], Tensor], u: Tensor, h: float, power: int, direction: str = "sign"
 ) -> tuple[Tensor, CurvatureParts]:
     """The regulariser R = mean_b ||grad l(u_b + h z_b) - grad l(u_b)||_2^power.
 
@@ -55,6 +55,7 @@ def curvature_penalty(
         u: inputs, float32 (B, ...).
         h: step length, in units of ``u``.
         power: 1 or 2.
+        direction: z along the ``sign`` of the gradient or along the ``gradient``.
 
     Returns:
         R, a scalar that can be differentiated by the weights (two backward passes deep), and its parts.
@@ -65,14 +66,14 @@ def curvature_penalty(
     with torch.enable_grad():
         here = u.detach().requires_grad_(True)
         gradient = _input_gradient(loss_of_input, here)
-        direction = _unit_sign(gradient.detach())
-        there = (u.detach() + h * direction).requires_grad_(True)
+        z = _unit(gradient.detach().sign() if direction == "sign" else gradient.detach())
+        there = (u.detach() + h * z).requires_grad_(True)
         difference = _input_gradient(loss_of_input, there) - gradient
         squares = difference.flatten(1).square().sum(1)
         zero = squares == 0  # the root's slope is infinite there
         norms = squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
         penalty = (squares if power == 2 else norms).mean()
-    return penalty, CurvatureParts(direction, difference, norms)
+    return penalty, CurvatureParts(z, difference, norms)
 
 
 def cure(model: Normalised, x: Tensor, y: Tensor, recipe: CureRecipe, context: StepContext) -> Step:
@@ -92,14 +93,18 @@ def cure(model: Normalised, x: Tensor, y: Tensor, recipe: CureRecipe, context: S
     h = step_length(recipe, context.iteration, context.iterations_per_epoch)
     if h == 0:
         return ce, {"ce": ce.detach()}
-    network, u = _in_space(model, x, recipe.h_space)
+    network, u = in_space(model, x, recipe.h_space)
 
     def loss_of_input(inputs: Tensor) -> Tensor:
-        return functional.cross_entropy(network(inputs), y, reduction="none")
+        return functional.cross_entropy(network(inputs).float(), y, reduction="none")
 
     mode = evaluation_mode(model) if recipe.batchnorm == "eval" else nullcontext()
-    with mode, torch.autocast(x.device.type, enabled=False):  # differences of gradients need the digits
-        penalty, _ = curvature_penalty(loss_of_input, u, h, recipe.reg_power)
+    reduced = recipe.regulariser_precision == "bf16"  # differences of gradients need the digits
+    with (
+        mode,
+        torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=reduced, cache_enabled=False),
+    ):
+        penalty, _ = curvature_penalty(loss_of_input, u, h, recipe.reg_power, recipe.direction)
     loss = ce + gamma_at(recipe, context.epoch) * penalty
     return loss, {"ce": ce.detach(), "regulariser": penalty.detach()}
 
@@ -125,13 +130,15 @@ def _input_gradient(loss_of_input: Callable[[Tensor], Tensor], u: Tensor) -> Ten
     return gradient
 
 
-def _unit_sign(gradient: Tensor) -> Tensor:
-    sign = gradient.sign()
-    length = sign.flatten(1).square().sum(1).sqrt().view(-1, *[1] * (sign.dim() - 1))
-    return sign / length.clamp_min(1.0)  # a sign vector that is not zero is at least 1 long
+def _unit(vectors: Tensor) -> Tensor:
+    """Rows of unit l2 length; a row of zeros stays."""
+    length = vectors.flatten(1).norm(dim=1).view(-1, *[1] * (vectors.dim() - 1))
+    unit: Tensor = vectors / length.masked_fill(length == 0, 1.0)
+    return unit
 
 
-def _in_space(model: Normalised, x: Tensor, space: str) -> tuple[nn.Module, Tensor]:
+def in_space(model: Normalised, x: Tensor, space: str) -> tuple[nn.Module, Tensor]:
+    """The network and its inputs in normalised units (``norm``) or in pixels (``px01``)."""
     if space == "px01":
         return model, x
     if not isinstance(model, Normalised):

@@ -31,7 +31,7 @@ def pgd_at(model: nn.Module, x: Tensor, y: Tensor, recipe: PGDRecipe, context: S
     """
     threat = ThreatModel.parse("linf", recipe.eps)
     step_size = float(parse_fraction(recipe.step_size))
-    x_adv = last_iterate(model, x, y, threat, step_size, recipe.steps, context.generator)
+    x_adv = last_iterate(model, x, y, threat, step_size, recipe.steps, context.uniform(x))
     return functional.cross_entropy(model(x_adv), y), {}
 
 
@@ -42,10 +42,22 @@ def last_iterate(
     threat: ThreatModel,
     step_size: float,
     steps: int,
-    generator: torch.Generator,
+    start: Tensor,
 ) -> Tensor:
-    """Plain PGD from a random start of the linf ball, to its last iterate; shape of ``x``."""
-    start = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    """Plain PGD to its last iterate.
+
+    Args:
+        model: maps images in [0, 1] to logits; attacked in evaluation mode.
+        x: images, float32 (B,C,H,W) in [0, 1].
+        y: labels, int64 (B,).
+        threat: the ball.
+        step_size: in units of x.
+        steps: iterations.
+        start: numbers in [0, 1), shape of ``x``: the place in the linf ball to start from.
+
+    Returns:
+        Images of the ball and the box, shape of ``x``.
+    """
     x_adv = threat.project(x, x + (2 * start - 1) * threat.radius)
     with evaluation_mode(model, frozen=True), torch.enable_grad():
         for _ in range(steps):

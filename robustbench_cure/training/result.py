@@ -24,6 +24,8 @@ class EpochRow:
         seconds: of training alone.
         clean: accuracy on the held-out images.
         pgd: accuracy on them under the monitoring attack.
+        hz: length of the Hessian times the sign of the gradient, see `monitor`.
+        frobenius: Frobenius norm of the Hessian.
     """
 
     epoch: int
@@ -33,11 +35,13 @@ class EpochRow:
     seconds: float
     clean: float
     pgd: float
+    hz: float
+    frobenius: float
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A trained network and how it came about.
+    """A trained network and how it came about, or how far it got.
 
     Attributes:
         state_dict: of the bare network (without the input normalisation), contiguous, on the CPU.
@@ -46,6 +50,10 @@ class TrainingResult:
         seed: of the recipe.
         recipe_digest: of the recipe, hex.
         sha256: of the weights file, hex; empty if none was written.
+        stopped: why the run stopped before its end; empty: it did not.
+        step: optimiser steps made, since the run's first.
+        steps: optimiser steps of the whole run.
+        batch_parts: pieces a batch was cut into because memory ran out; 1: it never did.
     """
 
     state_dict: dict[str, Tensor]
@@ -54,6 +62,10 @@ class TrainingResult:
     seed: int
     recipe_digest: str
     sha256: str = field(default="")
+    stopped: str = ""
+    step: int = 0
+    steps: int = 0
+    batch_parts: int = 1
 
 
 def portable_state(net: nn.Module) -> dict[str, Tensor]:

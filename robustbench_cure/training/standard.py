@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustbench_cure.recipes import StandardRecipe
+from robustbench_cure.recipes import AnyRecipe
 from robustbench_cure.training.step import Step, StepContext
 
 
-def standard(model: nn.Module, x: Tensor, y: Tensor, recipe: StandardRecipe, context: StepContext) -> Step:
+def standard(model: nn.Module, x: Tensor, y: Tensor, recipe: AnyRecipe, context: StepContext) -> Step:
     """Cross-entropy of a batch in training mode.
 
     Args:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +12,14 @@ from torch import Tensor
 from robustbench_cure.cards import ModelCard
 from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Normalised
-from robustbench_cure.errors import UsageError
-from robustbench_cure.threat import ThreatModel
-from robustbench_cure.training.loop import Progress, run
-from robustbench_cure.training.result import EpochRow, TrainingResult, portable_state, save_weights
+from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.training import checkpoint
+from robustbench_cure.training.journal import Journal
+from robustbench_cure.training.loop import Progress, Trainer
+from robustbench_cure.training.monitor import SCALES
+from robustbench_cure.training.parallel import World
+from robustbench_cure.training.result import TrainingResult, portable_state, save_weights
 from robustbench_cure.zoo.loading import build_from_card, load_card_module
-
-#: Data set -> radius of the linf PGD in the log: the radius of the set's published robustness table.
-MONITOR_EPS: dict[str, str] = {"digits": "51/255", "cifar10": "8/255", "svhn": "12/255"}
 
 
 class TrainingSet(Protocol):
@@ -32,21 +33,29 @@ class TrainingSet(Protocol):
     def labels(self) -> Tensor:
         """int64 (N,)."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it holds, hex: a checkpoint goes on with the same data alone."""
 
-def load_start(card: ModelCard, extra: tuple[str, ...] = ()) -> Normalised | None:
-    """The trained network that a recipe starts from, or None where it starts at random.
+
+def load_start(
+    card: ModelCard, extra: tuple[str, ...] = (), weights: Path | None = None
+) -> tuple[Normalised | None, str]:
+    """The trained network that a recipe starts from, and the SHA-256 of its weights; None and "" at random.
 
     Args:
         card: the model to be trained.
         extra: card directories given with ``--cards``.
+        weights: a file to use instead of the start's own weights.
 
     Raises:
         UsageError: the start has no card, or no weights yet.
     """
     if not card.training.start:
-        return None
-    module, _ = load_card_module(find(ModelCard, card.training.start, extra))
-    return module
+        if weights is not None:
+            raise UsageError(f"model {card.id!r} starts from random weights: --start has no use")
+        return None, ""
+    return load_card_module(find(ModelCard, card.training.start, extra), weights)
 
 
 def train(
@@ -58,12 +67,17 @@ def train(
     out_path: Path | None = None,
     progress: Progress | None = None,
     limit_epochs: int | None = None,
+    resume: bool = False,
+    stop: Callable[[], str] = lambda: "",
+    world: World | None = None,
+    steps_per_epoch: int | None = None,
 ) -> TrainingResult:
     """Train the network of a card by its recipe.
 
-    Weights are written to ``out_path`` at the end; during training the newest lie beside it under
-    ``<name>.partial.safetensors``, so that a broken run leaves something and is not mistaken for a whole
-    one. Two runs on the same machine and thread count give the same bytes on a CPU.
+    At the end weights are written to ``out_path``, and until then a checkpoint beside it, after every epoch
+    and every five minutes, under ``<stem>.checkpoint.pt``; ``<stem>.csv`` and, with TensorBoard installed,
+    ``<stem>.tensorboard/`` hold the log. A run that goes on from a checkpoint ends with the bytes of one that
+    was never stopped, on the same machine and thread count (on a CPU).
 
     Args:
         card: the model.
@@ -73,43 +87,105 @@ def train(
         out_path: a .safetensors file; None writes nothing.
         progress: called after every step.
         limit_epochs: stop after so many epochs; the learning-rate schedule is shortened with them.
+        resume: go on from the checkpoint, if there is one.
+        stop: asked before every step; a reason to stop, or nothing.
+        world: the processes that train together; the first of them writes.
+        steps_per_epoch: fewer steps an epoch than the data give.
+
+    Returns:
+        The network as it is at the end, or where the run was stopped.
 
     Raises:
-        UsageError: data, start or output do not fit the card.
-        RunError: the loss became infinite or NaN.
+        UsageError: data, start or output do not fit the card; a checkpoint is there and ``resume`` is not.
+        RunError: the loss became infinite or NaN, or memory ran out; the last checkpoint stays.
     """
-    recipe = card.training
+    recipe, world = card.training, world or World()
     _check(card, data, out_path)
+    epochs = min(recipe.epochs, limit_epochs or recipe.epochs)
+    if recipe.batch_size % world.size:
+        raise UsageError(f"a batch of {recipe.batch_size} cannot be shared by {world.size} processes")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         model = _initial(card, start_module).to(device)
-    text = recipe.model_dump_json()
-
-    def checkpoint(_: EpochRow) -> None:
-        if out_path is not None:
-            save_weights(portable_state(model.net), _partial(out_path), text)
-
-    log = run(
+    world.adapt(model, torch.device(device))
+    identity = {
+        "recipe": recipe.digest,
+        "data": data.digest,
+        "number of epochs": str(epochs),
+        "steps per epoch": str(steps_per_epoch),
+        "architecture": f"{card.architecture} {sorted(card.architecture_args.items())}",
+    }
+    saved = _checkpoint(out_path, resume, identity)
+    trainer = Trainer(
         model,
         recipe,
         data.images,
         data.labels,
         num_classes=card.num_classes,
-        monitor=ThreatModel.parse("linf", MONITOR_EPS[card.dataset]),
-        epochs=min(recipe.epochs, limit_epochs or recipe.epochs),
-        on_epoch=checkpoint,
-        progress=progress,
+        scale=SCALES[card.dataset],
+        epochs=epochs,
+        world=world,
+        steps_per_epoch=steps_per_epoch,
     )
-    state, digest = portable_state(model.net), ""
-    if out_path is not None:
-        digest = save_weights(state, out_path, text)
-        _partial(out_path).unlink(missing_ok=True)
-    figures = {"held_out_clean": 100 * log[-1].clean, "held_out_pgd": 100 * log[-1].pgd}
-    return TrainingResult(state, log, figures, recipe.seed, recipe.digest, digest)
+    if saved is not None:
+        trainer.restore(saved)
+    reason = _run(trainer, out_path, identity, stop, progress)
+    state, digest = portable_state(trainer.result.net), ""
+    if out_path is not None and not reason and world.rank == 0:
+        digest = save_weights(state, out_path, recipe.model_dump_json(exclude_defaults=True))
+        checkpoint.path_for(out_path).unlink(missing_ok=True)
+    last = trainer.log[-1] if trainer.log else None
+    figures = {"held_out_clean": 100 * last.clean, "held_out_pgd": 100 * last.pgd} if last else {}
+    return TrainingResult(
+        state_dict=state,
+        log=trainer.log,
+        figures=figures,
+        seed=recipe.seed,
+        recipe_digest=recipe.digest,
+        sha256=digest,
+        stopped=reason,
+        step=trainer.iteration,
+        steps=trainer.total,
+        batch_parts=trainer.parts,
+    )
 
 
-def _partial(out_path: Path) -> Path:
-    return out_path.with_suffix(".partial.safetensors")
+def _run(
+    trainer: Trainer,
+    out_path: Path | None,
+    identity: dict[str, str],
+    stop: Callable[[], str],
+    progress: Progress | None,
+) -> str:
+    """Train, with checkpoints and a log where there is a place for them; why it stopped, or nothing."""
+    if out_path is None or trainer.world.rank > 0:
+        return trainer.run(stop=stop, checkpoint=lambda: None, progress=progress)
+    place = checkpoint.path_for(out_path)
+    journal = Journal(out_path, trainer.log)
+
+    def keep() -> None:
+        for row in trainer.log[len(journal.rows) :]:
+            journal.add(row)
+        checkpoint.save(place, identity, trainer.state())
+
+    try:
+        return trainer.run(stop=stop, checkpoint=keep, progress=progress)
+    except RunError as error:
+        if place.is_file():
+            raise RunError(f"{error}; the last good state is kept in {place}") from None
+        raise
+    finally:
+        journal.close()
+
+
+def _checkpoint(out_path: Path | None, resume: bool, identity: dict[str, str]) -> dict[str, Any] | None:
+    """The state to go on from, or nothing."""
+    if out_path is None or not checkpoint.path_for(out_path).is_file():
+        return None
+    place = checkpoint.path_for(out_path)
+    if not resume:
+        raise UsageError(f"{place}: a run was stopped here: go on with --resume, or delete the file")
+    return checkpoint.load(place, identity)
 
 
 def _check(card: ModelCard, data: TrainingSet, out_path: Path | None) -> None:
