@@ -1,6 +1,6 @@
 """What makes CURE work: short fine-tunings of one network under every reading of its recipe, side by side.
 
-The CURE paper leaves the unit of h open, and prints the square where its published code takes the norm itself.
+The CURE paper leaves the unit of h open, and prints a square where its published code takes the norm itself.
 Every row of the table fine-tunes the same network for the same number of steps under another reading, and
 judges it with PGD(20) at linf 8/255. Rows that the output has already are not run again.
 
