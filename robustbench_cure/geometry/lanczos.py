@@ -1,0 +1,111 @@
+"""The ends of the Hessian's spectrum, and its top eigenvector, from a few products an image.
+
+Source: Lanczos 1950; full re-orthogonalisation as in Golub & Van Loan, Matrix Computations, section 10.3.
+Images are worked on together: one pass gives one product for each. The finite-difference operator is not
+symmetric, so that the projected matrix V'HV is kept whole and symmetrised. Deviation from power iteration,
+which finds the eigenvalue of largest magnitude: the theorem of the CURE paper needs the largest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.geometry.hessian import directions_on_sphere, gradients, products
+from robustbench_cure.geometry.space import Space
+
+#: A direction shorter than this, beside the products so far, adds nothing: the space is exhausted.
+EXHAUSTED = 1e-5
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What `lanczos` found for every row.
+
+    Attributes:
+        largest: largest (algebraic) Ritz value, float64 (B,).
+        smallest: smallest one.
+        vector: unit Ritz vector of the largest, float32, shape of the input.
+        gradient: gradient at the input, float32, shape of the input.
+        alignment: |gradient . vector| / ||gradient||, float64 (B,); NaN where the gradient is zero.
+    """
+
+    largest: Tensor
+    smallest: Tensor
+    vector: Tensor
+    gradient: Tensor
+    alignment: Tensor
+
+
+def lanczos(
+    space: Space,
+    u: Tensor,
+    y: Tensor,
+    *,
+    h: float,
+    iterations: int = 30,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> Ends:
+    """Largest and smallest eigenvalues of the finite-difference Hessian at every row.
+
+    Args:
+        space: the network and its units.
+        u: inputs, float32 (B,C,H,W).
+        y: true labels, int64 (B,).
+        h: step, in units of ``u``.
+        iterations: products an image; at most d are made.
+        seed: of the random start.
+        advance: told of gradients computed.
+    """
+    n, d = len(u), u[0].numel()
+    steps = min(iterations, d)
+    here = gradients(space, u, y)
+    start = directions_on_sphere(tuple(u.shape), torch.Generator().manual_seed(seed), u.device)
+    basis = torch.zeros((n, steps, d), dtype=torch.float64, device=u.device)
+    product = torch.zeros_like(basis)
+    direction = start.flatten(1).double()
+    for k in range(steps):
+        basis[:, k] = direction
+        z = direction.float().view_as(u)
+        product[:, k] = products(space, u, y, here, z, h).flatten(1).double()
+        if advance is not None:
+            advance(n)
+        rest = product[:, k]
+        for _ in range(2):  # twice is enough (Kahan and Parlett)
+            known = basis[:, : k + 1]
+            rest = rest - torch.einsum("nk,nkd->nd", torch.einsum("nkd,nd->nk", known, rest), known)
+        length = rest.norm(dim=1, keepdim=True)
+        scale = product[:, : k + 1].norm(dim=2).amax(1, keepdim=True)
+        # An exhausted row keeps a zero direction: its products are zero and its matrix gains zero rows.
+        direction = torch.where(length > EXHAUSTED * scale, rest / length.clamp_min(1e-300), 0.0)
+    return _ends(basis, product, here, u)
+
+
+def _ends(basis: Tensor, product: Tensor, here: Tensor, u: Tensor) -> Ends:
+    projected = torch.einsum("nkd,nld->nkl", basis, product)
+    symmetric = (projected + projected.transpose(1, 2)) / 2
+    used = basis.norm(dim=2) > 0.5
+    # Rows that were never used must not stand for eigenvalue zero: they are put between the others.
+    values, vectors = [], []
+    for matrix, mask in zip(symmetric, used, strict=True):
+        own, space = torch.linalg.eigh(matrix[mask][:, mask])
+        values.append((own[-1], own[0]))
+        full = torch.zeros(len(mask), dtype=torch.float64, device=u.device)
+        full[mask] = space[:, -1]
+        vectors.append(full)
+    top = torch.einsum("nk,nkd->nd", torch.stack(vectors), basis)
+    top = top / top.norm(dim=1, keepdim=True)
+    flat = here.flatten(1).double()
+    length = flat.norm(dim=1)
+    cosine = (flat * top).sum(1).abs() / length
+    return Ends(
+        largest=torch.stack([largest for largest, _ in values]).cpu(),
+        smallest=torch.stack([smallest for _, smallest in values]).cpu(),
+        vector=top.float().view_as(u),
+        gradient=here,
+        alignment=torch.where(length > 0, cosine, torch.nan).cpu(),
+    )
