@@ -14,17 +14,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustbench_cure.geometry.space import Space
+from robustbench_cure.geometry.space import Loss
 
 #: Called with (gradients computed, gradients in all).
 Progress = Callable[[int, int], None]
 
 
-def products(space: Space, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: float) -> Tensor:
+def products(space: Loss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: float) -> Tensor:
     """Hz for one direction of every row.
 
     Args:
-        space: the network and its units.
+        space: the loss, see `Loss`.
         u: inputs, float32 (B,C,H,W).
         y: labels, int64 (B,).
         here: gradients at ``u``, shape of ``u``.
@@ -40,19 +40,19 @@ def products(space: Space, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: flo
     return torch.cat(parts)
 
 
-def gradients(space: Space, u: Tensor, y: Tensor) -> Tensor:
+def gradients(space: Loss, u: Tensor, y: Tensor) -> Tensor:
     """Gradients of all rows, in passes of the network's batch size; shape of ``u``."""
     batches = torch.split(torch.arange(len(u), device=u.device), space.network.batch_size)
     return torch.cat([space.gradients(u[rows], y[rows]) for rows in batches])
 
 
 def columns(
-    space: Space, u: Tensor, y: Tensor, basis: Tensor, h: float, advance: Callable[[int], None] | None = None
+    space: Loss, u: Tensor, y: Tensor, basis: Tensor, h: float, advance: Callable[[int], None] | None = None
 ) -> Tensor:
     """H q for every direction q of a basis, at one point.
 
     Args:
-        space: the network and its units.
+        space: the loss, see `Loss`.
         u: one input (C,H,W).
         y: its label, int64 ().
         basis: directions as rows, (m, d).
@@ -80,7 +80,7 @@ def directions_on_sphere(shape: tuple[int, ...], generator: torch.Generator, dev
 
 
 def frobenius(
-    space: Space,
+    space: Loss,
     u: Tensor,
     y: Tensor,
     *,
@@ -96,7 +96,7 @@ def frobenius(
     a Gaussian z would make it sqrt(d) times longer.
 
     Args:
-        space: the network and its units.
+        space: the loss, see `Loss`.
         u: inputs, float32 (B,C,H,W).
         y: labels, int64 (B,).
         h: step.
@@ -119,7 +119,7 @@ def frobenius(
     return (d * total / directions).sqrt().float()
 
 
-def along_sign(space: Space, u: Tensor, y: Tensor, *, h: float) -> Tensor:
+def along_sign(space: Loss, u: Tensor, y: Tensor, *, h: float) -> Tensor:
     """||Hz|| at every row for z = sign(grad l) of unit length, float32 (B,); 0 where the gradient is zero."""
     here = gradients(space, u, y)
     sign = here.sign()

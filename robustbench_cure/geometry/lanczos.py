@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.geometry.hessian import directions_on_sphere, gradients, products
-from robustbench_cure.geometry.space import Space
+from robustbench_cure.geometry.space import Loss
 
 #: A direction shorter than this, beside the products so far, adds nothing: the space is exhausted.
 EXHAUSTED = 1e-5
@@ -41,7 +41,7 @@ class Ends:
 
 
 def lanczos(
-    space: Space,
+    space: Loss,
     u: Tensor,
     y: Tensor,
     *,
@@ -53,7 +53,7 @@ def lanczos(
     """Largest and smallest eigenvalues of the finite-difference Hessian at every row.
 
     Args:
-        space: the network and its units.
+        space: the loss, see `Loss`.
         u: inputs, float32 (B,C,H,W).
         y: true labels, int64 (B,).
         h: step, in units of ``u``.

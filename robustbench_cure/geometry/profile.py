@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.geometry.hessian import columns
-from robustbench_cure.geometry.space import Space
+from robustbench_cure.geometry.space import Loss
 
 Basis = Literal["canonical", "random"]
 
@@ -35,7 +35,7 @@ def random_basis(d: int, seed: int, device: torch.device) -> Tensor:
 
 
 def eigenvalues(
-    space: Space,
+    space: Loss,
     u: Tensor,
     y: Tensor,
     *,
@@ -46,7 +46,7 @@ def eigenvalues(
     """Eigenvalues of the symmetrised finite-difference Hessian at one input.
 
     Args:
-        space: the network and its units.
+        space: the loss, see `Loss`.
         u: one input (C,H,W), float32.
         y: its true label, int64 ().
         h: step, in units of ``u``.

@@ -8,6 +8,7 @@ has no such space to offer; then pixels are it, and the result says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from robustbench_cure.classifier import Classifier, Normalised
 
 #: Step of the finite differences by data set: that of CURE's training there (paper, section 4; supplement).
 STEPS = {"cifar10": 1.5, "svhn": 1.25, "digits": 1.2}
+
+
+class Loss(Protocol):
+    """What curvature is taken of: a loss of inputs, with gradients. `Space` is one."""
+
+    @property
+    def network(self) -> Classifier:
+        """The network under it; its batch size is the size of a pass."""
+
+    def gradients(self, u: Tensor, y: Tensor) -> Tensor:
+        """Gradient of each row's loss, float32, shape of ``u``; one pass."""
 
 
 @dataclass(frozen=True)
