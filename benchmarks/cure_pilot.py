@@ -49,16 +49,17 @@ READINGS = (
     Reading("norm", 1, 4, 1.5),
     Reading("norm", 1, 4, 3.0),  # the defaults of the published code
     Reading("px01", 1, 1, 1.5),
+    Reading("px01", 1, 4, 1.5, batchnorm="train"),
+    Reading("px01", 1, 4, 1.5),
     Reading("px01", 2, 4, 1.5),
-    Reading("norm", 2, 100, 1.5),  # about px01, power 2, gamma 4 at a shorter step
-    Reading("norm", 1, 16, 1.5),
-    Reading("px01", 1, 2, 1.5),
-    Reading("px01", 1, 1, 0.8),
     Reading("px01", 1, 1, 1.5, batchnorm="train"),
-    Reading("px01", 1, 1, 1.5, precision="bf16"),
-    Reading("px01", 1, 1, 1.5, direction="gradient"),
-    Reading("px01", 1, 1, 1.5, optimizer="sgd", lr=0.01),
-    Reading("px01", 2, 1, 1.5),
+    Reading("px01", 1, 4, 1.5, lr=1e-3),
+    Reading("norm", 1, 16, 1.5),
+    Reading("norm", 2, 100, 1.5),  # about px01, power 2, gamma 4 at a shorter step
+    Reading("px01", 1, 4, 1.5, precision="bf16"),
+    Reading("px01", 1, 4, 0.8),
+    Reading("px01", 1, 4, 1.5, direction="gradient"),
+    Reading("px01", 1, 4, 1.5, optimizer="sgd", lr=0.01),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from robustbench_cure import __version__, inventory
+from robustbench_cure import __version__, geometry_cli, inventory
 from robustbench_cure.errors import CureBenchError, UsageError
 
 CARDS = click.option(
@@ -166,6 +166,10 @@ def validate(files: tuple[Path, ...], cards: tuple[str, ...]) -> None:
 def where(cards: tuple[str, ...]) -> None:
     """Say where cards, weights and data are looked for."""
     click.echo(inventory.where(cards))
+
+
+for _verb in geometry_cli.VERBS:
+    cli.add_command(_verb)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

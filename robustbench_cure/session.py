@@ -59,21 +59,11 @@ def run(request: Request, command: str = "") -> list[Record]:
     """
     if request.resume and request.out is None:
         raise UsageError("--resume needs --out DIR, the run to go on with")
-    if request.weights is not None and len(request.models) != 1:
-        raise UsageError("--weights goes with exactly one --model")
     shard = parse_shard(request.shard)
-    models = request.models or tuple(
-        sorted(m for m in catalog(ModelCard, request.cards) if m.startswith("digits_"))
-    )
-    doubled = [m for m in models if models.count(m) > 1]
-    if doubled:
-        raise UsageError(f"--model {doubled[0]} is given twice")
+    models = named_models(request)
     battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
     dataset = request.dataset or _default_dataset(models[0], battery, request.cards)
-    # Cards do without the data: a model that cannot be loaded is refused before anything is downloaded.
-    loaded = {model: _classifier(model, request, None) for model in models if ":" not in model}
-    data = load_dataset(dataset, request.split, request.data_dir)
-    classifiers = [loaded.get(model) or _classifier(model, request, data) for model in models]
+    classifiers, data = load_all(models, dataset, request)
     out = request.out or Path("runs") / f"{battery.id}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     _check_places(models, classifiers, out, request.resume)
     flags = [_admit(*each, battery, data, request) for each in zip(models, classifiers, strict=True)]
@@ -120,6 +110,46 @@ def run(request: Request, command: str = "") -> list[Record]:
         # In the order in which `report` finds them, so that it writes the same files again.
         write_and_name(sorted(records, key=lambda record: record.manifest.model.id), out)
     return records
+
+
+def named_models(request: Request) -> tuple[str, ...]:
+    """The models of a request; without any, the embedded ones.
+
+    Raises:
+        UsageError: one is named twice, or weights are given for several.
+    """
+    if request.weights is not None and len(request.models) != 1:
+        raise UsageError("--weights goes with exactly one --model")
+    models = request.models or tuple(
+        sorted(m for m in catalog(ModelCard, request.cards) if m.startswith("digits_"))
+    )
+    doubled = [m for m in models if models.count(m) > 1]
+    if doubled:
+        raise UsageError(f"--model {doubled[0]} is given twice")
+    return models
+
+
+def load_all(models: tuple[str, ...], dataset: str, request: Request) -> tuple[list[Classifier], EvalSet]:
+    """The models and the data of a request.
+
+    Raises:
+        UsageError: one of them cannot be loaded.
+    """
+    # Cards do without the data: a model that cannot be loaded is refused before anything is downloaded.
+    loaded = {model: _classifier(model, request, None) for model in models if ":" not in model}
+    data = load_dataset(dataset, request.split, request.data_dir)
+    return [loaded.get(model) or _classifier(model, request, data) for model in models], data
+
+
+def card_dataset(model: str, cards: tuple[str, ...]) -> str:
+    """The data set of a model's card.
+
+    Raises:
+        UsageError: a model without a card.
+    """
+    if ":" in model:
+        raise UsageError(f"{model}: a model without a card needs --dataset")
+    return find(ModelCard, model, cards).card.dataset
 
 
 def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: Path, resume: bool) -> None:
@@ -176,11 +206,7 @@ def _default_battery(models: tuple[str, ...], cards: tuple[str, ...]) -> str:
 
 
 def _default_dataset(model: str, battery: Battery, cards: tuple[str, ...]) -> str:
-    if battery.dataset:
-        return battery.dataset
-    if ":" in model:
-        raise UsageError(f"{model}: a model without a card needs --dataset")
-    return find(ModelCard, model, cards).card.dataset
+    return battery.dataset or card_dataset(model, cards)
 
 
 def parse_batch_size(text: str) -> int | None:

@@ -1,0 +1,45 @@
+"""What the geometry pages say about their figures."""
+
+from __future__ import annotations
+
+
+def _paragraphs(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(part.split()) for part in text.strip().split("\n\n"))
+
+
+CURVATURE = _paragraphs("""
+How the loss bends around an image: a strongly curved loss lets a short step change it much. The CURE
+paper finds that adversarial training flattens these profiles, and that penalising curvature makes
+networks robust.
+
+Finite differences of the gradient with the step named below, in normalised inputs: the profile depends
+on the step. ||Hz|| is taken along the sign of the gradient; the alignment is the cosine between the
+gradient and the top eigenvector.
+""")
+
+CURVE = _paragraphs("""
+PGD at every radius, on what the smaller radii left: the curve cannot rise, and begins at the clean
+accuracy. A curve that does not come down for large radii is a sign of masked gradients.
+""")
+
+BOUNDS = _paragraphs("""
+If the loss were quadratic around an image, its distance to the threshold would lie between two bounds
+that fall as the curvature nu grows. Here they are computed for the log-loss of the label against the
+best other class, whose threshold log 2 is exactly the change of label, and set beside the distance
+DeepFool finds in the same normalised inputs.
+
+Networks are not quadratic: the last column says how often the found distance lies inside. Images that
+are misclassified, or along which the loss does not curve upwards, are left out.
+""")
+
+SECTION = _paragraphs("""
+Green is the region of the image's own label, other colours are other labels; the dot is the image. The
+vertical axis is the normal of the nearest boundary, the horizontal one a random direction. The CURE
+paper finds that regions widen and boundaries flatten in adversarially trained networks.
+""")
+
+SURFACE = _paragraphs("""
+Height is the negative cross-entropy of the true label over the plane of the nearest boundary's normal r
+and a random direction v; the dot is the image. A cliff close to the dot is what an attack walks over;
+the CURE paper finds it gone, and the surface nearly linear, after its training.
+""")

@@ -1,0 +1,147 @@
+"""What every geometry command starts from and ends with: models, images, a folder of figures and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.errors import UsageError
+from robustbench_cure.files import write_atomically
+from robustbench_cure.geometry.space import STEPS
+from robustbench_cure.provenance import environment
+from robustbench_cure.session import Request, card_dataset, load_all, named_models
+
+
+@dataclass
+class Study:
+    """Models side by side on the same images, and where what is found goes.
+
+    Attributes:
+        verb: the command, which names the folder.
+        models: name -> classifier, in the order given.
+        data: the images.
+        out: the folder.
+        step: of finite differences, in the units of `geometry.space`.
+        seed: of every random choice.
+        command: the command line.
+        files: what was written so far.
+    """
+
+    verb: str
+    models: dict[str, Classifier]
+    data: EvalSet
+    out: Path
+    step: float
+    seed: int
+    command: str
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def images(self) -> Tensor:
+        """Images, float32 (N,C,H,W) in [0, 1]."""
+        return self.data.images
+
+    @property
+    def labels(self) -> Tensor:
+        """True labels, int64 (N,)."""
+        return self.data.labels
+
+    def identity(self, model: str, **settings: object) -> dict[str, str]:
+        """What must agree for unfinished work of a model to be gone on with."""
+        info = self.models[model].model_info()
+        return {
+            "verb": self.verb,
+            "weights": info.weights_sha256,
+            "data": self.data.digest,
+            **{key: str(value) for key, value in sorted(settings.items())},
+        }
+
+    def table(self, name: str, rows: pd.DataFrame) -> None:
+        """Write ``<name>.csv``."""
+        self.write(name + ".csv", lambda file: rows.to_csv(file, index=False, lineterminator="\n"))
+
+    def write(self, name: str, fill: Callable[[Path], object]) -> None:
+        """Write a file of the folder, whole or not at all."""
+        path = self.out / name
+        write_atomically(path, fill)
+        self.files.append(path)
+
+    def finish(self, settings: dict[str, Any]) -> None:
+        """Write ``manifest.json``, and say what there is."""
+        first = next(iter(self.models.values()))
+        content = {
+            "verb": self.verb,
+            "command": self.command,
+            "models": {name: c.model_info().model_dump(mode="json") for name, c in self.models.items()},
+            "data": {
+                "name": self.data.name,
+                "split": self.data.split,
+                "n": len(self.data),
+                "digest": self.data.digest,
+                "notes": self.data.notes,
+            },
+            "seed": self.seed,
+            "settings": settings,
+            "environment": environment(first.device).model_dump(mode="json"),
+            "files": sorted(path.name for path in self.files),
+        }
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.out / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def open_study(
+    verb: str,
+    request: Request,
+    *,
+    step: float | None,
+    default_n: int,
+    command: str,
+    first_by_seed: bool = False,
+) -> Study:
+    """Load what a request names.
+
+    Args:
+        verb: the command.
+        request: models, data, device.
+        step: of the finite differences; None: that of the data set.
+        default_n: images, where the request does not say.
+        command: the command line, for the provenance.
+        first_by_seed: one image, chosen by the seed.
+
+    Raises:
+        UsageError: a model or the data cannot be loaded, or the folder is taken.
+    """
+    names = named_models(request)
+    dataset = request.dataset or card_dataset(names[0], request.cards)
+    out = request.out or Path("runs") / f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file, not a directory; choose another --out")
+    if (out / "manifest.json").exists():
+        raise UsageError(f"--out {out}: already holds results; choose another --out")
+    classifiers, data = load_all(names, dataset, request)
+    seed = 0 if request.seed is None else request.seed
+    wanted = min(default_n, len(data)) if request.n is None else request.n
+    data = data.subset(wanted, seed if first_by_seed else 0)
+    models: dict[str, Classifier] = {}
+    for classifier in classifiers:
+        name = classifier.model_info().id
+        if name in models:
+            raise UsageError(f"two models are called {name}: rename one")
+        if tuple(data.images.shape[1:]) != classifier.input_shape:
+            raise UsageError(
+                f"{name} takes images of shape {classifier.input_shape}, {data.name} has "
+                f"{tuple(data.images.shape[1:])}"
+            )
+        models[name] = classifier
+    if step is None:
+        step = STEPS.get(dataset, STEPS["cifar10"])
+    return Study(verb, models, data, out, step, seed, command)

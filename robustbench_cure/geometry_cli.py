@@ -1,0 +1,159 @@
+"""The geometry verbs of `cure-bench`: options here, work in `robustbench_cure.geometry`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+
+from robustbench_cure.errors import UsageError
+from robustbench_cure.threat import parse_fraction
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that all geometry verbs share, named as those of `evaluate`."""
+    options = [
+        click.option(
+            "--model", "models", multiple=True, metavar="ID", help="As for evaluate; repeatable: shared axes."
+        ),
+        click.option("--dataset", metavar="NAME", help="Data set; default: the first model's."),
+        click.option("--data-dir", type=click.Path(path_type=Path), help="Where the data are."),
+        click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True),
+        click.option("--n", type=click.IntRange(1), help="Number of images."),
+        click.option("--weights", type=click.Path(path_type=Path), help="Weights, instead of the card's."),
+        click.option("--mean", metavar="M,M,M", help="Channel means of a model of your own."),
+        click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
+        click.option("--batch-size", default="auto", show_default=True, help="Images a pass."),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of images' order and directions."),
+        click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<verb>-<time>."),
+        click.option("--cards", multiple=True, metavar="DIR", help="Directory with further cards."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return click.pass_obj(command)
+
+
+STEP = click.option(
+    "--step", type=float, help="h of the finite differences; default: CURE's on the data set."
+)
+ITERATIONS = click.option(
+    "--iterations", type=click.IntRange(2), default=30, show_default=True, help="Of Lanczos."
+)
+
+
+def _study(verb: str, words: list[str] | None, options: dict[str, Any], default_n: int, **more: Any) -> Any:
+    from robustbench_cure.geometry.study import open_study
+    from robustbench_cure.session import Request
+
+    step = more.pop("step", None)
+    if step is not None and not 0 < step < float("inf"):
+        raise UsageError(f"--step {step:g}: must be positive")
+    command = shlex.join(["cure-bench", *(words or [])])
+    return open_study(
+        verb,
+        Request(**options),
+        step=step,
+        default_n=default_n,
+        command=command,
+        first_by_seed=more.pop("first_by_seed", False),
+    )
+
+
+@click.command()
+@_common
+@STEP
+@click.option(
+    "--spectrum",
+    type=click.Choice(["auto", "dense", "lanczos"]),
+    default="auto",
+    show_default=True,
+    help="All eigenvalues, or the ends; auto: all up to 4,096 inputs.",
+)
+@click.option(
+    "--basis",
+    type=click.Choice(["canonical", "random"]),
+    default="canonical",
+    show_default=True,
+    help="Of the finite differences: single inputs, or a rotation.",
+)
+@ITERATIONS
+@click.option(
+    "--directions", type=click.IntRange(1), default=100, show_default=True, help="Of the Frobenius norm."
+)
+def curvature(words: list[str] | None, /, **options: Any) -> None:
+    """Curvature of the loss: profile, norms, alignment of the gradient.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.curvature import curvature as run
+
+    own = {key: options.pop(key) for key in ("spectrum", "basis", "iterations", "directions")}
+    run(_study("curvature", words, options, 100, step=options.pop("step")), **own)
+
+
+@click.command()
+@_common
+@STEP
+@ITERATIONS
+def bounds(words: list[str] | None, /, **options: Any) -> None:
+    """Bounds of the CURE paper's Theorem 1 beside DeepFool's distances."""
+    from robustbench_cure.geometry.pictures import bounds as run
+
+    iterations = options.pop("iterations")
+    run(_study("bounds", words, options, 100, step=options.pop("step")), iterations=iterations)
+
+
+@click.command()
+@_common
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option(
+    "--eps", default="0,1/255,2/255,4/255,6/255,8/255", show_default=True, help="Radii, ascending fractions."
+)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of PGD.")
+def curve(words: list[str] | None, /, **options: Any) -> None:
+    """Accuracy against the radius of the ball."""
+    from robustbench_cure.geometry.pictures import curve as run
+
+    radii = _radii(options.pop("eps"))
+    own = {key: options.pop(key) for key in ("norm", "steps")}
+    run(_study("curve", words, options, 2000), eps=radii, **own)
+
+
+@click.command()
+@_common
+@click.option("--points", type=click.IntRange(3), default=201, show_default=True, help="Along each side.")
+def section(words: list[str] | None, /, **options: Any) -> None:
+    """Decision regions around an image; --seed chooses the image."""
+    from robustbench_cure.geometry.pictures import section as run
+
+    points = options.pop("points")
+    run(_study("section", words, options, 1, first_by_seed=True), points=points)
+
+
+@click.command()
+@_common
+@click.option("--points", type=click.IntRange(3), default=81, show_default=True, help="Along each side.")
+def surface(words: list[str] | None, /, **options: Any) -> None:
+    """The loss around an image; --seed chooses the image."""
+    from robustbench_cure.geometry.pictures import surface as run
+
+    points = options.pop("points")
+    run(_study("surface", words, options, 1, first_by_seed=True), points=points)
+
+
+def _radii(text: str) -> list[Fraction]:
+    try:
+        radii = [parse_fraction(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--eps {text}: {error}") from None
+    if radii != sorted(set(radii)):
+        raise UsageError(f"--eps {text}: radii must ascend")
+    return radii
+
+
+VERBS = (curvature, bounds, curve, section, surface)
