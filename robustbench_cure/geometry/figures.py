@@ -40,7 +40,6 @@ def style() -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": "cure-bench",
         "figure.dpi": 150,
-        "savefig.bbox": "tight",
     }
     with mpl.rc_context(settings):  # type: ignore[arg-type]
         yield
@@ -52,7 +51,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     files = []
     for kind, metadata in METADATA.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata=metadata)
+        with style():
+            figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
         path = stem.with_name(f"{stem.name}.{kind}")
         data = buffer.getvalue()
         write_atomically(path, lambda file, data=data: file.write_bytes(data))  # type: ignore[misc]
@@ -146,7 +146,9 @@ def surfaces(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64
             axes.set_title(title)
             axes.set_xlabel("v")
             axes.set_ylabel("r")
-            axes.set_zlabel("negative loss")
+            axes.set_box_aspect((1, 1, 0.8), zoom=0.86)
+            if place == len(panels) - 1:
+                axes.set_zlabel("negative loss", labelpad=6)
             axes.view_init(elev=28, azim=-58)
             axes.tick_params(labelsize=7)
         return figure

@@ -1,0 +1,241 @@
+"""The geometry commands: closed forms for curve and plane, files, going on, equal bytes, bad input."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from robustbench_cure import load_dataset, load_model
+from robustbench_cure.cli import cli
+from robustbench_cure.errors import UsageError
+from robustbench_cure.geometry import curvature as curvature_module
+from robustbench_cure.geometry.curve import robust_rows
+from robustbench_cure.geometry.plane import normal_plane, scan
+from robustbench_cure.geometry.profile import eigenvalues
+from robustbench_cure.geometry.space import normalised_space
+from robustbench_cure.geometry.theorem import THRESHOLD, TwoClass, theorem
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli, [*arguments, "--device", "cpu"], catch_exceptions=False)
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        invoke(*arguments)
+    return str(caught.value)
+
+
+# --- closed forms ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_curve_of_an_affine_model_is_that_of_its_radii(affine, norm):
+    generator = np.random.default_rng(0)
+    model = affine(generator.normal(size=(3, 12)), generator.normal(size=3) * 0.1, (3, 2, 2), batch_size=8)
+    x = torch.rand((40, 3, 2, 2), generator=torch.Generator().manual_seed(0)) * 0.4 + 0.3  # away from the box
+    y = torch.from_numpy(model.logits(x).argmax(1))
+    y[:5] = (y[:5] + 1) % 3  # misclassified from the start
+    radii = model.radii(x, y, norm).min(1)
+    eps = [Fraction(0), Fraction(1, 100), Fraction(1, 50), Fraction(1, 25), Fraction(1, 10)]
+    alive = robust_rows(model.classifier, x, y, norm=norm, eps=eps, steps=40, loss="margin")
+    for row, radius in zip(alive.numpy(), eps, strict=True):
+        sure = np.abs(radii - float(radius)) > 0.02 * float(radius)
+        assert (row == (radii > float(radius)))[sure].all()
+    assert alive[0].tolist() == [False] * 5 + [True] * 35
+    assert (alive[1:] <= alive[:-1]).all()
+    with pytest.raises(ValueError, match="ascend"):
+        robust_rows(model.classifier, x, y, norm=norm, eps=[Fraction(1), Fraction(0)])
+
+
+def test_the_plane_of_an_affine_model_has_its_boundary_at_the_distance(affine):
+    generator = np.random.default_rng(1)
+    model = affine(generator.normal(size=(2, 12)), [0.0, 0.0], (3, 2, 2), batch_size=100)
+    x = torch.rand((1, 3, 2, 2), generator=torch.Generator().manual_seed(1))
+    y = torch.from_numpy(model.logits(x).argmax(1))
+    distance = model.radii(x, y, "l2").min()
+    plane = normal_plane(model.classifier, x[0])
+    assert plane.reached
+    assert plane.distance == pytest.approx(1.02 * distance, rel=1e-3)
+    assert float((plane.n * plane.v).sum()) == pytest.approx(0, abs=1e-5)
+    assert float(plane.n.norm()) == pytest.approx(1, abs=1e-5)
+    assert float(plane.v.norm()) == pytest.approx(1, abs=1e-5)
+    grid = scan(model.classifier, plane, int(y), reach=2 * plane.distance, points=41)
+    inside = grid.along < distance
+    # The boundary is a line across the normal: rows before it are the label's, rows beyond are not.
+    clear = (grid.along - distance).abs() > 1e-3
+    expected = torch.where(inside, int(y), 1 - int(y))
+    assert (grid.labels[clear] == expected[clear][:, None]).all()
+    assert (grid.loss[clear][inside[clear]] < THRESHOLD).all()
+    assert torch.equal(normal_plane(model.classifier, x[0], seed=0).v, plane.v)
+    assert not torch.equal(normal_plane(model.classifier, x[0], seed=1).v, plane.v)
+
+
+def test_the_two_class_loss_crosses_log_two_where_the_label_changes(affine):
+    model = affine(np.random.default_rng(2).normal(size=(4, 12)), [0.1, 0, -0.1, 0], (3, 2, 2))
+    space = TwoClass(normalised_space(model.classifier))
+    u = torch.rand((200, 3, 2, 2), generator=torch.Generator().manual_seed(2)) * 4 - 2
+    y = torch.arange(200) % 4
+    right = torch.from_numpy(model.logits(u).argmax(1)) == y
+    assert ((space.losses(u, y) < THRESHOLD) == right).all()
+
+
+def test_the_theorem_holds_on_two_affine_classes_for_small_steps(affine):
+    """log(1 + exp(-J)) with J linear: the bounds are those of its quadratic model, both along the normal."""
+    model = affine(np.random.default_rng(3).normal(size=(2, 12)) * 0.3, [0.0, 0.0], (3, 2, 2))
+    space = normalised_space(model.classifier)
+    u = torch.rand((30, 3, 2, 2), generator=torch.Generator().manual_seed(3))
+    y = torch.from_numpy(model.logits(u).argmax(1))
+    found = theorem(space, u, y, h=0.05, iterations=6)
+    slope = float(np.linalg.norm(model.weight[0] - model.weight[1]))
+    margin = torch.from_numpy(np.abs(model.logits(u)[:, 0] - model.logits(u)[:, 1]))
+    p = torch.sigmoid(-margin)
+    assert torch.allclose(found.gradient_norm, p * slope, rtol=1e-3)
+    assert torch.allclose(found.nu, p * (1 - p) * slope**2, rtol=0.05)
+    assert torch.allclose(found.along, found.gradient_norm, rtol=1e-3)  # the Hessian is along the gradient
+    assert torch.allclose(found.bounds.lower, found.bounds.upper, rtol=1e-2)
+    assert torch.allclose(found.deepfool, 1.02 * margin / slope, rtol=1e-3)
+
+
+# --- the commands ------------------------------------------------------------------------------------
+
+
+def test_curvature_writes_what_the_functions_give(tmp_path):
+    out = tmp_path / "c"
+    done = invoke(
+        "curvature", "--model", "digits_cure", "--model", "digits_normal", "--n", "3", "--out", str(out)
+    )
+    assert done.exit_code == 0
+    samples = pd.read_csv(out / "samples.csv")
+    assert list(samples["model"]) == ["digits_cure"] * 3 + ["digits_normal"] * 3
+    profile = pd.read_csv(out / "profile.csv")
+    assert len(profile) == 128
+    data = load_dataset("digits").subset(3)
+    space = normalised_space(load_model("digits_cure", device="cpu"))
+    values = torch.stack(
+        [eigenvalues(space, u, y, h=1.2) for u, y in zip(space.inputs(data.images), data.labels, strict=True)]
+    )
+    own = profile[profile["model"] == "digits_cure"]
+    assert np.allclose(own["mean"], values.double().mean(0), atol=1e-5)
+    assert np.allclose(samples["largest"][:3], values[:, 0], atol=1e-5)
+    mean = samples.groupby("model")["hz"].mean()
+    assert mean["digits_cure"] < 0.2 * mean["digits_normal"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["step_h"] == 1.2
+    assert {"profile.svg", "profile.pdf", "profile.png", "index.html"} <= set(manifest["files"])
+    page = (out / "index.html").read_text()
+    assert "data:image/svg+xml;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert max(map(len, done.output.splitlines()[:3])) <= 80
+
+
+def test_an_interrupted_profile_goes_on_to_equal_bytes(tmp_path, monkeypatch):
+    common = ("curvature", "--model", "digits_pgd_at", "--n", "4", "--directions", "2", "--iterations", "3")
+    invoke(*common, "--out", str(tmp_path / "whole"))
+    calls = []
+
+    def stopping(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return eigenvalues(*arguments, **options)
+
+    monkeypatch.setattr(curvature_module, "KEEP", 0.0)
+    monkeypatch.setattr(curvature_module, "eigenvalues", stopping)
+    stopped = CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")])
+    assert stopped.exit_code != 0
+    kept = np.load(tmp_path / "parts" / "spectra-digits_pgd_at.npz")["eigenvalues"]
+    assert kept.shape == (2, 64)
+    monkeypatch.setattr(
+        curvature_module, "eigenvalues", lambda *a, **k: calls.append(1) or eigenvalues(*a, **k)
+    )
+    calls.clear()
+    invoke(*common, "--out", str(tmp_path / "parts"))
+    assert len(calls) == 2  # the other two were there
+    for name in ("samples.csv", "profile.csv", "profile.svg", "profile.png", "profile.pdf"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    other = refused(*common, "--out", str(tmp_path / "parts"))
+    assert "already holds results" in other
+    (tmp_path / "parts" / "manifest.json").unlink()
+    assert "of another measurement" in refused(*common, "--step", "0.3", "--out", str(tmp_path / "parts"))
+    (tmp_path / "parts" / "spectra-digits_pgd_at.npz").write_bytes(b"PK")
+    assert "damaged" in refused(*common, "--out", str(tmp_path / "parts"))
+
+
+def test_the_curve_command_begins_at_clean_accuracy(tmp_path):
+    models = ("--model", "digits_cure", "--model", "digits_normal")
+    invoke("curve", *models, "--n", "60", "--eps", "0,20/255,51/255", "--steps", "5", "--out", str(tmp_path))
+    table = pd.read_csv(tmp_path / "curve.csv")
+    data = load_dataset("digits").subset(60)
+    for name in ("digits_cure", "digits_normal"):
+        classifier = load_model(name, device="cpu")
+        clean = float((classifier.logits(data.images).argmax(1) == data.labels).float().mean())
+        own = table[table["model"] == name]
+        assert own["accuracy"].iloc[0] == pytest.approx(clean)
+        assert own["accuracy"].is_monotonic_decreasing
+        assert ((own["ci_low"] <= own["accuracy"]) & (own["accuracy"] <= own["ci_high"])).all()
+    last = table.groupby("model")["accuracy"].last()
+    assert last["digits_cure"] > last["digits_normal"] + 0.3
+
+
+def test_bounds_are_written_for_every_image_classified_correctly(tmp_path):
+    done = invoke("bounds", "--model", "digits_cure", "--n", "25", "--out", str(tmp_path))
+    table = pd.read_csv(tmp_path / "bounds.csv")
+    known = table.dropna(subset=["lower", "upper"])
+    assert (known["simple_lower"] <= known["lower"] + 1e-9).all()
+    assert (known["lower"] <= known["upper"] + 1e-9).all()
+    assert (known["upper"] <= known["simple_upper"] + 1e-9).all()
+    assert (table["c"] > 0).all()
+    assert "inside" in done.output
+
+
+@pytest.mark.parametrize("verb", ["section", "surface"])
+def test_planes_are_drawn_around_the_image_that_the_seed_chooses(verb, tmp_path):
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        invoke(verb, "--model", "digits_cure", "--points", "9", "--seed", seed, "--out", str(out))
+        archive = np.load(out / f"{verb}.npz")
+        data = load_dataset("digits").subset(1, int(seed))
+        classifier = load_model("digits_cure", device="cpu")
+        assert archive["digits_cure.labels"].shape == (9, 9)
+        assert archive["digits_cure.labels"][4, 4] == int(classifier.logits(data.images).argmax(1))
+        assert archive["digits_cure.along"][4] == pytest.approx(0, abs=1e-6)
+        assert {path.suffix for path in out.glob(f"{verb}.*")} == {".svg", ".pdf", ".png", ".npz", ".csv"}
+    first, second = (np.load(tmp_path / seed / f"{verb}.npz")["digits_cure.loss"] for seed in "01")
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("curve", "--eps", "8/255,0"), "radii must ascend"),
+        (("curve", "--eps", "eight"), "is not a fraction"),
+        (("curve", "--eps=-1/255"), "is negative"),
+        (("curvature", "--step", "0"), "must be positive"),
+        (("curvature", "--step", "nan"), "must be positive"),
+        (("curvature", "--model", "digits_cur"), "did you mean"),
+        (("curvature", "--n", "501"), "has only 500"),
+        (("curvature", "--model", "digits_cure", "--model", "digits_cure"), "is given twice"),
+        (("section", "--model", "resnet18_cure"), "has no weights yet"),
+        (("surface", "--dataset", "npz"), "needs --data-dir"),
+        (("bounds", "--batch-size", "none"), "use auto or a positive number"),
+    ],
+)
+def test_bad_requests_are_one_line_and_write_nothing(arguments, message, tmp_path):
+    out = tmp_path / "out"
+    assert message in refused(*arguments, "--out", str(out))
+    assert not out.exists()
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "out"
+    file.write_text("")
+    assert "is a file" in refused("curve", "--out", str(file))
+    assert Path(file).read_text() == ""
