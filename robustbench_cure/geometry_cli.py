@@ -146,6 +146,15 @@ def surface(words: list[str] | None, /, **options: Any) -> None:
     run(_study("surface", words, options, 1, first_by_seed=True), points=points)
 
 
+@click.command()
+@_common
+def gallery(words: list[str] | None, /, **options: Any) -> None:
+    """Images with the smallest perturbations that change their labels."""
+    from robustbench_cure.geometry.pictures import gallery as run
+
+    run(_study("gallery", words, options, 6))
+
+
 def _radii(text: str) -> list[Fraction]:
     try:
         radii = [parse_fraction(part) for part in text.split(",")]
@@ -156,4 +165,4 @@ def _radii(text: str) -> list[Fraction]:
     return radii
 
 
-VERBS = (curvature, bounds, curve, section, surface)
+VERBS = (curvature, bounds, curve, section, surface, gallery)

@@ -194,6 +194,26 @@ def test_bounds_are_written_for_every_image_classified_correctly(tmp_path):
     assert "inside" in done.output
 
 
+def test_the_gallery_shows_what_changes_the_label(tmp_path):
+    invoke(
+        "gallery", "--model", "digits_cure", "--model", "digits_normal", "--n", "4", "--out", str(tmp_path)
+    )
+    table = pd.read_csv(tmp_path / "gallery.csv")
+    archive = np.load(tmp_path / "gallery.npz")
+    data = load_dataset("digits").subset(4)
+    assert np.array_equal(archive["images"], data.images.numpy())
+    for name in ("digits_cure", "digits_normal"):
+        own = table[table["model"] == name]
+        moved = torch.from_numpy(archive[name])
+        after = load_model(name, device="cpu").logits(moved).argmax(1)
+        assert own["after"].tolist() == after.tolist()
+        assert own["changed"].all()
+        lengths = (moved - data.images).flatten(1).norm(dim=1)
+        assert np.allclose(own["l2"], lengths, atol=1e-5)
+    medians = table.groupby("model")["l2"].median()
+    assert medians["digits_cure"] > medians["digits_normal"]
+
+
 @pytest.mark.parametrize("verb", ["section", "surface"])
 def test_planes_are_drawn_around_the_image_that_the_seed_chooses(verb, tmp_path):
     for seed in ("0", "1"):

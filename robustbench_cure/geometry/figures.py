@@ -158,7 +158,7 @@ def gallery(rows: Sequence[tuple[str, NDArray[np.float32], Sequence[str]]], titl
     """Images in a grid.
 
     Args:
-        rows: name of the row, its images (m, H, W, C) in [0, 1], and what stands under each.
+        rows: name of the row, its images (m, C, H, W) in [0, 1], and what stands under each.
         titles: of the columns.
     """
     with style():
@@ -168,8 +168,9 @@ def gallery(rows: Sequence[tuple[str, NDArray[np.float32], Sequence[str]]], titl
         for r, (name, images, captions) in enumerate(rows):
             for c in range(columns):
                 axes = grid[r][c]
-                image = images[c]
-                axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                image = images[c].transpose(1, 2, 0)
+                shown = image[..., 0] if image.shape[2] == 1 else image
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.spines[:].set_visible(False)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
@@ -22,7 +23,7 @@ from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.theorem import theorem
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
-from robustbench_cure.threat import Norm, format_eps
+from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 
 def curve(study: Study, *, norm: Norm, eps: Sequence[Fraction], steps: int) -> pd.DataFrame:
@@ -229,6 +230,70 @@ def surface(study: Study, *, points: int) -> dict[str, Grid]:
     )
     study.files += files
     return grids
+
+
+def gallery(study: Study) -> pd.DataFrame:
+    """Images, their smallest perturbations and the sums (CURE paper, figure 11); returns the distances.
+
+    Args:
+        study: models, images, folder.
+    """
+    data = study.data
+    titles = [data.classes[k] for k in study.labels.tolist()]
+    rows: list[tuple[str, NDArray[np.float32], list[str]]] = []
+    rows.append(("image", study.images.numpy(), [""] * len(data)))
+    found, cells, arrays = [], [], {"images": study.images.numpy()}
+    for name, classifier in study.models.items():
+        x = study.images.to(classifier.device)
+        before = classifier.logits(x).argmax(1)
+        proposal = deepfool(
+            classifier, x, before, threat=ThreatModel.parse("l2", "0"), mode="minimal", clip=True
+        )
+        r = (proposal.x_adv - x).cpu()
+        after = classifier.logits(proposal.x_adv).argmax(1).cpu()
+        length = r.flatten(1).norm(dim=1)
+        largest = r.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        names = [data.classes[k] for k in after.tolist()]
+        rows.append((name, proposal.x_adv.cpu().clamp(0, 1).numpy(), names))
+        rows.append(
+            ("perturbation", (0.5 + r / (2 * largest)).numpy(), [f"l2 {v:.2f}" for v in length.tolist()])
+        )
+        arrays[name] = proposal.x_adv.cpu().numpy()
+        changed = after != before.cpu()
+        table = pd.DataFrame(
+            {
+                "model": name,
+                "sample_id": data.ids,
+                "label": titles,
+                "before": [data.classes[k] for k in before.tolist()],
+                "after": names,
+                "l2": length.numpy(),
+                "linf": largest.flatten().numpy(),
+                "changed": changed.numpy(),
+            }
+        )
+        found.append(table)
+        kept = table[table["changed"]]
+        cells.append(
+            [name, f"{len(kept)}/{len(data)}", f"{kept['l2'].median():.3f}", f"{kept['linf'].median():.3f}"]
+        )
+    everything = pd.concat(found, ignore_index=True)
+    study.table("gallery", everything)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    study.write("gallery.npz", lambda file: file.write_bytes(buffer.getvalue()))
+    files = figures.save(figures.gallery(rows, titles), study.out / "gallery")
+    study.files += files
+    present(
+        study,
+        title="Smallest perturbations",
+        lead=prose.GALLERY,
+        columns=("model", "changed", "median l2", "median l∞"),
+        rows=cells,
+        figures=[Shown(files[0], "Images and perturbations", "Above: true labels. Below: labels after.")],
+        settings={"attack": "DeepFool, l2, to the nearest boundary"},
+    )
+    return everything
 
 
 def _planes(study: Study) -> dict[str, Plane]:

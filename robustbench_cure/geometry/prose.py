@@ -38,6 +38,12 @@ vertical axis is the normal of the nearest boundary, the horizontal one a random
 paper finds that regions widen and boundaries flatten in adversarially trained networks.
 """)
 
+GALLERY = _paragraphs("""
+The smallest perturbation DeepFool finds for each image and network (l2, in pixels), and the image with
+it added. Perturbations are stretched to the full range of grey levels, so that their size shows in the
+numbers alone. The CURE paper finds them to look like objects, not noise, for robust networks.
+""")
+
 SURFACE = _paragraphs("""
 Height is the negative cross-entropy of the true label over the plane of the nearest boundary's normal r
 and a random direction v; the dot is the image. A cliff close to the dot is what an attack walks over;
