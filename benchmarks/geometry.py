@@ -1,7 +1,7 @@
 """Speed of the curvature tools: share of the raw gradient rate, and peers on the same images in the same run.
 
 Dense: the profile's gradients against the raw float32 forward-and-input-gradient rate of the same network,
-and against `torch.autograd.functional.hessian`, which gives the Hessian at the point itself. Lanczos: the same
+and against `torch.autograd.functional.hessian`, the Hessian at the point itself. Lanczos: the same
 number of products an image, ours for all images together, PyHessian's way one image after the other.
 """
 
