@@ -51,15 +51,17 @@ READINGS = (
     Reading("px01", 1, 1, 1.5),
     Reading("px01", 1, 4, 1.5, batchnorm="train"),
     Reading("px01", 1, 4, 1.5),
-    Reading("px01", 2, 4, 1.5),
     Reading("px01", 1, 1, 1.5, batchnorm="train"),
-    Reading("px01", 1, 4, 1.5, lr=1e-3),
-    Reading("norm", 1, 16, 1.5),
-    Reading("norm", 2, 100, 1.5),  # about px01, power 2, gamma 4 at a shorter step
-    Reading("px01", 1, 4, 1.5, precision="bf16"),
-    Reading("px01", 1, 4, 0.8),
-    Reading("px01", 1, 4, 1.5, direction="gradient"),
-    Reading("px01", 1, 4, 1.5, optimizer="sgd", lr=0.01),
+    Reading("norm", 1, 4, 3.0, batchnorm="train"),
+    Reading("norm", 2, 4, 1.5, batchnorm="train"),
+    Reading("px01", 2, 4, 1.5, batchnorm="train"),
+    Reading("norm", 1, 16, 1.5, batchnorm="train"),
+    Reading("norm", 2, 100, 1.5, batchnorm="train"),  # about px01, power 2, gamma 4 at a shorter step
+    Reading("px01", 1, 1, 1.5, batchnorm="train", lr=1e-3),
+    Reading("px01", 1, 1, 1.5, batchnorm="train", optimizer="sgd", lr=0.01),
+    Reading("px01", 1, 1, 1.5, batchnorm="train", precision="bf16"),
+    Reading("px01", 1, 1, 1.5, batchnorm="train", direction="gradient"),
+    Reading("px01", 1, 1, 0.8, batchnorm="train"),
 )
 
 
