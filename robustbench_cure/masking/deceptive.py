@@ -1,0 +1,107 @@
+"""Networks that look robust and are not: each hides its gradients in one known way, to test the checks with.
+
+Sources: Athalye, Carlini & Wagner 2018, arXiv 1802.00420 (shattered and random gradients, JPEG);
+Carlini & Wagner 2016, arXiv 1607.04311 (saturated outputs).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class _Around(nn.Module):
+    """A network with something before it and something after it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def before(self, x: Tensor) -> Tensor:
+        """What happens to images."""
+        return x
+
+    def after(self, z: Tensor) -> Tensor:
+        """What happens to logits."""
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L)."""
+        return self.after(self.net(self.before(x)))
+
+
+class ZeroGradient(_Around):
+    """The graph is cut: the network is as weak as before, its gradient is zero."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """The images, without their history."""
+        return x.detach() + 0 * x
+
+
+class Quantised(_Around):
+    """Images are rounded to 17 grey levels: a staircase, flat almost everywhere."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Rounded images."""
+        return (x * 16).round() / 16
+
+
+class Saturated(_Around):
+    """Logits times 10,000: softmax is one or zero to the last bit, and so is cross-entropy's gradient."""
+
+    def after(self, z: Tensor) -> Tensor:
+        """Stretched logits."""
+        return z * 1e4
+
+
+class Randomised(_Around):
+    """Gaussian noise on the images, drawn anew at every pass."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Noisy images."""
+        return x + 0.1 * torch.randn_like(x)
+
+
+class SoftmaxOutput(_Around):
+    """Probabilities where logits are expected."""
+
+    def after(self, z: Tensor) -> Tensor:
+        """Softmax of the logits."""
+        return z.softmax(1)
+
+
+class Compressed(_Around):
+    """Coefficients of an 8x8 cosine transform are rounded, as JPEG does."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Compressed images; sides must be multiples of eight."""
+        k = torch.arange(8, dtype=x.dtype, device=x.device)
+        basis = torch.cos(math.pi * (2 * k[None] + 1) * k[:, None] / 16) / 2
+        basis[0] /= math.sqrt(2)
+        blocks = x.unfold(2, 8, 8).unfold(3, 8, 8)
+        coefficients = basis @ blocks @ basis.T
+        rounded = (coefficients * 8).round() / 8
+        pixels = basis.T @ rounded @ basis
+        return pixels.permute(0, 1, 2, 4, 3, 5).reshape(x.shape)
+
+
+class Shattered(_Around):
+    """A fast ripple on every pixel: too small to change labels, steep enough to send gradients anywhere."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Rippled images."""
+        return x + 0.02 * torch.sin(2000 * x)
+
+
+#: Name -> wrapper of an honest network.
+DECEPTIVE: dict[str, type[_Around]] = {
+    "zero gradient": ZeroGradient,
+    "quantised input": Quantised,
+    "saturated logits": Saturated,
+    "random": Randomised,
+    "softmax output": SoftmaxOutput,
+    "JPEG-like rounding": Compressed,
+    "shattered gradient": Shattered,
+}

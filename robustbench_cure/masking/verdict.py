@@ -1,0 +1,118 @@
+"""From findings to words and an exit code: one function, so that the two cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.masking.checks import CHECKS
+from robustbench_cure.masking.evidence import Evidence, Settings
+from robustbench_cure.masking.finding import Finding
+from robustbench_cure.preflight import preflight
+from robustbench_cure.threat import ThreatModel
+
+#: Images classified correctly below which silence says nothing.
+FEWEST = 50
+
+Kind = Literal["no evidence", "suspected", "not conclusive"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the findings come to.
+
+    Attributes:
+        kind: the three there are; "not masked" is not among them.
+        words: as printed.
+        exit_code: 0, or 1 where masking is suspected and that is asked to fail.
+    """
+
+    kind: Kind
+    words: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything about one model.
+
+    Attributes:
+        findings: in order of their letters.
+        n: images classified correctly, which the findings rest on.
+        evidence: the runs, for figures.
+    """
+
+    findings: tuple[Finding, ...]
+    n: int
+    evidence: Evidence
+
+
+def conclude(findings: Sequence[Finding], n: int, *, fail_on_suspected: bool = False) -> Verdict:
+    """The verdict of some findings.
+
+    Args:
+        findings: of one model.
+        n: images they rest on.
+        fail_on_suspected: whether suspicion is a failure.
+    """
+    raised = [finding.letter for finding in findings if finding.status == "raised"]
+    if raised:
+        return Verdict("suspected", f"suspected: {', '.join(raised)} (n = {n})", int(fail_on_suspected))
+    ran = [finding.letter for finding in findings if finding.status == "clear"]
+    if n < FEWEST or not ran:
+        return Verdict("not conclusive", f"not conclusive: too few points (n = {n}, {FEWEST} are needed)", 0)
+    return Verdict("no evidence", f"no evidence of masking under checks {_span(ran)} (n = {n})", 0)
+
+
+def _span(letters: Sequence[str]) -> str:
+    """First and last letter where none is missing in between, else all of them."""
+    whole = [chr(code) for code in range(ord(letters[0]), ord(letters[-1]) + 1)]
+    if list(letters) == whole and len(letters) > 2:
+        return f"{letters[0]}..{letters[-1]}"
+    return ", ".join(letters)
+
+
+def diagnose(
+    classifier: Classifier,
+    data: EvalSet,
+    threat: ThreatModel,
+    settings: Settings | None = None,
+    *,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Diagnosis:
+    """Run every check on a model.
+
+    Args:
+        classifier: the model.
+        data: images; those classified correctly are attacked.
+        threat: the ball in question.
+        settings: how much work is done.
+        announce: told what is being done.
+
+    Raises:
+        UsageError: the model does not fit the data.
+    """
+    flags = {flag.kind: flag for flag in preflight(classifier, data)}
+    evidence = Evidence(classifier, data, threat, settings or Settings(), announce)
+    findings = []
+    if len(evidence):
+        for letter, check in CHECKS.items():
+            announce(f"check {letter}")
+            findings.append(check(evidence))
+    for letter, check_name, kinds in (
+        ("K", "unstable", ("stochastic", "batch_dependent")),
+        ("L", "probabilities", ("probabilities",)),
+    ):
+        seen = [flags[kind] for kind in kinds if kind in flags]
+        findings.append(
+            Finding(
+                letter=letter,
+                check=check_name,
+                status="raised" if seen else "clear",
+                evidence="; ".join(flag.evidence for flag in seen) or "nothing seen",
+            )
+        )
+    return Diagnosis(tuple(findings), len(evidence), evidence)

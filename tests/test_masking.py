@@ -1,0 +1,227 @@
+"""Checks for masked gradients: deceptive networks raise exactly their letters, honest ones none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from robustbench_cure import load_dataset, load_model
+from robustbench_cure.attacks import Proposal
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.masking import checks
+from robustbench_cure.masking.deceptive import DECEPTIVE
+from robustbench_cure.masking.evidence import Evidence, Outcome, Settings
+from robustbench_cure.masking.finding import Finding
+from robustbench_cure.masking.verdict import conclude, diagnose
+from robustbench_cure.threat import ThreatModel
+
+THREAT = ThreatModel.parse("linf", "51/255")
+SMALL = Settings(steps=40, spsa_steps=10, spsa_samples=32, draws=20, restarts=3)
+EXPECTED = {
+    "zero gradient": "ABEHJ",
+    "quantised input": "BEJ",
+    "saturated logits": "B",
+    "softmax output": "L",
+    "JPEG-like rounding": "ABEHJ",
+    "shattered gradient": "AEHJ",
+}
+
+
+def letters(module, n: int = 60) -> str:
+    classifier = Classifier(module, num_classes=10, input_shape=(1, 8, 8), batch_size=256)
+    found = diagnose(classifier, load_dataset("digits").subset(n), THREAT, SMALL)
+    return "".join(finding.letter for finding in found.findings if finding.status == "raised")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits_normal", "digits_pgd_at", "digits_deepfool", "digits_cure"])
+def test_honest_networks_raise_nothing(name):
+    assert letters(load_model(name, device="cpu").module) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_deceptive_network_raises_exactly_its_letters(name):
+    torch.manual_seed(0)
+    assert letters(DECEPTIVE[name](load_model("digits_cure", device="cpu").module)) == EXPECTED[name]
+
+
+@pytest.mark.slow
+def test_a_random_network_is_caught_whatever_else_its_noise_raises():
+    torch.manual_seed(0)
+    found = letters(DECEPTIVE["random"](load_model("digits_cure", device="cpu").module))
+    assert "K" in found
+    assert "B" not in found
+
+
+def test_all_deceptive_networks_are_tested():
+    assert {*EXPECTED, "random"} == set(DECEPTIVE)
+
+
+@pytest.mark.parametrize("name", ["zero gradient", "saturated logits", "softmax output"])
+def test_deceptive_networks_keep_the_labels_of_the_honest_one(name):
+    module = load_model("digits_cure", device="cpu").module
+    x = load_dataset("digits").images[:50]
+    with torch.no_grad():
+        assert torch.equal(DECEPTIVE[name](module)(x).argmax(1), module(x).argmax(1))
+
+
+def test_a_cosine_transform_without_rounding_is_the_identity():
+    """The compressed network's blocks go back where they came from: at most the rounding is lost."""
+    wrapper = DECEPTIVE["JPEG-like rounding"](torch.nn.Identity())
+    x = torch.rand(2, 3, 16, 24)
+    assert (wrapper(x) - x).abs().max() < 0.3
+    assert (wrapper(x) - x).abs().mean() < 0.05
+
+
+# --- single checks on made-up outcomes ---------------------------------------------------------------
+
+
+class Made:
+    """Evidence whose outcomes are given."""
+
+    def __init__(self, m: int, total: int | None = None) -> None:
+        self.settings, self.total, self.m = Settings(), total or m, m
+        self.ids = tuple(f"s{i}" for i in range(m))
+        self.clean_margin = torch.full((m,), 10.0)
+        self.x = torch.zeros(m, 1, 2, 2)
+        self.white_box_margin = torch.zeros(m)
+
+    def __len__(self) -> int:
+        return self.m
+
+
+def outcome(margin=None, broken=None) -> Outcome:
+    margin = torch.zeros(0) if margin is None else margin
+    return Outcome(torch.zeros(0), margin, broken)
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "raised"),
+    [(0, 50, False), (50, 0, True), (4, 0, False), (40, 60, False), (80, 20, True)],
+)
+def test_the_scatter_needs_many_clearly_lower_points_and_a_sure_sign(lower, higher, raised):
+    e = Made(100)
+    margin = torch.zeros(100)
+    margin[:lower], margin[lower : lower + higher] = -1.0, 1.0
+    e.spsa = outcome(margin)
+    found = checks.scatter(e)
+    p = binomtest(lower, max(1, lower + higher), alternative="greater").pvalue
+    assert (found.status == "raised") == raised == (lower > 5 and p < 0.01)
+    assert found.value == pytest.approx(lower / 100)
+    if raised:
+        assert found.ids == tuple(f"s{i}" for i in range(min(lower, 50)))
+    e.spsa = outcome(margin * 0.1)  # lower, but by less than half a logit
+    assert checks.scatter(e).status == "clear"
+
+
+@pytest.mark.parametrize(("alone", "raised"), [(0, False), (1, False), (3, False), (5, True), (20, True)])
+def test_what_a_weak_attack_breaks_alone_is_raised_when_it_is_surely_above_one_per_cent(alone, raised):
+    e = Made(100)
+    e.white_box_broken = torch.zeros(100, dtype=torch.bool)
+    e.white_box_broken[50:] = True
+    broken = torch.zeros(100, dtype=torch.bool)
+    broken[:alone] = True
+    broken[50:80] = True  # these the white box broke too
+    e.spsa = e.random = outcome(broken=broken)
+    for check in (checks.black_box, checks.random_noise):
+        found = check(e)
+        assert (found.status == "raised") == raised
+        assert found.value == alone / 100
+    assert (
+        binomtest(5, 100, 0.01, alternative="greater").pvalue
+        < 0.01
+        < binomtest(3, 100, 0.01, alternative="greater").pvalue
+    )
+
+
+def test_fgsm_is_compared_with_both_pgd_runs():
+    e = Made(100)
+    none, some = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    some[:10] = True
+    e.fgsm, e.pgd_ce, e.pgd_margin = outcome(broken=some), outcome(broken=none), outcome(broken=some)
+    assert checks.single_step(e).status == "clear"
+    e.pgd_margin = outcome(broken=none)
+    assert checks.single_step(e).status == "raised"
+
+
+def test_more_steps_and_late_falls():
+    e = Made(100, total=200)
+    broken = torch.zeros(100, dtype=torch.bool)
+    e.pgd_margin = Outcome(torch.zeros(0), torch.zeros(100), broken)
+    more = broken.clone()
+    more[:5] = True
+    e.run_pgd = lambda **options: Outcome(torch.zeros(0), torch.full((100,), 0.5), more)
+    found = checks.steps(e)
+    assert found.value == pytest.approx(5 / 200)  # out of all images
+    assert found.status == "raised"
+    assert found.ids == ("s0", "s1", "s2", "s3", "s4")
+    # From 10 to 0.5 in the first half and to 0 in the second: 5 % of the fall is late.
+    assert checks.unfinished(e).status == "clear"
+    e.run_pgd = lambda **options: Outcome(torch.zeros(0), torch.full((100,), 2.0), more)
+    assert checks.unfinished(e).value == 1.0
+    assert checks.unfinished(e).status == "raised"
+
+
+def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):
+    model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
+    x = torch.rand((40, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    y = torch.from_numpy(model.logits(x).argmax(1))
+
+    class Images:
+        images, labels, ids = x, y, tuple(map(str, range(40)))
+
+        def __len__(self) -> int:
+            return 40
+
+    small = ThreatModel.parse("linf", "1/1000")
+    e = Evidence(model.classifier, Images(), small, SMALL)
+    assert checks.faithful(e).value == pytest.approx(1, abs=0.02)
+    honest = model.classifier.value_and_gradient
+    model.classifier.value_and_gradient = lambda *a, **k: (honest(*a, **k)[0], -honest(*a, **k)[1])
+    assert checks.faithful(e).value == pytest.approx(-1, abs=0.02)
+
+
+def test_a_refused_proposal_counts_as_the_image_itself(affine):
+    model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
+    e = Evidence.__new__(Evidence)
+    e.classifier, e.threat = model.classifier, ThreatModel.parse("linf", "8/255")
+    e.x = torch.rand((5, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    e.y = torch.from_numpy(model.logits(e.x).argmax(1))
+    e.clean_margin = torch.arange(5).float() + 1
+    proposal = Proposal.start(e.x)
+    proposal.x_adv = proposal.x_adv + 1.0
+    found = e.outcome(proposal)
+    assert torch.equal(found.margin, e.clean_margin)
+    assert not found.broken.any()
+
+
+# --- the verdict -------------------------------------------------------------------------------------
+
+
+def found(letter: str, status: str) -> Finding:
+    return Finding(letter=letter, check="x", status=status, evidence="")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "n", "words", "kind"),
+    [
+        ("ccc", 100, "no evidence of masking under checks A..C (n = 100)", "no evidence"),
+        ("cnc", 100, "no evidence of masking under checks A, C (n = 100)", "no evidence"),
+        ("ccc", 49, "not conclusive: too few points (n = 49, 50 are needed)", "not conclusive"),
+        ("nnn", 100, "not conclusive: too few points (n = 100, 50 are needed)", "not conclusive"),
+        ("rcr", 100, "suspected: A, C (n = 100)", "suspected"),
+        ("crc", 3, "suspected: B (n = 3)", "suspected"),
+    ],
+)
+def test_words_and_exit_code_come_from_one_place(statuses, n, words, kind):
+    names = {"c": "clear", "r": "raised", "n": "not run"}
+    findings = [found(letter, names[s]) for letter, s in zip("ABC", statuses, strict=True)]
+    for fail in (False, True):
+        verdict = conclude(findings, n, fail_on_suspected=fail)
+        assert verdict.words == words
+        assert verdict.kind == kind
+        assert verdict.exit_code == int(fail and kind == "suspected")
+        assert "not masked" not in verdict.words
