@@ -55,10 +55,13 @@ def test_the_wheel_holds_every_card(wheel):
     assert len(packaged) >= 20
 
 
-def test_the_wheel_holds_the_digits_weights_and_no_others(wheel):
+def test_the_wheel_holds_the_small_weights_and_no_others(wheel):
     weights = sorted(name for name in wheel if name.endswith((".safetensors", ".pt", ".pth", ".npz")))
-    beside = sorted(path.name for path in (ROOT / "models" / "digits").glob("*.safetensors"))
-    assert weights == [f"robustbench_cure/_cards/models/digits/{name}" for name in beside]
+    folder = ROOT / "models"
+    small = [*folder.glob("digits/*.safetensors"), *folder.glob("cifar10/resnet18s_*.safetensors")]
+    names = sorted(path.relative_to(ROOT).as_posix() for path in small)
+    assert weights == [f"robustbench_cure/_cards/{name}" for name in names]
+    assert all(path.stat().st_size < 3_000_000 for path in small)
 
 
 def test_the_wheel_holds_no_code_among_the_cards(wheel):
