@@ -92,8 +92,9 @@ def curvature(words: list[str] | None, /, **options: Any) -> None:
     """
     from robustbench_cure.geometry.curvature import curvature as run
 
-    own = {key: options.pop(key) for key in ("spectrum", "basis", "iterations", "directions")}
-    run(_study("curvature", words, options, 100, step=options.pop("step")), **own)
+    own = {key: options.pop(key) for key in ("basis", "iterations", "directions")}
+    method = options.pop("spectrum")
+    run(_study("curvature", words, options, 100, step=options.pop("step")), method=method, **own)
 
 
 @click.command()
@@ -102,7 +103,7 @@ def curvature(words: list[str] | None, /, **options: Any) -> None:
 @ITERATIONS
 def bounds(words: list[str] | None, /, **options: Any) -> None:
     """Bounds of the CURE paper's Theorem 1 beside DeepFool's distances."""
-    from robustbench_cure.geometry.pictures import bounds as run
+    from robustbench_cure.geometry.charts import bounds as run
 
     iterations = options.pop("iterations")
     run(_study("bounds", words, options, 100, step=options.pop("step")), iterations=iterations)
@@ -111,17 +112,23 @@ def bounds(words: list[str] | None, /, **options: Any) -> None:
 @click.command()
 @_common
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
-@click.option(
-    "--eps", default="0,1/255,2/255,4/255,6/255,8/255", show_default=True, help="Radii, ascending fractions."
-)
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of PGD.")
+@click.option("--eps", help="Radii, ascending fractions; default: up to that of the data set's table.")
+@click.option("--steps", type=click.IntRange(1), help="Of PGD; default: the paper's, 20 (SVHN: 10).")
 def curve(words: list[str] | None, /, **options: Any) -> None:
-    """Accuracy against the radius of the ball."""
-    from robustbench_cure.geometry.pictures import curve as run
+    """Accuracy against the radius of the ball.
 
-    radii = _radii(options.pop("eps"))
-    own = {key: options.pop(key) for key in ("norm", "steps")}
-    run(_study("curve", words, options, 2000), eps=radii, **own)
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.charts import curve as run
+    from robustbench_cure.geometry.curve import RADII, STEPS
+
+    eps, norm, steps = (options.pop(key) for key in ("eps", "norm", "steps"))
+    if eps is None and norm != "linf":
+        raise UsageError(f"--norm {norm} needs --eps: the usual radii are those of linf")
+    radii = None if eps is None else _radii(eps)
+    study = _study("curve", words, options, 2000)
+    radii = radii or _radii(RADII.get(study.dataset, RADII["cifar10"]))
+    run(study, eps=radii, norm=norm, steps=steps or STEPS.get(study.dataset, STEPS["cifar10"]))
 
 
 @click.command()

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier, Normalised
+from robustbench_cure.geometry import lanczos as lanczos_module
 from robustbench_cure.geometry.bounds import bounds, exact_distance
-from robustbench_cure.geometry.hessian import along_sign, columns, frobenius
+from robustbench_cure.geometry.hessian import alignment, along_sign, columns, frobenius
 from robustbench_cure.geometry.lanczos import lanczos
-from robustbench_cure.geometry.profile import eigenvalues, random_basis
-from robustbench_cure.geometry.space import normalised_space
+from robustbench_cure.geometry.profile import FEW, eigenvalues, random_basis, spectrum
+from robustbench_cure.geometry.space import cross_entropy, normalised_space
 
 
 class Quadratic:
@@ -106,6 +108,14 @@ def test_lanczos_on_a_matrix_of_low_rank_ends_early_and_is_right():
     assert torch.allclose(ends.smallest, values[0].expand(4), atol=1e-3)
 
 
+def test_directions_that_were_never_taken_do_not_count_as_eigenvalue_zero():
+    space = Quadratic(10)
+    space.A = 2 * torch.eye(10, dtype=torch.float64)
+    u, y = points(3, 10)
+    ends = lanczos(space, u, y, h=1.0, iterations=6)
+    assert torch.allclose(ends.smallest, torch.full((3,), 2.0, dtype=torch.float64), atol=1e-4)
+
+
 def test_the_largest_eigenvalue_is_not_the_one_of_largest_magnitude():
     space = Quadratic(15, seed=6)
     values, vectors = torch.linalg.eigh(space.A)
@@ -117,6 +127,67 @@ def test_the_largest_eigenvalue_is_not_the_one_of_largest_magnitude():
     assert torch.allclose(ends.smallest, torch.full((2,), -5.0, dtype=torch.float64), atol=1e-4)
 
 
+@pytest.mark.parametrize("basis", [None, "random"])
+@pytest.mark.parametrize("d", [20, FEW + 10])
+def test_the_top_eigenvector_comes_from_the_whole_matrix(d, basis):
+    space = Quadratic(d, batch_size=100, seed=3)
+    vectors = torch.linalg.eigh(space.A)[1]
+    values = torch.linspace(-5, 1, d, dtype=torch.float64)  # the largest is not that of largest magnitude
+    values[-1] += 1
+    space.A = (vectors * values) @ vectors.T
+    u, y = points(1, d)
+    rotation = random_basis(d, 3, torch.device("cpu")) if basis else None
+    found = spectrum(space, u[0], y[0], h=1.5, basis=rotation)
+    values, vectors = torch.linalg.eigh(space.A)
+    assert float(found.values[0]) == pytest.approx(float(values[-1]), abs=1e-3)
+    assert float((found.vector.flatten().double() @ vectors[:, -1]).abs()) == pytest.approx(1, abs=1e-3)
+    gradient = u.flatten(1).double() @ space.A + space.b
+    expected = float((gradient @ vectors[:, -1]).abs() / gradient.norm())
+    assert float(alignment(gradient, found.vector[None])) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_gradient_of_nothing_points_nowhere():
+    gradient = torch.tensor([[3.0, 4.0], [1e-20, 0.0], [0.0, 0.0]])
+    found = alignment(gradient, torch.tensor([[2.0, 0.0]]).expand(3, 2))
+    assert float(found[0]) == pytest.approx(0.6)
+    assert found.isnan().tolist() == [False, True, True]
+    space = Quadratic(6)
+    space.A, space.b = space.A * 0, space.b * 0
+    u, y = points(2, 6)
+    for start in ("random", "gradient"):
+        ends = lanczos(space, u, y, h=1.0, iterations=4, start=start)
+        assert ends.largest.tolist() == ends.smallest.tolist() == [0, 0]
+        assert ends.alignment.isnan().all()
+
+
+def test_lanczos_works_on_as_many_images_as_memory_holds(monkeypatch):
+    space = Quadratic(30, seed=2)
+    u, y = points(5, 30)
+    whole = lanczos(space, u, y, h=1.5, iterations=8)
+    space.sizes.clear()
+    monkeypatch.setattr(lanczos_module, "MEMORY", 2 * (2 * 8 * 8 * 30))
+    parts = lanczos(space, u, y, h=1.5, iterations=8)
+    assert max(space.sizes) == 2
+    for name in ("largest", "smallest", "vector", "alignment", "projected"):
+        assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-5), name
+
+
+def test_the_loss_of_a_confident_row_keeps_the_direction_of_its_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(50, 10) * 3
+    logits[:, 4] += torch.linspace(0, 60, 50)  # losses down to 1e-28
+    labels = torch.full((50,), 4)
+    leaf, exact = logits.clone().requires_grad_(True), logits.double().requires_grad_(True)
+    found, wanted = cross_entropy(leaf, labels), nn.functional.cross_entropy(exact, labels, reduction="none")
+    assert torch.allclose(found.double(), wanted, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    # softmax minus one-hot, the last as minus the sum of the others: 1 - p_y has no digits in float64 either
+    expected = logits.double().softmax(1)
+    expected[:, 4] = 0
+    expected[:, 4] = -expected.sum(1)
+    assert torch.allclose(gradient.double() / expected, torch.ones(50, 10, dtype=torch.float64), rtol=1e-4)
+
+
 def test_the_frobenius_norm_and_the_product_along_the_sign():
     space = Quadratic(40)
     u, y = points(3, 40)
@@ -124,8 +195,13 @@ def test_the_frobenius_norm_and_the_product_along_the_sign():
     found = frobenius(space, u, y, h=1.5, directions=4000)
     assert torch.allclose(found, torch.full((3,), exact), rtol=0.03)
     assert torch.equal(
-        frobenius(space, u, y, h=1.5, directions=5, seed=1),
-        frobenius(space, u, y, h=1.5, directions=5, seed=1),
+        frobenius(space, u, y, h=1.5, directions=5), frobenius(space, u, y, h=1.5, directions=5)
+    )
+    noise = Noise.for_samples(1, "frobenius", ["a", "b", "c"])
+    whole = frobenius(space, u, y, h=1.5, directions=5, noise=noise)
+    rows = torch.tensor([2, 0])  # what a row draws does not depend on its neighbours
+    assert torch.allclose(
+        frobenius(space, u[rows], y[rows], h=1.5, directions=5, noise=noise[rows]), whole[rows], rtol=1e-5
     )
     gradient = u.flatten(1).double() @ space.A + space.b
     z = gradient.sign() / math.sqrt(40)
@@ -158,6 +234,27 @@ def test_the_hessian_of_linear_logits_in_normalised_units():
     assert (values[4:].abs() < 1e-2 * values[0]).all()
     assert values[3] > 0
     assert float(space.losses(u, y)) == pytest.approx(float(-p.log()[2]), rel=1e-4)
+
+
+def test_both_forms_agree_where_a_network_is_smooth_within_the_step():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
+    classifier = Classifier(net, num_classes=5, input_shape=(3, 2, 2), precision="fp32", batch_size=6)
+    space = normalised_space(classifier)
+    u, y = torch.rand((6, 3, 2, 2)), torch.arange(6) % 5
+    ends = lanczos(space, u, y, h=0.005, iterations=12)
+    exact = torch.func.hessian(lambda v, t: nn.functional.cross_entropy(net(v[None]), t[None]))
+    for row in range(6):
+        found = spectrum(space, u[row], y[row], h=0.005)
+        values = torch.linalg.eigvalsh(exact(u[row], y[row]).view(12, 12).detach()).flip(0)
+        tolerance = 0.02 * float(values.abs().max())
+        assert torch.allclose(found.values, values, atol=tolerance)
+        assert float(ends.largest[row]) == pytest.approx(float(values[0]), abs=tolerance)
+        assert float(ends.smallest[row]) == pytest.approx(float(values[-1]), abs=tolerance)
+        gradient = space.gradients(u[row, None], y[row, None])
+        assert float(ends.alignment[row]) == pytest.approx(
+            float(alignment(gradient, found.vector[None])), abs=0.03
+        )
 
 
 def test_a_network_that_normalises_inside_is_measured_in_pixels():
@@ -235,6 +332,31 @@ def test_the_exact_solution_where_it_is_known():
     flat = torch.zeros(3, dtype=torch.float64)
     assert exact_distance(2.0, flat, bowl) == pytest.approx(1.0)  # no slope at all: sqrt(2 c / nu)
     assert exact_distance(5.0, flat, -eye) == math.inf  # never reached
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9])
+def test_the_exact_solution_does_not_depend_on_the_unit_of_the_loss(scale):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+        g = torch.randn(5, generator=generator, dtype=torch.float64)
+        exact = exact_distance(0.7, g, root + root.T)
+        assert exact_distance(0.7 * scale, g * scale, (root + root.T) * scale) == pytest.approx(exact)
+
+
+def test_the_exact_solution_lies_in_the_krylov_space_of_the_gradient():
+    space = Quadratic(40, seed=7)
+    u, y = points(3, 40)
+    gradient = u.flatten(1).double() @ space.A + space.b
+    for iterations, tolerance in ((40, 1e-4), (15, 1e-2)):
+        ends = lanczos(space, u, y, h=1.5, iterations=iterations, start="gradient")
+        for row in range(3):
+            slope = torch.zeros(iterations, dtype=torch.float64)
+            slope[0] = gradient[row].norm()
+            inside = exact_distance(2.0, slope, ends.projected[row])
+            exact = exact_distance(2.0, gradient[row], space.A)
+            assert inside == pytest.approx(exact, rel=tolerance)
+            assert inside > exact * (1 - 1e-4)  # a part of the space: never shorter
 
 
 def test_bounds_do_not_apply_beyond_the_threshold_or_without_slope_and_curvature():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from click.testing import CliRunner
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.cli import cli
 from robustbench_cure.errors import UsageError
+from robustbench_cure.geometry import charts, kept
 from robustbench_cure.geometry import curvature as curvature_module
 from robustbench_cure.geometry.curve import robust_rows
+from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.plane import normal_plane, scan
-from robustbench_cure.geometry.profile import eigenvalues
+from robustbench_cure.geometry.profile import eigenvalues, spectrum
 from robustbench_cure.geometry.space import normalised_space
 from robustbench_cure.geometry.theorem import THRESHOLD, TwoClass, theorem
 
@@ -86,6 +89,20 @@ def test_the_two_class_loss_crosses_log_two_where_the_label_changes(affine):
     y = torch.arange(200) % 4
     right = torch.from_numpy(model.logits(u).argmax(1)) == y
     assert ((space.losses(u, y) < THRESHOLD) == right).all()
+    assert pytest.approx(math.log(2)) == THRESHOLD
+
+
+def test_the_theorem_speaks_of_the_label_against_the_best_other_class(affine):
+    model = affine(np.random.default_rng(4).normal(size=(4, 12)) * 0.3, [0.0] * 4, (3, 2, 2))
+    u = torch.rand((30, 3, 2, 2), generator=torch.Generator().manual_seed(4))
+    order = np.argsort(-model.logits(u), axis=1)
+    rows = np.arange(30)
+    margin = model.logits(u)[rows, order[:, 0]] - model.logits(u)[rows, order[:, 1]]
+    slope = np.linalg.norm(model.weight[order[:, 0]] - model.weight[order[:, 1]], axis=1)
+    space = normalised_space(model.classifier)
+    found = theorem(space, u, torch.from_numpy(order[:, 0].copy()), h=0.01, iterations=6)
+    assert np.allclose(found.c, math.log(2) - np.log1p(np.exp(-margin)), atol=1e-5)
+    assert np.allclose(found.gradient_norm, slope / (1 + np.exp(margin)), rtol=1e-3)
 
 
 def test_the_theorem_holds_on_two_affine_classes_for_small_steps(affine):
@@ -102,6 +119,7 @@ def test_the_theorem_holds_on_two_affine_classes_for_small_steps(affine):
     assert torch.allclose(found.nu, p * (1 - p) * slope**2, rtol=0.05)
     assert torch.allclose(found.along, found.gradient_norm, rtol=1e-3)  # the Hessian is along the gradient
     assert torch.allclose(found.bounds.lower, found.bounds.upper, rtol=1e-2)
+    assert torch.allclose(found.quadratic, found.bounds.lower, rtol=1e-2)
     assert torch.allclose(found.deepfool, 1.02 * margin / slope, rtol=1e-3)
 
 
@@ -146,18 +164,20 @@ def test_an_interrupted_profile_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return eigenvalues(*arguments, **options)
+        return spectrum(*arguments, **options)
 
-    monkeypatch.setattr(curvature_module, "KEEP", 0.0)
-    monkeypatch.setattr(curvature_module, "eigenvalues", stopping)
+    monkeypatch.setattr(kept, "INTERVAL", 0.0)
+    monkeypatch.setattr(curvature_module, "spectrum", stopping)
     stopped = CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")])
     assert stopped.exit_code != 0
-    kept = np.load(tmp_path / "parts" / "spectra-digits_pgd_at.npz")["eigenvalues"]
-    assert kept.shape == (2, 64)
+    found = np.load(tmp_path / "parts" / "spectra-digits_pgd_at.npz")["eigenvalues"]
+    assert found.shape == (2, 64)
     calls[:] = [1] * 3  # it stops no more, and counts
     invoke(*common, "--out", str(tmp_path / "parts"))
     assert len(calls) == 3 + 2  # the other two were there
-    for name in ("samples.csv", "profile.csv", "profile.svg", "profile.png", "profile.pdf"):
+    names = {path.name for path in (tmp_path / "whole").iterdir()} - {"manifest.json", "index.html"}
+    assert {"samples.csv", "profile.csv", "profile.svg", "alignment.pdf", "spectra-digits_pgd_at.npz"} < names
+    for name in names:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     other = refused(*common, "--out", str(tmp_path / "parts"))
     assert "already holds results" in other
@@ -165,6 +185,80 @@ def test_an_interrupted_profile_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     assert "of another measurement" in refused(*common, "--step", "0.3", "--out", str(tmp_path / "parts"))
     (tmp_path / "parts" / "spectra-digits_pgd_at.npz").write_bytes(b"PK")
     assert "damaged" in refused(*common, "--out", str(tmp_path / "parts"))
+
+
+def test_the_ends_alone_go_on_too(tmp_path, monkeypatch):
+    common = ("curvature", "--model", "digits_cure", "--n", "6", "--spectrum", "lanczos", "--batch-size", "2")
+    common += ("--directions", "2", "--iterations", "5")
+    invoke(*common, "--out", str(tmp_path / "whole"))
+    calls = []
+
+    def stopping(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return lanczos(*arguments, **options)
+
+    monkeypatch.setattr(kept, "INTERVAL", 0.0)
+    monkeypatch.setattr(curvature_module, "lanczos", stopping)
+    assert CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")]).exit_code != 0
+    calls[:] = [1] * 3
+    invoke(*common, "--out", str(tmp_path / "parts"))
+    assert len(calls) == 3 + 1  # the first two passes were there
+    for name in ("samples.csv", "alignment.svg"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    # Another number of images: the common ones are the same.
+    few = list(common)
+    few[few.index("6")] = "4"
+    invoke(*few, "--out", str(tmp_path / "few"))
+    whole, part = (pd.read_csv(tmp_path / name / "samples.csv") for name in ("whole", "few"))
+    pd.testing.assert_frame_equal(whole[:4], part)
+
+
+def test_an_interrupted_curve_goes_on_to_equal_bytes(tmp_path, monkeypatch):
+    common = ("curve", "--model", "digits_cure", "--n", "30", "--eps", "0,10/255,30/255", "--steps", "3")
+    invoke(*common, "--out", str(tmp_path / "whole"))
+    asked = []
+
+    def stopping(*arguments, keep, **options):
+        def kept_then_stopped(rows):
+            keep(rows)
+            if len(rows) == 2:
+                raise KeyboardInterrupt
+
+        return robust_rows(*arguments, keep=kept_then_stopped, **options)
+
+    def asking(*arguments, known, **options):
+        asked.append(len(known))
+        return robust_rows(*arguments, known=known, **options)
+
+    monkeypatch.setattr(charts, "robust_rows", stopping)
+    assert CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")]).exit_code != 0
+    monkeypatch.setattr(charts, "robust_rows", asking)
+    invoke(*common, "--out", str(tmp_path / "parts"))
+    assert asked == [2]
+    for name in ("curve.csv", "curve.png", "curve-digits_cure.npz"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_the_curve_tells_how_far_it_is():
+    data = load_dataset("digits").subset(20)
+    classifier = load_model("digits_cure", device="cpu", batch_size=5)
+    told = []
+    eps = [Fraction(0), Fraction(1, 20), Fraction(1, 10)]
+    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, pulse=told.append)
+    assert told == sorted(told)
+    assert told[0] == 1
+    assert told[-1] == 3
+    assert any(1 < done < 2 for done in told)
+    assert classifier.heartbeat is None
+
+
+def test_the_radii_and_steps_of_a_curve_are_those_of_the_data_set(tmp_path):
+    invoke("curve", "--model", "digits_cure", "--n", "3", "--out", str(tmp_path))
+    table = pd.read_csv(tmp_path / "curve.csv")
+    assert list(table["eps"].astype(str))[-1] == "51/255"
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["pgd_steps"] == 20
 
 
 def test_the_curve_command_begins_at_clean_accuracy(tmp_path):
@@ -187,6 +281,10 @@ def test_bounds_are_written_for_every_image_classified_correctly(tmp_path):
     done = invoke("bounds", "--model", "digits_cure", "--n", "25", "--out", str(tmp_path))
     table = pd.read_csv(tmp_path / "bounds.csv")
     known = table.dropna(subset=["lower", "upper"])
+    assert len(known) > 10
+    assert (known["lower"] <= known["quadratic"] * (1 + 1e-5)).all()
+    assert (known["quadratic"] <= known["upper"] * (1 + 1e-5)).all()
+    assert {"bounds.svg", "bounds-curvature.svg"} <= {path.name for path in tmp_path.iterdir()}
     assert (known["simple_lower"] <= known["lower"] + 1e-9).all()
     assert (known["lower"] <= known["upper"] + 1e-9).all()
     assert (known["upper"] <= known["simple_upper"] + 1e-9).all()
@@ -235,6 +333,7 @@ def test_planes_are_drawn_around_the_image_that_the_seed_chooses(verb, tmp_path)
     [
         (("curve", "--eps", "8/255,0"), "radii must ascend"),
         (("curve", "--eps", "eight"), "is not a fraction"),
+        (("curve", "--norm", "l2"), "needs --eps"),
         (("curve", "--eps=-1/255"), "is negative"),
         (("curvature", "--step", "0"), "must be positive"),
         (("curvature", "--step", "nan"), "must be positive"),

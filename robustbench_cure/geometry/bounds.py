@@ -95,8 +95,11 @@ def _largest(radius: float, values: NDArray[np.float64], g: NDArray[np.float64])
     """Largest g.r + r'Hr/2 over ||r|| <= radius, in the eigenbasis (values ascending)."""
     if radius == 0:
         return 0.0
-    floor = max(float(values[-1]), 0.0)
-    floor += 1e-13 * max(1.0, floor)
+    # In units of the problem: losses of confident networks and their curvatures are tiny.
+    scale = max(float(np.abs(values).max()), float(np.linalg.norm(g)) / radius)
+    if scale == 0:
+        return 0.0
+    floor = max(float(values[-1]), 0.0) + 1e-13 * scale
 
     def length(shift: float) -> float:
         return float(np.linalg.norm(g / (shift - values))) - radius
@@ -107,6 +110,6 @@ def _largest(radius: float, values: NDArray[np.float64], g: NDArray[np.float64])
             missing = max(radius**2 - float(r @ r), 0.0)
             r[-1] += missing**0.5 * (1.0 if g[-1] >= 0 else -1.0)
     else:
-        ceiling = floor + float(np.linalg.norm(g)) / radius + 1.0
-        r = g / (brentq(length, floor, ceiling, xtol=1e-15, rtol=1e-14) - values)
+        ceiling = floor + float(np.linalg.norm(g)) / radius
+        r = g / (brentq(length, floor, ceiling, xtol=1e-15 * scale, rtol=1e-14) - values)
     return float(g @ r + (values * r * r).sum() / 2)

@@ -6,18 +6,27 @@ curve cannot rise; at radius 0 it is the clean accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import margins
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import pgd
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.judge import judge
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
+
+#: Radii of a curve by data set, l-infinity: those of the paper's figures; on digits up to its table's radius.
+RADII = {
+    "cifar10": "0,1/255,2/255,3/255,4/255,5/255,6/255,7/255,8/255",
+    "svhn": "0,2/255,4/255,6/255,8/255,10/255,12/255",
+    "digits": "0,10/255,20/255,30/255,40/255,51/255",
+}
+#: Steps of PGD by data set (CURE paper, figure 6; supplement, figure 4).
+STEPS = {"cifar10": 20, "svhn": 10, "digits": 20}
 
 
 def robust_rows(
@@ -31,7 +40,9 @@ def robust_rows(
     loss: str = "ce",
     seed: int = 0,
     ids: Sequence[str] | None = None,
-    advance: Callable[[int, int], None] | None = None,
+    known: Tensor | None = None,
+    keep: Callable[[Tensor], None] | None = None,
+    pulse: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Which rows are classified correctly at each radius, under PGD with steps of a quarter of it.
 
@@ -45,39 +56,63 @@ def robust_rows(
         loss: of PGD.
         seed: of its random starts.
         ids: names of the rows, which their random numbers depend on; default: their place.
-        advance: told of radii done and in all.
+        known: what an earlier call found at the first radii, bool (k, B), to go on from.
+        keep: given what is known so far, bool (k, B), after every radius.
+        pulse: told of radii done, with a fraction for the one under way.
 
     Returns:
         bool (len(eps), B) on the CPU, every row non-increasing along the first axis; judged in float32.
 
     Raises:
-        ValueError: radii that do not ascend.
+        ValueError: radii that do not ascend, or ``known`` of other rows.
     """
     if list(eps) != sorted(set(eps)) or not eps or eps[0] < 0:
         raise ValueError("radii must ascend from 0 or more")
     names = list(ids) if ids is not None else [str(row) for row in range(len(x))]
     x, y = x.to(classifier.device), y.to(classifier.device)
-    alive = margins(classifier.logits(x), y) >= 0
-    alive &= classifier.logits(x).argmax(1) == y
-    out = []
-    for done, radius in enumerate(eps):
+    out: list[Tensor] = [] if known is None else list(known)
+    if any(len(row) != len(x) for row in out):
+        raise ValueError(f"known is of {len(out[0])} rows, there are {len(x)}")
+    alive = out[-1].to(x.device).clone() if out else classifier.logits(x).argmax(1) == y
+    for radius in eps[len(out) :]:
         living = alive.nonzero().squeeze(1)
         if radius > 0 and len(living):
             threat = ThreatModel.parse(norm, format_eps(radius))
             rows = [names[i] for i in living.tolist()]
-            proposal = pgd(
-                classifier,
-                x[living],
-                y[living],
-                threat=threat,
-                noise=Noise.for_samples(seed, "pgd", rows, x.device),
-                steps=steps,
-                step_size=threat.radius / 4,
-                loss=loss,
-            )
+            with _pulse(classifier, pulse, len(out), len(living) * steps):
+                proposal = pgd(
+                    classifier,
+                    x[living],
+                    y[living],
+                    threat=threat,
+                    noise=Noise.for_samples(seed, "pgd", rows, x.device),
+                    steps=steps,
+                    step_size=threat.radius / 4,
+                    loss=loss,
+                )
             broken = judge(classifier, x[living], y[living], proposal, threat).broken.to(x.device)
             alive[living[broken]] = False
         out.append(alive.cpu().clone())
-        if advance is not None:
-            advance(done + 1, len(eps))
+        if keep is not None:
+            keep(torch.stack(out))
+        if pulse is not None:
+            pulse(len(out))
     return torch.stack(out)
+
+
+@contextmanager
+def _pulse(
+    classifier: Classifier, pulse: Callable[[float], None] | None, done: int, most: int
+) -> Iterator[None]:
+    """Report a radius under way by its gradients, of which rows that break leave some out."""
+    before, listener = classifier.backwards, classifier.heartbeat
+
+    def beat() -> None:
+        if pulse is not None:
+            pulse(round(done + min(1.0, (classifier.backwards - before) / most), 2))
+
+    classifier.heartbeat = beat
+    try:
+        yield
+    finally:
+        classifier.heartbeat = listener

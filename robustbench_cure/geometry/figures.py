@@ -96,7 +96,7 @@ def sections(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.int64],
         panels: title, coordinates (m,), labels (m, m) with rows along the normal, and the true label.
     """
     with style():
-        figure = Figure(figsize=(2.9 * len(panels), 3.1))
+        figure = Figure(figsize=(2.9 * len(panels), 3.1), layout="constrained")
         for axes, (title, along, labels, own) in zip(_row(figure, len(panels)), panels, strict=True):
             classes = [own, *sorted(set(np.unique(labels).tolist()) - {own})]
             rank = np.zeros_like(labels)
@@ -137,6 +137,7 @@ def surfaces(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64
                 vmax=0,
                 linewidth=0,
                 antialiased=True,
+                rasterized=True,
                 rcount=80,
                 ccount=80,
             )
@@ -151,6 +152,7 @@ def surfaces(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64
                 axes.set_zlabel("negative loss", labelpad=6)
             axes.view_init(elev=28, azim=-58)
             axes.tick_params(labelsize=7)
+            axes.locator_params(nbins=5)
         return figure
 
 
@@ -190,7 +192,7 @@ def scatter_bounds(
         panels: title, DeepFool distances, lower bounds, upper bounds, each (n,).
     """
     with style():
-        figure = Figure(figsize=(3.1 * len(panels), 3.2))
+        figure = Figure(figsize=(3.1 * len(panels), 3.2), layout="constrained")
         for axes, (title, found, lower, upper) in zip(_row(figure, len(panels)), panels, strict=True):
             top = float(np.nanmax(np.concatenate([found, [1e-9]]))) * 1.1
             axes.plot([0, top], [0, top], color="#999999", linewidth=0.8)

@@ -3,7 +3,8 @@
 Source: CURE paper, Eq. 1:  Hz = (grad l(u + h z) - grad l(u)) / h.
 
 h is finite on purpose: it is the scale at which curvature is wanted, and the Hessian of a piecewise linear
-network's loss has rank L - 1 in the limit. Exact for every h where the loss is quadratic.
+network's loss has rank L - 1 in the limit. Exact for every h where the loss is quadratic. Where it is not,
+Hz is not linear in z: the matrix that such products make up depends on the directions they were taken along.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.geometry.space import Loss
 
-#: Called with (gradients computed, gradients in all).
-Progress = Callable[[int, int], None]
+#: A gradient shorter than this is what float32 left of a loss of zero: it points nowhere.
+NO_GRADIENT = 1e-12
 
 
 def products(space: Loss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: float) -> Tensor:
@@ -72,11 +74,11 @@ def columns(
     return out
 
 
-def directions_on_sphere(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Rows (B, ...) uniform on the unit sphere, drawn on the CPU: the same on every device."""
-    z = torch.randn(shape, generator=generator)
-    unit: Tensor = z / z.flatten(1).norm(dim=1).view(-1, *[1] * (len(shape) - 1))
-    return unit.to(device)
+def on_sphere(noise: Noise, shape: tuple[int, ...], stream: int) -> Tensor:
+    """One direction a row, uniform on the unit sphere, float32 (B, *shape), from the row's own stream."""
+    z = noise.normal(shape, stream)
+    unit: Tensor = z / z.flatten(1).norm(dim=1).view(-1, *[1] * len(shape))
+    return unit
 
 
 def frobenius(
@@ -86,7 +88,7 @@ def frobenius(
     *,
     h: float,
     directions: int = 100,
-    seed: int = 0,
+    noise: Noise | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Estimate of the Frobenius norm of the Hessian at every row.
@@ -101,22 +103,30 @@ def frobenius(
         y: labels, int64 (B,).
         h: step.
         directions: how many z are drawn for each row.
-        seed: of the draws.
+        noise: of the draws, one stream a row; default: rows known by their place.
         advance: told of gradients computed.
 
     Returns:
         float32 (B,).
     """
-    generator = torch.Generator().manual_seed(seed)
+    noise = Noise.for_rows(len(u), device=u.device) if noise is None else noise
     here = gradients(space, u, y)
     total = torch.zeros(len(u), dtype=torch.float64, device=u.device)
-    for _ in range(directions):
-        z = directions_on_sphere(tuple(u.shape), generator, u.device)
+    for k in range(directions):
+        z = on_sphere(noise, tuple(u.shape[1:]), k)
         total += products(space, u, y, here, z, h).flatten(1).double().square().sum(1)
         if advance is not None:
             advance(len(u))
     d = math.prod(u.shape[1:])
     return (d * total / directions).sqrt().float()
+
+
+def alignment(gradient: Tensor, vector: Tensor) -> Tensor:
+    """|cos| of two vectors row by row, float64 (B,) on the CPU; NaN where there is no gradient."""
+    g, v = gradient.flatten(1).double(), vector.flatten(1).double()
+    length = g.norm(dim=1)
+    cosine = (g * v).sum(1).abs() / (length * v.norm(dim=1))
+    return torch.where(length > NO_GRADIENT, cosine, torch.nan).cpu()
 
 
 def along_sign(space: Loss, u: Tensor, y: Tensor, *, h: float) -> Tensor:

@@ -9,16 +9,20 @@ which finds the eigenvalue of largest magnitude: the theorem of the CURE paper n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from robustbench_cure.geometry.hessian import directions_on_sphere, gradients, products
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.geometry.hessian import NO_GRADIENT, alignment, gradients, on_sphere, products
 from robustbench_cure.geometry.space import Loss
 
 #: A direction shorter than this, beside the products so far, adds nothing: the space is exhausted.
 EXHAUSTED = 1e-5
+#: Bytes that directions and products may take; images beyond are worked on after the first ones.
+MEMORY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Ends:
         smallest: smallest one.
         vector: unit Ritz vector of the largest, float32, shape of the input.
         gradient: gradient at the input, float32, shape of the input.
-        alignment: |gradient . vector| / ||gradient||, float64 (B,); NaN where the gradient is zero.
+        alignment: |gradient . vector| / ||gradient||, float64 (B,); NaN where there is no gradient.
+        projected: V'HV, symmetric, over the directions V; float64 (B, iterations, iterations), zero beyond
+            those that were found.
     """
 
     largest: Tensor
@@ -38,6 +44,7 @@ class Ends:
     vector: Tensor
     gradient: Tensor
     alignment: Tensor
+    projected: Tensor
 
 
 def lanczos(
@@ -47,7 +54,8 @@ def lanczos(
     *,
     h: float,
     iterations: int = 30,
-    seed: int = 0,
+    start: Literal["random", "gradient"] = "random",
+    noise: Noise | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Ends:
     """Largest and smallest eigenvalues of the finite-difference Hessian at every row.
@@ -58,16 +66,43 @@ def lanczos(
         y: true labels, int64 (B,).
         h: step, in units of ``u``.
         iterations: products an image; at most d are made.
-        seed: of the random start.
+        start: first direction: random, which misses no eigenvector; or the gradient, whose Krylov space
+            holds the solution of the quadratic model (the random one where there is no gradient).
+        noise: of the random start, one stream a row; default: rows known by their place.
         advance: told of gradients computed.
+
+    Returns:
+        Everything on the CPU but the vectors and gradients.
     """
+    noise = Noise.for_rows(len(u), device=u.device) if noise is None else noise
+    steps = min(iterations, u[0].numel())
+    rows = max(1, MEMORY // (2 * 8 * steps * u[0].numel()))
+    parts = []
+    for part in torch.split(torch.arange(len(u), device=u.device), rows):
+        first = on_sphere(noise[part], tuple(u.shape[1:]), 0)
+        parts.append(_lanczos(space, u[part], y[part], first, h, steps, start, advance))
+    return Ends(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Ends)})
+
+
+def _lanczos(
+    space: Loss,
+    u: Tensor,
+    y: Tensor,
+    first: Tensor,
+    h: float,
+    steps: int,
+    start: str,
+    advance: Callable[[int], None] | None,
+) -> Ends:
     n, d = len(u), u[0].numel()
-    steps = min(iterations, d)
     here = gradients(space, u, y)
-    start = directions_on_sphere(tuple(u.shape), torch.Generator().manual_seed(seed), u.device)
     basis = torch.zeros((n, steps, d), dtype=torch.float64, device=u.device)
     product = torch.zeros_like(basis)
-    direction = start.flatten(1).double()
+    direction = first.flatten(1).double()
+    if start == "gradient":
+        slope = here.flatten(1).double()
+        length = slope.norm(dim=1, keepdim=True)
+        direction = torch.where(length > NO_GRADIENT, slope / length.clamp_min(NO_GRADIENT), direction)
     for k in range(steps):
         basis[:, k] = direction
         z = direction.float().view_as(u)
@@ -99,13 +134,11 @@ def _ends(basis: Tensor, product: Tensor, here: Tensor, u: Tensor) -> Ends:
         vectors.append(full)
     top = torch.einsum("nk,nkd->nd", torch.stack(vectors), basis)
     top = top / top.norm(dim=1, keepdim=True)
-    flat = here.flatten(1).double()
-    length = flat.norm(dim=1)
-    cosine = (flat * top).sum(1).abs() / length
     return Ends(
         largest=torch.stack([largest for largest, _ in values]).cpu(),
         smallest=torch.stack([smallest for _, smallest in values]).cpu(),
         vector=top.float().view_as(u),
         gradient=here,
-        alignment=torch.where(length > 0, cosine, torch.nan).cpu(),
+        alignment=alignment(here, top),
+        projected=symmetric.cpu(),
     )

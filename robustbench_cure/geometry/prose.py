@@ -14,7 +14,7 @@ networks robust.
 
 Finite differences of the gradient with the step named below, in normalised inputs: the profile depends
 on the step. ||Hz|| is taken along the sign of the gradient; the alignment is the cosine between the
-gradient and the top eigenvector.
+gradient and the top eigenvector, over the images that have a gradient.
 """)
 
 CURVE = _paragraphs("""
@@ -26,9 +26,10 @@ BOUNDS = _paragraphs("""
 If the loss were quadratic around an image, its distance to the threshold would lie between two bounds
 that fall as the curvature nu grows. Here they are computed for the log-loss of the label against the
 best other class, whose threshold log 2 is exactly the change of label, and set beside the distance
-DeepFool finds in the same normalised inputs.
+DeepFool finds in the same normalised inputs. "Quadratic" is the exact distance of the quadratic model.
 
-Networks are not quadratic: the last column says how often the found distance lies inside. Images that
+Networks are not quadratic: the last column says how often the found distance lies inside. The model
+depends on the step: where it is longer than the distance it sees past the boundary. Images that
 are misclassified, or along which the loss does not curve upwards, are left out.
 """)
 

@@ -33,6 +33,7 @@ class Study:
         step: of finite differences, in the units of `geometry.space`.
         seed: of every random choice.
         command: the command line.
+        dataset: as `--dataset` names it.
         files: what was written so far.
     """
 
@@ -43,6 +44,7 @@ class Study:
     step: float
     seed: int
     command: str
+    dataset: str = ""
     files: list[Path] = field(default_factory=list)
 
     @property
@@ -144,4 +146,4 @@ def open_study(
         models[name] = classifier
     if step is None:
         step = STEPS.get(dataset, STEPS["cifar10"])
-    return Study(verb, models, data, out, step, seed, command)
+    return Study(verb, models, data, out, step, seed, command, dataset)

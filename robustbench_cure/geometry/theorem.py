@@ -19,7 +19,7 @@ from torch.nn import functional
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.bounds import Bounds, bounds
+from robustbench_cure.geometry.bounds import Bounds, bounds, exact_distance
 from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.space import Space
 from robustbench_cure.threat import ThreatModel
@@ -54,6 +54,8 @@ class TheoremRows:
         nu: largest eigenvalue of the Hessian.
         along: |gradient . eigenvector|.
         bounds: of the distance.
+        quadratic: that distance: the shortest way of the quadratic model itself to the threshold, infinite
+            where it never gets there, NaN where the bounds do not apply.
         deepfool: l2 distance DeepFool found; NaN where it found none.
     """
 
@@ -62,6 +64,7 @@ class TheoremRows:
     nu: Tensor
     along: Tensor
     bounds: Bounds
+    quadratic: Tensor
     deepfool: Tensor
 
 
@@ -72,10 +75,12 @@ def theorem(
     *,
     h: float,
     iterations: int = 30,
-    seed: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> TheoremRows:
     """Evaluate Theorem 1 at inputs that are classified correctly.
+
+    Gradient, curvature and the quadratic model's solution all come from one Krylov space that starts at the
+    gradient g: the solution (s I - H)^{-1} g lies in it, and the theorem holds within it row by row.
 
     Args:
         space: the network and its units.
@@ -83,22 +88,33 @@ def theorem(
         y: true labels, int64 (B,).
         h: step of the finite differences.
         iterations: of Lanczos.
-        seed: of its start.
         advance: told of gradients computed.
     """
     two = TwoClass(space)
     c = THRESHOLD - two.losses(u, y).double().cpu()
-    ends = lanczos(two, u, y, h=h, iterations=iterations, seed=seed, advance=advance)
+    ends = lanczos(two, u, y, h=h, iterations=iterations, start="gradient", advance=advance)
     length = ends.gradient.flatten(1).double().norm(dim=1).cpu()
     along = (ends.gradient.flatten(1).double() * ends.vector.flatten(1)).sum(1).abs().cpu()
     found = deepfool(space.network, u, y, threat=ThreatModel.parse("l2", "0"), mode="minimal", clip=False)
     distance = (found.x_adv - u).flatten(1).double().norm(dim=1).cpu()
     converged = found.converged.cpu() if found.converged is not None else torch.ones(len(u), dtype=torch.bool)
+    limits = bounds(c, length, along, ends.largest)
     return TheoremRows(
         c=c,
         gradient_norm=length,
         nu=ends.largest,
         along=along,
-        bounds=bounds(c, length, along, ends.largest),
+        bounds=limits,
+        quadratic=_quadratic(c, length, ends.projected, ~limits.lower.isnan()),
         deepfool=torch.where(converged, distance, torch.nan),
     )
+
+
+def _quadratic(c: Tensor, length: Tensor, projected: Tensor, applies: Tensor) -> Tensor:
+    """Exact distance of each row's quadratic model, whose gradient is the first direction of its space."""
+    out = torch.full_like(c, torch.nan)
+    for row in applies.nonzero().squeeze(1).tolist():
+        slope = torch.zeros(projected.shape[1], dtype=torch.float64)
+        slope[0] = length[row]
+        out[row] = exact_distance(float(c[row]), slope, projected[row])
+    return out
