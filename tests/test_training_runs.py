@@ -186,8 +186,12 @@ def test_signals_are_reasons_and_the_second_interrupt_is_at_once():
 def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
     out = tmp_path / "w.safetensors"
     command = [sys.executable, "-m", "robustbench_cure", "train", "digits_normal", "--out", str(out)]
-    command += ["--n", "400", "--epochs", "40"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--n", "400", "--epochs", "12"]
+    # One thread: a tiny network's second one would only wait for other processes.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     deadline = time.monotonic() + 60
     while not path_for(out).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -196,12 +200,14 @@ def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
     assert process.returncode == 0, errors
     assert "stopped by SIGTERM after" in text
     assert not out.exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert out.exists()
     provenance = json.loads((tmp_path / "w.json").read_text())
     assert provenance["data"]["n"] == 400
-    assert provenance["epochs"] == 40
+    assert provenance["epochs"] == 12
     assert provenance["weights"]["sha256"]
     assert provenance["environment"]["torch"] == torch.__version__
 
