@@ -29,7 +29,11 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
         click.option("--batch-size", default="auto", show_default=True, help="Images a pass."),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of images' order and directions."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**63 - 1),
+            help="Of random directions; section, surface: of the image.",
+        ),
         click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<verb>-<time>."),
         click.option("--cards", multiple=True, metavar="DIR", help="Directory with further cards."),
     ]
@@ -162,6 +166,17 @@ def gallery(words: list[str] | None, /, **options: Any) -> None:
     run(_study("gallery", words, options, 6))
 
 
+@click.command()
+@click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/evolution-<time>.")
+@click.pass_obj
+def evolution(words: list[str] | None, /, logs: tuple[Path, ...], out: Path | None) -> None:
+    """Curvature and accuracy by epoch, from the logs of training runs."""
+    from robustbench_cure.geometry.evolution import evolution as run
+
+    run(logs, out=out, command=shlex.join(["cure-bench", *(words or [])]))
+
+
 def _radii(text: str) -> list[Fraction]:
     try:
         radii = [parse_fraction(part) for part in text.split(",")]
@@ -172,4 +187,4 @@ def _radii(text: str) -> list[Fraction]:
     return radii
 
 
-VERBS = (curvature, bounds, curve, section, surface, gallery)
+VERBS = (curvature, bounds, curve, section, surface, gallery, evolution)

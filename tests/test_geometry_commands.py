@@ -12,17 +12,22 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 from robustbench_cure import load_dataset, load_model
+from robustbench_cure.classifier import Classifier, Normalised
 from robustbench_cure.cli import cli
+from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import charts, kept
 from robustbench_cure.geometry import curvature as curvature_module
 from robustbench_cure.geometry.curve import robust_rows
+from robustbench_cure.geometry.hessian import alignment
 from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.plane import normal_plane, scan
 from robustbench_cure.geometry.profile import eigenvalues, spectrum
 from robustbench_cure.geometry.space import normalised_space
+from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.theorem import THRESHOLD, TwoClass, theorem
 
 
@@ -144,6 +149,12 @@ def test_curvature_writes_what_the_functions_give(tmp_path):
     own = profile[profile["model"] == "digits_cure"]
     assert np.allclose(own["mean"], values.double().mean(0), atol=1e-5)
     assert np.allclose(samples["largest"][:3], values[:, 0], atol=1e-5)
+    assert np.allclose(own["std"], values.double().std(0, correction=0), atol=1e-5)
+    u = space.inputs(data.images)
+    for row in range(3):
+        top = spectrum(space, u[row], data.labels[row], h=1.2).vector
+        gradient = space.gradients(u[row, None], data.labels[row, None])
+        assert samples["alignment"][row] == pytest.approx(float(alignment(gradient, top[None])), abs=1e-4)
     mean = samples.groupby("model")["hz"].mean()
     assert mean["digits_cure"] < 0.2 * mean["digits_normal"]
     manifest = json.loads((out / "manifest.json").read_text())
@@ -292,6 +303,47 @@ def test_bounds_are_written_for_every_image_classified_correctly(tmp_path):
     assert "inside" in done.output
 
 
+def test_models_that_normalise_are_measured_behind_their_normalisation(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    module = Normalised(net, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    classifier = Classifier(module, num_classes=3, input_shape=(3, 4, 4), batch_size=8)
+    images = np.random.default_rng(0).random((20, 3, 4, 4), dtype=np.float32)
+    logits = classifier.logits(torch.from_numpy(images))
+    labels = logits.argmax(1)
+    data = from_arrays(
+        "own",
+        "test",
+        images,
+        labels.numpy(),
+        ids=[f"own/{k}" for k in range(20)],
+        classes=["a", "b", "c"],
+    )
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    top = logits.topk(2, dim=1).values
+    for verb, run in (("curvature", curvature_module.curvature), ("bounds", charts.bounds)):
+        study = Study(verb, {"own": classifier}, data, tmp_path / verb, 0.01, 0, "")
+        if verb == "bounds":
+            table = run(study, iterations=4)
+            expected = math.log(2) - (top[:, 1] - top[:, 0]).exp().log1p()
+            assert np.allclose(table["c"], expected, atol=1e-5)
+            # The nearest boundary of linear logits, in normalised units.
+            weight = net[1].weight.detach()
+            order = logits.topk(2, dim=1).indices
+            nearest = torch.stack(
+                [
+                    (logits.gather(1, order[:, :1]).squeeze(1) - logits[:, k])
+                    / (weight[order[:, 0]] - weight[k]).norm(dim=1)
+                    for k in range(3)
+                ]
+            )
+            nearest[nearest.isnan()] = torch.inf
+            assert np.allclose(table["deepfool"], 1.02 * nearest.amin(0), rtol=1e-3)
+        else:
+            table = run(study, method="dense", basis="canonical", iterations=4, directions=2)
+            assert np.allclose(table["loss"], losses, atol=1e-5)
+
+
 def test_the_gallery_shows_what_changes_the_label(tmp_path):
     invoke(
         "gallery", "--model", "digits_cure", "--model", "digits_normal", "--n", "4", "--out", str(tmp_path)
@@ -310,6 +362,50 @@ def test_the_gallery_shows_what_changes_the_label(tmp_path):
         assert np.allclose(own["l2"], lengths, atol=1e-5)
     medians = table.groupby("model")["l2"].median()
     assert medians["digits_cure"] > medians["digits_normal"]
+
+
+def write_log(path: Path, epochs: int, scale: float = 1.0) -> Path:
+    lines = ["epoch,lr,loss,regulariser,seconds,clean,pgd,hz,frobenius"]
+    lines += [f"{k},1e-4,0.5,0.1,3,0.9,{0.05 * k},{scale / k},{2 * scale / k}" for k in range(1, epochs + 1)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_evolution_is_what_the_logs_say(tmp_path):
+    logs = [write_log(tmp_path / "a.csv", 4), write_log(tmp_path / "b.csv", 2, 3.0)]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(cli, ["evolution", *map(str, logs), "--out", str(out)], catch_exceptions=False)
+    table = pd.read_csv(out / "evolution.csv")
+    assert list(table["run"]) == ["a"] * 4 + ["b"] * 2
+    assert table["frobenius"].tolist() == [2, 1, pytest.approx(2 / 3), 0.5, 6, 3]
+    assert done.output.splitlines()[1].split() == ["a", "4", "0.5", "0.25", "90.0", "20.0"]
+    assert done.output.splitlines()[2].split() == ["b", "2", "3", "1.5", "90.0", "10.0"]
+    names = {path.name for path in out.iterdir()}
+    assert names == {f"evolution.{kind}" for kind in ("csv", "svg", "pdf", "png")} | {
+        "index.html",
+        "manifest.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("", "not a training log"),
+        ("epoch,clean\n1,0.5\n", "has no column frobenius"),
+        ("epoch,clean,frobenius,hz,pgd\n", "no epoch has ended yet"),
+        ("epoch,clean,frobenius,hz,pgd\n1,0.5,x,1,1\n", "not numbers"),
+    ],
+)
+def test_what_is_no_training_log_is_refused(content, message, tmp_path):
+    log = tmp_path / "run.csv"
+    if content is not None:
+        log.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        CliRunner().invoke(
+            cli, ["evolution", str(log), "--out", str(tmp_path / "out")], catch_exceptions=False
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("verb", ["section", "surface"])

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from robustbench_cure.files import write_atomically
@@ -86,6 +87,29 @@ def lines(
         if ylim:
             axes.set_ylim(*ylim)
         axes.legend()
+        return figure
+
+
+def evolution(
+    panels: Sequence[tuple[str, dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]],
+) -> Figure:
+    """Curves over epochs, one panel a measure, the runs in the same colours; vertical axes from zero.
+
+    Args:
+        panels: label of the vertical axis, and for each run its epochs and values.
+    """
+    with style():
+        figure = Figure(figsize=(3.0 * len(panels), 2.9), layout="constrained")
+        for axes, (label, series) in zip(_row(figure, len(panels)), panels, strict=True):
+            for index, (name, (x, y)) in enumerate(series.items()):
+                colour, line = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+                shape = "osD^v<>"[index % 7]
+                axes.plot(x, y, color=colour, linestyle=line, label=name, marker=shape, markersize=3)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+        figure.axes[0].legend()
         return figure
 
 

@@ -57,24 +57,48 @@ def present(
         *([("note", data.notes)] if data.notes else []),
         ("command", study.command),
     ]
-    text = (
-        environment()
-        .get_template("study.html")
-        .render(
-            title=title,
-            eyebrow=f"cure-bench {study.verb}",
-            lead=lead,
-            columns=columns,
-            rows=rows,
-            figures=figures,
-            facts=facts,
-            files=sorted(path.name for path in study.files),
-        )
+    text = render(
+        title=title,
+        verb=study.verb,
+        lead=lead,
+        columns=columns,
+        rows=rows,
+        figures=figures,
+        facts=facts,
+        files=[path.name for path in study.files],
     )
     study.write("index.html", lambda file: file.write_text(text, encoding="utf-8"))
     study.finish(settings)
     click.echo(plain_table(columns, rows))
     click.echo(f"page: {study.out / 'index.html'}")
+
+
+def render(
+    *,
+    title: str,
+    verb: str,
+    lead: Sequence[str],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: Sequence[Shown],
+    facts: Sequence[tuple[str, str]],
+    files: Sequence[str],
+) -> str:
+    """The page itself; arguments as those of `present`, ``facts`` being its provenance."""
+    return (
+        environment()
+        .get_template("study.html")
+        .render(
+            title=title,
+            eyebrow=f"cure-bench {verb}",
+            lead=lead,
+            columns=columns,
+            rows=rows,
+            figures=figures,
+            facts=facts,
+            files=sorted(files),
+        )
+    )
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

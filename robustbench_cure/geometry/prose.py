@@ -45,6 +45,12 @@ it added. Perturbations are stretched to the full range of grey levels, so that 
 numbers alone. The CURE paper finds them to look like objects, not noise, for robust networks.
 """)
 
+EVOLUTION = _paragraphs("""
+Curvature and robustness after every epoch, as training logged them: the Frobenius norm of the Hessian of
+the loss, its product with the sign of the gradient, and the accuracy under PGD. The CURE paper shows both
+curvatures falling while robustness rises.
+""")
+
 SURFACE = _paragraphs("""
 Height is the negative cross-entropy of the true label over the plane of the nearest boundary's normal r
 and a random direction v; the dot is the image. A cliff close to the dot is what an attack walks over;
