@@ -48,6 +48,18 @@ class Normalised(nn.Module):
         return logits
 
 
+class _Headed(nn.Module):
+    """A network with a function of its float32 logits behind it."""
+
+    def __init__(self, net: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.net, self.head = net, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.net(x).float())
+        return out
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether this device multiplies bfloat16 matrices natively (emulation is slower than fp32)."""
     if device.type == "cuda":
@@ -120,6 +132,19 @@ class Classifier:
         self.folded = False
         self.module = self._search = module
         return self
+
+    def followed_by(self, head: nn.Module, num_classes: int) -> Classifier:
+        """Both forms with a function of the logits behind them; shares weights, counts its own work.
+
+        Args:
+            head: float32 logits (B, L) -> (B, num_classes).
+            num_classes: of the head.
+        """
+        other = copy.copy(self)
+        other.module, other._search = _Headed(self.module, head), _Headed(self._search, head)
+        other.num_classes, other._info, other.heartbeat = num_classes, None, None
+        other.forwards = other.backwards = 0
+        return other
 
     # --- reference form ---------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from robustbench_cure import __version__, geometry_cli, inventory
+from robustbench_cure import __version__, geometry_cli, inventory, masking_cli
 from robustbench_cure.errors import CureBenchError, UsageError
 
 CARDS = click.option(
@@ -168,7 +168,7 @@ def where(cards: tuple[str, ...]) -> None:
     click.echo(inventory.where(cards))
 
 
-for _verb in geometry_cli.VERBS:
+for _verb in (*geometry_cli.VERBS, *masking_cli.VERBS):
     cli.add_command(_verb)
 
 

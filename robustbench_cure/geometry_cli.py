@@ -14,8 +14,8 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.threat import parse_fraction
 
 
-def _common(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that all geometry verbs share, named as those of `evaluate`."""
+def study_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that all verbs share which look at models on some images, named as those of `evaluate`."""
     options = [
         click.option(
             "--model", "models", multiple=True, metavar="ID", help="As for evaluate; repeatable: shared axes."
@@ -50,7 +50,8 @@ ITERATIONS = click.option(
 )
 
 
-def _study(verb: str, words: list[str] | None, options: dict[str, Any], default_n: int, **more: Any) -> Any:
+def study_of(verb: str, words: list[str] | None, options: dict[str, Any], default_n: int, **more: Any) -> Any:
+    """The models, images and folder that `study_options` name."""
     from robustbench_cure.geometry.study import open_study
     from robustbench_cure.session import Request
 
@@ -69,7 +70,7 @@ def _study(verb: str, words: list[str] | None, options: dict[str, Any], default_
 
 
 @click.command()
-@_common
+@study_options
 @STEP
 @click.option(
     "--spectrum",
@@ -98,11 +99,11 @@ def curvature(words: list[str] | None, /, **options: Any) -> None:
 
     own = {key: options.pop(key) for key in ("basis", "iterations", "directions")}
     method = options.pop("spectrum")
-    run(_study("curvature", words, options, 100, step=options.pop("step")), method=method, **own)
+    run(study_of("curvature", words, options, 100, step=options.pop("step")), method=method, **own)
 
 
 @click.command()
-@_common
+@study_options
 @STEP
 @ITERATIONS
 def bounds(words: list[str] | None, /, **options: Any) -> None:
@@ -110,11 +111,11 @@ def bounds(words: list[str] | None, /, **options: Any) -> None:
     from robustbench_cure.geometry.charts import bounds as run
 
     iterations = options.pop("iterations")
-    run(_study("bounds", words, options, 100, step=options.pop("step")), iterations=iterations)
+    run(study_of("bounds", words, options, 100, step=options.pop("step")), iterations=iterations)
 
 
 @click.command()
-@_common
+@study_options
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
 @click.option("--eps", help="Radii, ascending fractions; default: up to that of the data set's table.")
 @click.option("--steps", type=click.IntRange(1), help="Of PGD; default: the paper's, 20 (SVHN: 10).")
@@ -130,40 +131,40 @@ def curve(words: list[str] | None, /, **options: Any) -> None:
     if eps is None and norm != "linf":
         raise UsageError(f"--norm {norm} needs --eps: the usual radii are those of linf")
     radii = None if eps is None else _radii(eps)
-    study = _study("curve", words, options, 2000)
+    study = study_of("curve", words, options, 2000)
     radii = radii or _radii(RADII.get(study.dataset, RADII["cifar10"]))
     run(study, eps=radii, norm=norm, steps=steps or STEPS.get(study.dataset, STEPS["cifar10"]))
 
 
 @click.command()
-@_common
+@study_options
 @click.option("--points", type=click.IntRange(3), default=201, show_default=True, help="Along each side.")
 def section(words: list[str] | None, /, **options: Any) -> None:
     """Decision regions around an image; --seed chooses the image."""
     from robustbench_cure.geometry.pictures import section as run
 
     points = options.pop("points")
-    run(_study("section", words, options, 1, first_by_seed=True), points=points)
+    run(study_of("section", words, options, 1, first_by_seed=True), points=points)
 
 
 @click.command()
-@_common
+@study_options
 @click.option("--points", type=click.IntRange(3), default=81, show_default=True, help="Along each side.")
 def surface(words: list[str] | None, /, **options: Any) -> None:
     """The loss around an image; --seed chooses the image."""
     from robustbench_cure.geometry.pictures import surface as run
 
     points = options.pop("points")
-    run(_study("surface", words, options, 1, first_by_seed=True), points=points)
+    run(study_of("surface", words, options, 1, first_by_seed=True), points=points)
 
 
 @click.command()
-@_common
+@study_options
 def gallery(words: list[str] | None, /, **options: Any) -> None:
     """Images with the smallest perturbations that change their labels."""
     from robustbench_cure.geometry.pictures import gallery as run
 
-    run(_study("gallery", words, options, 6))
+    run(study_of("gallery", words, options, 6))
 
 
 @click.command()

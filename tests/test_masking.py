@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,21 +14,24 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.masking import checks
+from robustbench_cure.masking import planted as planted_module
 from robustbench_cure.masking.deceptive import DECEPTIVE
 from robustbench_cure.masking.evidence import Evidence, Outcome, Settings
+from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.finding import Finding
+from robustbench_cure.masking.planted import separate
 from robustbench_cure.masking.verdict import conclude, diagnose
 from robustbench_cure.threat import ThreatModel
 
 THREAT = ThreatModel.parse("linf", "51/255")
-SMALL = Settings(steps=40, spsa_steps=10, spsa_samples=32, draws=20, restarts=3)
+SMALL = Settings(steps=20, spsa_steps=10, spsa_samples=32, draws=20, restarts=3, queries=200, planted=12)
 EXPECTED = {
-    "zero gradient": "ABEHJ",
-    "quantised input": "BEJ",
+    "zero gradient": "ABEHJO",
+    "quantised input": "BEHJO",
     "saturated logits": "B",
     "softmax output": "L",
-    "JPEG-like rounding": "ABEHJ",
-    "shattered gradient": "AEHJ",
+    "JPEG-like rounding": "ABEHJO",
+    "shattered gradient": "AEHJO",
 }
 
 
@@ -95,7 +101,7 @@ class Made:
 
 def outcome(margin=None, broken=None) -> Outcome:
     margin = torch.zeros(0) if margin is None else margin
-    return Outcome(torch.zeros(0), margin, broken)
+    return Outcome(margin, broken, margin)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +132,14 @@ def test_what_a_weak_attack_breaks_alone_is_raised_when_it_is_surely_above_one_p
     broken[:alone] = True
     broken[50:80] = True  # these the white box broke too
     e.spsa = e.random = outcome(broken=broken)
+    none = torch.zeros(100, dtype=torch.bool)
+    e.square = outcome(broken=none)
     for check in (checks.black_box, checks.random_noise):
         found = check(e)
         assert (found.status == "raised") == raised
         assert found.value == alone / 100
+    e.spsa, e.square = outcome(broken=none), outcome(broken=broken)  # Square alone counts as well
+    assert checks.black_box(e).value == alone / 100
     assert (
         binomtest(5, 100, 0.01, alternative="greater").pvalue
         < 0.01
@@ -141,28 +151,118 @@ def test_fgsm_is_compared_with_both_pgd_runs():
     e = Made(100)
     none, some = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
     some[:10] = True
-    e.fgsm, e.pgd_ce, e.pgd_margin = outcome(broken=some), outcome(broken=none), outcome(broken=some)
+    e.fgsm, e.iterated_broken = outcome(broken=some), some
     assert checks.single_step(e).status == "clear"
-    e.pgd_margin = outcome(broken=none)
+    e.iterated_broken = none
     assert checks.single_step(e).status == "raised"
 
 
 def test_more_steps_and_late_falls():
     e = Made(100, total=200)
     broken = torch.zeros(100, dtype=torch.bool)
-    e.pgd_margin = Outcome(torch.zeros(0), torch.zeros(100), broken)
     more = broken.clone()
     more[:5] = True
-    e.run_pgd = lambda **options: Outcome(torch.zeros(0), torch.full((100,), 0.5), more)
+    half, once, far = (
+        outcome(torch.full((100,), m), b) for m, b in ((0.5, broken), (0.0, broken), (-1.0, more))
+    )
+    trajectory = {Fraction(1, 2): half, Fraction(1): once, Fraction(2): once, Fraction(4): far}
+    e.pgd_margin = lambda multiple=Fraction(1): trajectory[multiple]
     found = checks.steps(e)
     assert found.value == pytest.approx(5 / 200)  # out of all images
     assert found.status == "raised"
     assert found.ids == ("s0", "s1", "s2", "s3", "s4")
     # From 10 to 0.5 in the first half and to 0 in the second: 5 % of the fall is late.
     assert checks.unfinished(e).status == "clear"
-    e.run_pgd = lambda **options: Outcome(torch.zeros(0), torch.full((100,), 2.0), more)
+    trajectory[Fraction(1, 2)] = outcome(torch.full((100,), 2.0), broken)
     assert checks.unfinished(e).value == 1.0
     assert checks.unfinished(e).status == "raised"
+
+
+@pytest.mark.parametrize(("lost", "raised"), [(0, False), (2, False), (3, True)])
+def test_what_was_met_and_not_returned_and_what_only_the_searched_form_loses(lost, raised):
+    e = Made(100)
+    met = torch.arange(100) < 50
+    returned = met & (torch.arange(100) >= lost)
+    e.pgd_stopped, e.pgd_ce = outcome(broken=met), outcome(broken=returned)
+    silent = checks.silent(e)
+    e.classifier = SimpleNamespace(precision="bf16")
+    e.pgd_margin = lambda: Outcome(torch.zeros(100), returned, torch.where(met, -1.0, 1.0))
+    forms = checks.forms(e)
+    for found in (silent, forms):
+        assert found.value == lost / 100
+        assert (found.status == "raised") == raised
+        assert found.ids == (tuple(f"s{i}" for i in range(lost)) if raised else ())
+
+
+@pytest.mark.parametrize(
+    ("left", "raised"),
+    [((50, 20, 0, 0), False), ((50, 20, 5, 10), True), ((50, 20, 5, 11), True), ((10, 30, 0, 0), True)],
+)
+def test_accuracy_must_fall_to_guessing_and_never_rise(left, raised):
+    """Ten classes: 10 of 100 is guessing. A rise between two radii is raised as well."""
+    e = Made(100)
+    e.classifier, e.threat = SimpleNamespace(num_classes=10), ThreatModel.parse("linf", "8/255")
+    outcomes = [outcome(broken=torch.arange(100) >= count) for count in left]
+    e.pgd_margin = lambda: outcomes[0]
+    e.at_radius = lambda multiple: outcomes[1 + (2, 4, 0).index(multiple)]
+    found = checks.radius(e)
+    assert (found.status == "raised") == raised
+    assert found.value == left[-1] / 100
+
+
+def test_effort_counts_what_any_variant_breaks():
+    e = Made(100)
+    rows = torch.arange(100)
+    e.pgd_margin = lambda: outcome(broken=rows < 10)
+    e.restarted = outcome(broken=rows < 15)
+    e.stepped = lambda step: outcome(broken=(rows < 5) | (rows >= (94 if step < 1 else 100)))
+    found = checks.effort(e)
+    assert found.value == pytest.approx(0.11)
+    assert found.status == "raised"
+
+
+def test_without_a_surrogate_transfer_is_not_run_and_with_one_its_own_breaks_count():
+    e = Made(100)
+    e.surrogate = None
+    assert checks.transfer(e).status == "not run"
+    e.surrogate = SimpleNamespace(model_info=lambda: SimpleNamespace(id="other"))
+    e.white_box_broken = torch.arange(100) < 50
+    e.transferred = outcome(broken=torch.arange(100) < 60)
+    assert checks.transfer(e).value == 0.10
+    assert checks.transfer(e).status == "raised"
+
+
+# --- planted adversarial examples --------------------------------------------------------------------
+
+
+def test_the_rule_separates_what_can_be_separated_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    inner = torch.randn(200, 6, generator=generator)
+    border = torch.full((6,), 9.0)
+    rule = separate(inner, border)
+    scores = rule(torch.cat((inner, border[None])))
+    assert scores.argmax(1).tolist() == [0] * 200 + [1]
+    # The threshold lies half-way: the border and the nearest inner point are equally far from it.
+    assert float(scores[-1, 1]) == pytest.approx(1, abs=1e-4)
+    assert float(scores[:-1, 1].max()) == pytest.approx(-1, abs=1e-4)
+    assert separate(inner, inner.mean(0)) is None
+    assert separate(torch.zeros(10, 6), torch.zeros(6)) is None
+
+
+def test_an_attack_that_stands_still_misses_every_planted_example(affine, monkeypatch):
+    """On an affine network PGD must solve every problem; without steps, none."""
+    model = affine(np.random.default_rng(0).normal(size=(8, 12)), list(range(8)), (3, 2, 2))
+    e = Evidence.__new__(Evidence)
+    e.classifier, e.threat, e.settings = model.classifier, ThreatModel.parse("linf", "8/255"), SMALL
+    e.x = torch.rand((12, 3, 2, 2), generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    e.ids = tuple(map(str, range(12)))
+    found = planted_module.planted(e)
+    assert (found.value, found.status) == (1.0, "clear")
+    monkeypatch.setattr(planted_module, "pgd", lambda classifier, x, *a, **k: Proposal.start(x))
+    found = planted_module.planted(e)
+    assert (found.value, found.status) == (0.0, "raised")
+    e.x, e.ids = e.x[:5], e.ids[:5]
+    assert planted_module.planted(e).status == "not run"
 
 
 def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):
@@ -191,6 +291,7 @@ def test_a_refused_proposal_counts_as_the_image_itself(affine):
     e.x = torch.rand((5, 3, 2, 2), generator=torch.Generator().manual_seed(0))
     e.y = torch.from_numpy(model.logits(e.x).argmax(1))
     e.clean_margin = torch.arange(5).float() + 1
+    e.ids = tuple("abcde")
     proposal = Proposal.start(e.x)
     proposal.x_adv = proposal.x_adv + 1.0
     found = e.outcome(proposal)
@@ -220,8 +321,13 @@ def test_words_and_exit_code_come_from_one_place(statuses, n, words, kind):
     names = {"c": "clear", "r": "raised", "n": "not run"}
     findings = [found(letter, names[s]) for letter, s in zip("ABC", statuses, strict=True)]
     for fail in (False, True):
-        verdict = conclude(findings, n, fail_on_suspected=fail)
+        verdict = conclude(findings, n, fail_on=("suspected",) if fail else ())
         assert verdict.words == words
         assert verdict.kind == kind
         assert verdict.exit_code == int(fail and kind == "suspected")
         assert "not masked" not in verdict.words
+
+
+def test_every_letter_is_explained():
+    assert set(EXPLANATIONS) == {*checks.CHECKS, "K", "L"}
+    assert all(len(about.title) <= 47 for about in EXPLANATIONS.values())  # its column in a terminal

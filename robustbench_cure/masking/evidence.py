@@ -1,20 +1,31 @@
-"""The attack runs that the checks look at, each made once, and the settings they share."""
+"""The attack runs that the checks look at: each is made once, kept, and judged like any other attack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, pgd_ladder, spsa, uniform_noise
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
+from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.interop.square import square
 from robustbench_cure.judge import judge
+from robustbench_cure.masking.work import Progress, Work, unheard
 from robustbench_cure.threat import ThreatModel
+
+#: Multiples of the steps under suspicion that one trajectory is looked at.
+MULTIPLES = (Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
+#: Multiples of the radius under suspicion that are tried; 0: the ball which holds every image.
+RADII = (2, 4, 0)
+#: Lengths of a PGD step that are tried beside a quarter of the radius, as shares of it.
+STEP_LENGTHS = (0.05, 1.0)
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,13 @@ class Settings:
     """How much work the checks do.
 
     Attributes:
-        steps: of the PGD that is under suspicion; the check of steps goes to four times as many.
+        steps: of the PGD that is under suspicion, even; the check of steps goes to four times as many.
         spsa_steps: Adam steps of SPSA.
         spsa_samples: directions for each of its estimates.
         draws: points of random noise.
         restarts: of the check of restarts.
         queries: of the Square attack.
+        planted: images around which an adversarial example is planted.
         seed: of everything random.
     """
 
@@ -37,6 +49,7 @@ class Settings:
     draws: int = 50
     restarts: int = 5
     queries: int = 500
+    planted: int = 32
     seed: int = 0
 
 
@@ -45,14 +58,14 @@ class Outcome:
     """Where an attack ended, for every image that is classified correctly.
 
     Attributes:
-        x_adv: what it proposed.
         margin: J there in the reference form, float32 (m,); that of the image where the proposal was refused.
         broken: judged, bool (m,).
+        searched: J there in the form that attacks search with, float32 (m,).
     """
 
-    x_adv: Tensor
     margin: Tensor
     broken: Tensor
+    searched: Tensor
 
 
 class Evidence:
@@ -63,11 +76,15 @@ class Evidence:
         data: images; those misclassified are left out.
         threat: ball.
         settings: how much work is done.
-        announce: told what is being done.
+        progress: told how many passes are done, of how many, and what comes next.
+        kept: outcomes of an interrupted diagnosis, gone on with; None: start afresh and keep nothing.
+        surrogate: another model, whose adversarial examples are tried.
 
     Attributes:
         x, y: images and labels of the m rows that are left.
         ids: their names.
+        total: images in all: the denominator of accuracies.
+        clean_margin: J of the images, float32 (m,).
     """
 
     def __init__(
@@ -76,9 +93,13 @@ class Evidence:
         data: EvalSet,
         threat: ThreatModel,
         settings: Settings,
-        announce: Callable[[str], None] = lambda _: None,
+        *,
+        progress: Progress = unheard,
+        kept: Kept | None = None,
+        surrogate: Classifier | None = None,
     ) -> None:
-        self.classifier, self.threat, self.settings, self.announce = classifier, threat, settings, announce
+        self.classifier, self.threat, self.settings, self.surrogate = classifier, threat, settings, surrogate
+        self.kept = kept
         x, y = data.images.to(classifier.device), data.labels.to(classifier.device)
         logits = classifier.logits(x)
         right = (logits.argmax(1) == y).nonzero().squeeze(1)
@@ -86,87 +107,68 @@ class Evidence:
         self.x, self.y = x[right], y[right]
         self.ids = tuple(data.ids[row] for row in right.tolist())
         self.clean_margin = margins(logits, y)[right]
+        self.outcomes: dict[str, Outcome] = {}
+        planned = {name: passes * len(self) for name, passes in plan(settings).items()}
+        if surrogate is None:
+            del planned["transferred"]
+        self.work = Work(planned, classifier, progress)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def noise(self, name: str) -> Noise:
-        """Random streams of the rows for one purpose."""
-        return Noise.for_samples(self.settings.seed, name, list(self.ids), self.x.device)
+    # --- attacks ------------------------------------------------------------------------------------------
 
-    def outcome(
-        self, proposal: Proposal, threat: ThreatModel | None = None, *, rows: Tensor | None = None
-    ) -> Outcome:
-        """Judge a proposal for all rows, or for some."""
-        x = self.x if rows is None else self.x[rows]
-        y = self.y if rows is None else self.y[rows]
-        clean = self.clean_margin if rows is None else self.clean_margin[rows]
-        verdict = judge(self.classifier, x, y, proposal, threat or self.threat)
-        margin = verdict.margin.to(x.device)
-        return Outcome(
-            proposal.x_adv, torch.where(margin.isfinite(), margin, clean), verdict.broken.to(x.device)
-        )
-
-    def run_pgd(
-        self,
-        *,
-        steps: int,
-        loss: str,
-        step: float = 0.25,
-        restarts: int = 1,
-        threat: ThreatModel | None = None,
-        name: str = "pgd",
-    ) -> Outcome:
-        """PGD that goes on to its end; ``step`` is a share of the radius."""
-        ball = threat or self.threat
-        self.announce(f"PGD({steps}), {loss}")
-        proposal = pgd(
-            self.classifier,
-            self.x,
-            self.y,
-            threat=ball,
-            noise=self.noise(name),
-            steps=steps,
-            step_size=step * ball.radius,
-            restarts=restarts,
-            loss=loss,
-            stop="never" if restarts == 1 else "first-success",
-        )
-        return self.outcome(proposal, ball)
-
-    @cached_property
+    @property
     def fgsm(self) -> Outcome:
         """FGSM."""
-        self.announce("FGSM")
-        return self.outcome(fgsm(self.classifier, self.x, self.y, threat=self.threat))
+        return self._made("fgsm", lambda: fgsm(self.classifier, self.x, self.y, threat=self.threat))
 
-    @cached_property
+    @property
     def pgd_ce(self) -> Outcome:
-        """PGD on cross-entropy, to its end."""
-        return self.run_pgd(steps=self.settings.steps, loss="ce")
+        """PGD on cross-entropy; the iterate of lowest margin."""
+        return self._made("pgd_ce", lambda: self._pgd("ce", stop="never"))
 
-    @cached_property
-    def pgd_margin(self) -> Outcome:
-        """PGD on the margin, to its end."""
-        return self.run_pgd(steps=self.settings.steps, loss="margin")
+    @property
+    def pgd_stopped(self) -> Outcome:
+        """The same trajectory, stopped at the first iterate that is verified to be adversarial."""
+        return self._made("pgd_stopped", lambda: self._pgd("ce", stop="first-success"))
 
-    @cached_property
-    def white_box_margin(self) -> Tensor:
-        """The lower of the margins the two PGD runs ended with, (m,)."""
-        return torch.minimum(self.pgd_ce.margin, self.pgd_margin.margin)
+    def pgd_margin(self, multiple: Fraction = MULTIPLES[1]) -> Outcome:
+        """PGD on the margin after a multiple of the steps; one trajectory serves all multiples."""
+        names = {m: f"pgd_margin_x{float(m):g}" for m in MULTIPLES}
+        if names[multiple] not in self.outcomes:
+            self._make({names[m]: self.threat for m in MULTIPLES}, "pgd_margin", self._ladder)
+        return self.outcomes[names[multiple]]
 
-    @cached_property
-    def white_box_broken(self) -> Tensor:
-        """Rows that FGSM or one of the PGD runs broke, bool (m,)."""
-        return self.fgsm.broken | self.pgd_ce.broken | self.pgd_margin.broken
+    @property
+    def restarted(self) -> Outcome:
+        """PGD on the margin from several starts."""
+        return self._made(
+            "restarted",
+            lambda: self._pgd("margin", stop="first-success", restarts=self.settings.restarts),
+        )
 
-    @cached_property
+    def stepped(self, step: float) -> Outcome:
+        """PGD on the margin with steps of another length, a share of the radius."""
+        return self._made(f"stepped_{step:g}", lambda: self._pgd("margin", stop="first-success", step=step))
+
+    def at_radius(self, multiple: int) -> Outcome:
+        """PGD on the margin in a larger ball; 0: the one that holds every image."""
+        ball = wider(self.threat, multiple)
+        step = 0.05 if multiple == 0 else 0.25
+        return self._made(
+            f"radius_{multiple}",
+            lambda: self._pgd("margin", stop="first-success", step=step, threat=ball),
+            ball,
+        )
+
+    @property
     def spsa(self) -> Outcome:
-        """SPSA, to its end."""
-        self.announce("SPSA")
+        """SPSA; the iterate of lowest margin."""
         steps = self.settings.spsa_steps
-        return self.outcome(
-            spsa(
+        return self._made(
+            "spsa",
+            lambda: spsa(
                 self.classifier,
                 self.x,
                 self.y,
@@ -178,20 +180,176 @@ class Evidence:
                 step_size=4 * self.threat.radius / steps,
                 delta=0.01,
                 stop="never",
-            )
+            ),
         )
 
-    @cached_property
+    @property
+    def square(self) -> Outcome:
+        """The Square attack."""
+        s = self.settings
+        return self._made(
+            "square",
+            lambda: square(
+                self.classifier, self.x, self.y, threat=self.threat, queries=s.queries, seed=s.seed
+            ),
+        )
+
+    @property
     def random(self) -> Outcome:
         """The worst of many random points of the ball."""
-        self.announce("random noise")
-        return self.outcome(
-            uniform_noise(
+        return self._made(
+            "random",
+            lambda: uniform_noise(
                 self.classifier,
                 self.x,
                 self.y,
                 threat=self.threat,
                 noise=self.noise("uniform_noise"),
                 draws=self.settings.draws,
-            )
+            ),
         )
+
+    @property
+    def transferred(self) -> Outcome:
+        """PGD on the margin of the surrogate, judged on the model."""
+        if self.surrogate is None:
+            raise ValueError("there is no surrogate")
+        other = self.surrogate
+        return self._made("transferred", lambda: self._pgd("margin", stop="never", attacked=other))
+
+    @property
+    def white_box_margin(self) -> Tensor:
+        """The lower of the margins the two PGD runs ended with, (m,)."""
+        return torch.minimum(self.pgd_ce.margin, self.pgd_margin().margin)
+
+    @property
+    def white_box_broken(self) -> Tensor:
+        """Rows that FGSM or one of the PGD runs broke, bool (m,)."""
+        return self.fgsm.broken | self.iterated_broken
+
+    @property
+    def iterated_broken(self) -> Tensor:
+        """Rows that one of the PGD runs broke, bool (m,)."""
+        return self.pgd_ce.broken | self.pgd_margin().broken
+
+    # --- one run ------------------------------------------------------------------------------------------
+
+    def noise(self, name: str) -> Noise:
+        """Random streams of the rows for one purpose."""
+        return Noise.for_samples(self.settings.seed, name, list(self.ids), self.x.device)
+
+    def outcome(self, proposal: Proposal, threat: ThreatModel | None = None) -> Outcome:
+        """Judge a proposal."""
+        verdict = judge(self.classifier, self.x, self.y, proposal, threat or self.threat)
+        margin = verdict.margin.to(self.x.device)
+        admitted = margin.isfinite()
+        shown = torch.where(admitted.view(-1, *[1] * (self.x.dim() - 1)), proposal.x_adv, self.x)
+        size = self.classifier.batch_size
+        seen = [self.classifier.search_logits(part) for part in torch.split(shown, size)]
+        return Outcome(
+            margin=torch.where(admitted, margin, self.clean_margin),
+            broken=verdict.broken.to(self.x.device),
+            searched=margins(torch.cat(seen), self.y),
+        )
+
+    def _pgd(
+        self,
+        loss: str,
+        *,
+        stop: str,
+        step: float = 0.25,
+        restarts: int = 1,
+        threat: ThreatModel | None = None,
+        attacked: Classifier | None = None,
+    ) -> Proposal:
+        ball = threat or self.threat
+        return pgd(
+            attacked or self.classifier,
+            self.x,
+            self.y,
+            threat=ball,
+            noise=self.noise("pgd"),
+            steps=self.settings.steps,
+            step_size=step * ball.radius,
+            restarts=restarts,
+            loss=loss,
+            stop=stop,  # type: ignore[arg-type]
+        )
+
+    def _ladder(self) -> list[Proposal]:
+        return pgd_ladder(
+            self.classifier,
+            self.x,
+            self.y,
+            threat=self.threat,
+            noise=self.noise("pgd"),
+            rungs=tuple(int(m * self.settings.steps) for m in MULTIPLES),
+            step_size=0.25 * self.threat.radius,
+            loss="margin",
+            stop="never",
+        )
+
+    def _made(
+        self,
+        name: str,
+        attack: Callable[[], Proposal],
+        threat: ThreatModel | None = None,
+    ) -> Outcome:
+        if name not in self.outcomes:
+            self._make({name: threat or self.threat}, name, lambda: [attack()])
+        return self.outcomes[name]
+
+    def _make(
+        self, balls: dict[str, ThreatModel], planned: str, attack: Callable[[], list[Proposal]]
+    ) -> None:
+        """Run an attack and judge its proposals, or take them from an earlier run."""
+        found = {name: self._recall(name) for name in balls}
+        if any(outcome is None for outcome in found.values()):
+            with self.work.doing(planned):
+                proposals = attack()
+            found = {
+                name: self.outcome(proposal, ball)
+                for (name, ball), proposal in zip(balls.items(), proposals, strict=True)
+            }
+        self.outcomes |= {name: outcome for name, outcome in found.items() if outcome is not None}
+        self.work.finished(planned)
+        if self.kept is not None:
+            self.kept.write(
+                {
+                    f"{name}.{field}": getattr(outcome, field).cpu().numpy()
+                    for name, outcome in self.outcomes.items()
+                    for field in ("margin", "broken", "searched")
+                }
+            )
+
+    def _recall(self, name: str) -> Outcome | None:
+        rows = {} if self.kept is None else self.kept.rows
+        if f"{name}.searched" not in rows:
+            return None
+        fields = {f: np.asarray(rows[f"{name}.{f}"]) for f in ("margin", "broken", "searched")}
+        return Outcome(**{f: torch.from_numpy(a).to(self.x.device) for f, a in fields.items()})
+
+
+def plan(settings: Settings) -> dict[str, float]:
+    """Passes for each image that every attack takes at most; a backward pass counts as two."""
+    run = 3.0 * settings.steps
+    return {
+        "fgsm": 3.0,
+        "random": float(settings.draws),
+        "pgd_ce": run,
+        "pgd_stopped": run,
+        "pgd_margin": run * float(MULTIPLES[-1]),
+        "restarted": run * settings.restarts,
+        **{f"stepped_{step:g}": run for step in STEP_LENGTHS},
+        **{f"radius_{multiple}": run for multiple in RADII},
+        "spsa": 2.0 * settings.spsa_samples * settings.spsa_steps,
+        "square": float(settings.queries),
+        "transferred": run,
+    }
+
+
+def wider(threat: ThreatModel, multiple: int) -> ThreatModel:
+    """The ball of a multiple of the radius; 0: one that holds every image."""
+    if multiple:
+        return ThreatModel(threat.norm, threat.eps * multiple)
+    return ThreatModel.parse(threat.norm, "1" if threat.norm == "linf" else "100")

@@ -35,3 +35,8 @@ class Finding(BaseModel):
 
 #: Ids kept with a finding.
 MOST_IDS = 50
+
+
+def not_run(letter: str, check: str, reason: str) -> Finding:
+    """A check that was left out, and why."""
+    return Finding(letter=letter, check=check, status="not run", evidence=reason)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
+from robustbench_cure.flags import Flag
+from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.masking.evidence import Evidence, Settings
 from robustbench_cure.masking.finding import Finding
+from robustbench_cure.masking.work import Progress, unheard
 from robustbench_cure.preflight import preflight
 from robustbench_cure.threat import ThreatModel
 
@@ -27,7 +30,7 @@ class Verdict:
     Attributes:
         kind: the three there are; "not masked" is not among them.
         words: as printed.
-        exit_code: 0, or 1 where masking is suspected and that is asked to fail.
+        exit_code: 0, or 1 where this kind is asked to fail.
     """
 
     kind: Kind
@@ -50,21 +53,26 @@ class Diagnosis:
     evidence: Evidence
 
 
-def conclude(findings: Sequence[Finding], n: int, *, fail_on_suspected: bool = False) -> Verdict:
+def conclude(findings: Sequence[Finding], n: int, *, fail_on: Collection[str] = ()) -> Verdict:
     """The verdict of some findings.
 
     Args:
         findings: of one model.
         n: images they rest on.
-        fail_on_suspected: whether suspicion is a failure.
+        fail_on: kinds of verdict that are failures.
     """
+    kind, words = _words(findings, n)
+    return Verdict(kind, words, int(kind in fail_on))
+
+
+def _words(findings: Sequence[Finding], n: int) -> tuple[Kind, str]:
     raised = [finding.letter for finding in findings if finding.status == "raised"]
     if raised:
-        return Verdict("suspected", f"suspected: {', '.join(raised)} (n = {n})", int(fail_on_suspected))
+        return "suspected", f"suspected: {', '.join(raised)} (n = {n})"
     ran = [finding.letter for finding in findings if finding.status == "clear"]
     if n < FEWEST or not ran:
-        return Verdict("not conclusive", f"not conclusive: too few points (n = {n}, {FEWEST} are needed)", 0)
-    return Verdict("no evidence", f"no evidence of masking under checks {_span(ran)} (n = {n})", 0)
+        return "not conclusive", f"not conclusive: too few points (n = {n}, {FEWEST} are needed)"
+    return "no evidence", f"no evidence of masking under checks {_span(ran)} (n = {n})"
 
 
 def _span(letters: Sequence[str]) -> str:
@@ -81,7 +89,9 @@ def diagnose(
     threat: ThreatModel,
     settings: Settings | None = None,
     *,
-    announce: Callable[[str], None] = lambda _: None,
+    progress: Progress = unheard,
+    kept: Kept | None = None,
+    surrogate: Classifier | None = None,
 ) -> Diagnosis:
     """Run every check on a model.
 
@@ -90,29 +100,37 @@ def diagnose(
         data: images; those classified correctly are attacked.
         threat: the ball in question.
         settings: how much work is done.
-        announce: told what is being done.
+        progress: told passes done, passes in all, and what is being done.
+        kept: where outcomes are kept, so that an interrupted diagnosis can go on.
+        surrogate: another model, for the check of transfer.
 
     Raises:
         UsageError: the model does not fit the data.
     """
     flags = {flag.kind: flag for flag in preflight(classifier, data)}
-    evidence = Evidence(classifier, data, threat, settings or Settings(), announce)
-    findings = []
+    evidence = Evidence(
+        classifier, data, threat, settings or Settings(), progress=progress, kept=kept, surrogate=surrogate
+    )
+    findings = flag_findings(flags)
     if len(evidence):
-        for letter, check in CHECKS.items():
-            announce(f"check {letter}")
-            findings.append(check(evidence))
-    for letter, check_name, kinds in (
+        findings += [check(evidence) for check in CHECKS.values()]
+    return Diagnosis(tuple(sorted(findings, key=lambda f: f.letter)), len(evidence), evidence)
+
+
+def flag_findings(flags: Mapping[str, Flag]) -> list[Finding]:
+    """K and L: what was seen before the first attack."""
+    findings = []
+    for letter, name, kinds in (
         ("K", "unstable", ("stochastic", "batch_dependent")),
         ("L", "probabilities", ("probabilities",)),
     ):
-        seen = [flags[kind] for kind in kinds if kind in flags]
+        seen = [flags[kind].evidence for kind in kinds if kind in flags]
         findings.append(
             Finding(
                 letter=letter,
-                check=check_name,
+                check=name,
                 status="raised" if seen else "clear",
-                evidence="; ".join(flag.evidence for flag in seen) or "nothing seen",
+                evidence="; ".join(seen) or "nothing seen",
             )
         )
-    return Diagnosis(tuple(findings), len(evidence), evidence)
+    return findings

@@ -13,6 +13,9 @@ from robustbench_cure.catalog import catalog
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import FLAG_KINDS
+from robustbench_cure.masking.explanations import EXPLANATIONS
+from robustbench_cure.masking.recorded import from_record
+from robustbench_cure.masking.scatter import SIDE
 from robustbench_cure.record import Record
 from robustbench_cure.report import figure, wording
 from robustbench_cure.report.export import to_csv, to_latex, to_markdown
@@ -68,6 +71,12 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
         raise UsageError("no runs to report")
     groups = protocols(records)
     raised = {flag.kind for record in records for flag in record.manifest.flags}
+    panels = [
+        (line.label, panel)
+        for group in groups
+        for line in group.summary
+        if (panel := from_record(line.record)) is not None
+    ]
     order = sorted(FLAG_KINDS.items(), key=lambda item: SEVERITIES.index(item[1].severity))
     return (
         environment()
@@ -85,6 +94,13 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
                 for group in groups
             ],
             papers=tables_for(records, published),
+            masking=panels,
+            explanations={
+                letter: about
+                for letter, about in EXPLANATIONS.items()
+                if any(f.letter == letter for _, panel in panels for f in panel.findings)
+            },
+            side=SIDE,
             raised=[(kind, about) for kind, about in order if kind in raised],
             unraised=[about for kind, about in order if kind not in raised],
             facts=[(group, facts([line.record for line in group.summary])) for group in groups],

@@ -1,0 +1,132 @@
+"""O: an adversarial example is planted in the ball; does the attack find one?
+
+Source: Zimmermann, Brendel, Tramer & Carlini 2022, arXiv 2206.13991 (decision-boundary binarisation).
+
+Around an image, points strictly inside the ball get one class and one point of its border the other. A linear
+rule on the network's outputs separates the two, so the ball is known to hold an adversarial example for
+the network with that rule behind it. An attack that misses it is not looking properly, whatever the reason.
+
+Deviations: the rule reads the logits, not the features before them, so that what is behind the last
+layer is tested as well; it is Fisher's discriminant in closed form, its threshold half-way between the
+classes; problems that random points solve are left out, instead of being reported beside the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from robustbench_cure.attacks import pgd
+from robustbench_cure.judge import judge
+from robustbench_cure.masking.comparisons import LEVEL, finding
+from robustbench_cure.masking.evidence import Evidence
+from robustbench_cure.masking.finding import Finding, not_run
+from robustbench_cure.threat import ThreatModel
+
+#: Points inside the ball for each image, as many again to see whether chance solves the problem.
+INNER = 200
+#: They fill the ball up to this share of its radius.
+GAP = 0.95
+#: Share of the problems that an attack should solve.
+SOLVED = 0.95
+#: Problems below which nothing is said.
+FEWEST = 10
+
+
+class Rule(nn.Module):
+    """Two classes from logits: inside (0) and on the border (1).
+
+    Args:
+        weight: float64 (L,).
+        bias: the rule is positive on the border.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.bias = bias
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, L) -> (B, 2), the second the score of the border."""
+        score = (z.double() * self.weight).sum(1) + self.bias
+        return torch.stack((torch.zeros_like(score), score), 1).float()
+
+
+def separate(inner: Tensor, border: Tensor) -> Rule | None:
+    """The rule between outputs of inner points (N, L) and of the border point (L,); None: there is none."""
+    inner, border = inner.double(), border.double()
+    mean = inner.mean(0)
+    centred = inner - mean
+    covariance = centred.T @ centred / len(inner)
+    ridge = 1e-6 * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+    weight = torch.linalg.solve(
+        covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=inner.device),
+        border - mean,
+    )
+    highest, planted_score = float((inner @ weight).max()), float(border @ weight)
+    if not planted_score > highest or not bool(weight.isfinite().all()):
+        return None
+    # Scaled so that the gap is wide: float32 logits of the rule are then far from rounding.
+    scale = 2.0 / (planted_score - highest)
+    return Rule(weight * scale, -scale * (planted_score + highest) / 2)
+
+
+def planted(e: Evidence) -> Finding:
+    """O: the share of planted adversarial examples that PGD found."""
+    generator = torch.Generator().manual_seed(e.settings.seed)
+    tried = found = 0
+    for row in range(min(e.settings.planted, len(e))):
+        solved = _solved(e, e.x[row : row + 1], generator)
+        if solved is not None:
+            tried, found = tried + 1, found + int(solved)
+    if tried < FEWEST:
+        return not_run("O", "planted", f"only {tried} problems could be made, {FEWEST} are needed")
+    share = found / tried
+    surely = binomtest(found, tried, SOLVED, alternative="less").pvalue < LEVEL
+    evidence = f"PGD({e.settings.steps}) found {found} of {tried} planted adversarial examples"
+    return finding("O", "planted", bool(surely), share, SOLVED, evidence, e.ids)
+
+
+def _solved(e: Evidence, x: Tensor, generator: torch.Generator) -> bool | None:
+    """Whether PGD solves the problem around one image; None: there is no fair problem."""
+    border = _border(e.threat, x, generator)
+    points = _inside(e.threat, x, 2 * INNER, generator)
+    outputs = e.classifier.logits(torch.cat((x, border, points)))
+    rule = separate(torch.cat((outputs[:1], outputs[2 : 2 + INNER])), outputs[1])
+    if rule is None or bool((rule(outputs[2 + INNER :]).argmax(1) == 1).any()):
+        return None
+    problem = e.classifier.followed_by(rule, 2)
+    inside = torch.zeros(1, dtype=torch.int64, device=x.device)
+    proposal = pgd(
+        problem,
+        x,
+        inside,
+        threat=e.threat,
+        steps=e.settings.steps,
+        step_size=0.25 * e.threat.radius,
+        loss="margin",
+    )
+    return bool(judge(problem, x, inside, proposal, e.threat).broken[0])
+
+
+def _border(threat: ThreatModel, x: Tensor, generator: torch.Generator) -> Tensor:
+    """A random point of the ball's border (linf: a corner), cut by the box."""
+    v = torch.randn(x.shape, generator=generator).to(x)
+    v = v.sign() if threat.norm == "linf" else v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return threat.project(x, x + threat.radius * v)
+
+
+def _inside(threat: ThreatModel, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform points of the ball drawn in towards the image by the gap, cut by the box."""
+    shape = (count, *x.shape[1:])
+    if threat.norm == "linf":
+        v = torch.rand(shape, generator=generator) * 2 - 1
+    else:
+        v = torch.randn(shape, generator=generator)
+        size = v[0].numel()
+        length = torch.rand((count, 1, 1, 1), generator=generator) ** (1 / size)
+        v = v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * length
+    return (x + GAP * threat.radius * v.to(x)).clamp(0, 1)
