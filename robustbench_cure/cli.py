@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from robustbench_cure import __version__, geometry_cli, inventory, masking_cli
+from robustbench_cure import __version__, gate_cli, geometry_cli, inventory, masking_cli
 from robustbench_cure.errors import CureBenchError, UsageError
 
 CARDS = click.option(
@@ -60,7 +60,13 @@ def cli(context: click.Context) -> None:
 @click.option("--dataset", metavar="NAME", help="Data set; default: the battery's or the model's.")
 @DATA_DIR
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
-@click.option("--n", type=click.IntRange(1), help="Number of samples; default: what the battery asks for.")
+@click.option(
+    "--n",
+    type=gate_cli.Samples(),
+    metavar="N",
+    help="Number of samples, or auto: as --tolerance needs; default: what the battery asks for.",
+)
+@click.option("--tolerance", type=gate_cli.POINTS, help="With --n auto: that of `compare`, in points.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights file, instead of the card's.")
 @click.option("--mean", metavar="M,M,M", help="Channel means of a model of your own, pixels in [0, 1].")
 @click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise.")
@@ -88,7 +94,7 @@ def evaluate(words: list[str] | None, /, **options: object) -> None:
     from robustbench_cure.session import Request, run
 
     command = shlex.join(["cure-bench", *(words or [])])
-    run(Request(**options), command=command)  # type: ignore[arg-type]
+    run(Request(**gate_cli.sized(options)), command=command)
 
 
 @cli.command()
@@ -168,7 +174,7 @@ def where(cards: tuple[str, ...]) -> None:
     click.echo(inventory.where(cards))
 
 
-for _verb in (*geometry_cli.VERBS, *masking_cli.VERBS):
+for _verb in (*geometry_cli.VERBS, *masking_cli.VERBS, *gate_cli.VERBS):
     cli.add_command(_verb)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Request:
     data_dir: Path | None = None
     split: Split = "test"
     n: int | None = None
+    #: Fewer will do where there are not as many.
+    n_at_most: bool = False
     weights: Path | None = None
     mean: str | None = None
     std: str | None = None
@@ -64,6 +66,8 @@ def run(request: Request, command: str = "") -> list[Record]:
     battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
     dataset = request.dataset or _default_dataset(models[0], battery, request.cards)
     classifiers, data = load_all(models, dataset, request)
+    if request.n_at_most and request.n is not None:
+        request = replace(request, n=min(request.n, len(data)))
     out = request.out or Path("runs") / f"{battery.id}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     _check_places(models, classifiers, out, request.resume)
     flags = [_admit(*each, battery, data, request) for each in zip(models, classifiers, strict=True)]

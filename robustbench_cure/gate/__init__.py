@@ -1,0 +1,1 @@
+"""The gate: is a new run as good as the baseline, on the same samples?"""
