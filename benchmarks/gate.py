@@ -4,8 +4,8 @@
 
 A network with 60 % worst-case robust accuracy is judged twice on the same n samples. Noise: every sample
 that holds, and as many of those that do not, flip with a small chance, because of another seed or another
-rounding. Fall: samples that held are lost on top of it. Figures are shares of 20,000 simulated comparisons in %,
-at the default tolerance of 1 point and level of 1 %.
+rounding. Fall: samples that held are lost on top of it. Figures are shares of 20,000 simulated comparisons
+in %, at the default tolerance of 1 point and level of 1 %.
 """
 
 from __future__ import annotations
