@@ -12,7 +12,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.recipes import Recipe
@@ -37,6 +45,11 @@ class _Attack(Strict):
 
     def _plain(self, key: str, value: Any) -> Any:
         return float(parse_fraction(value)) if key == "step_size" else value
+
+    @property
+    def implementation(self) -> str:
+        """Which function of `ATTACKS` runs it."""
+        return _family(self)
 
     def check(self, threat: ThreatModel) -> None:
         """Refuse a budget that cannot be right under this threat model (ValueError)."""
@@ -103,7 +116,50 @@ class SPSA(_Attack):
             )
 
 
-AttackSpec = Annotated[FGSM | UniformNoise | PGD | DeepFool | SPSA, Field(discriminator="kind")]
+class Peer(_Attack):
+    """An attack of another library, "torchattacks:CW"; further keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Annotated[str, Field(pattern=r"^[a-z]+:[A-Za-z][\w-]*$")]
+
+    @model_validator(mode="after")
+    def _plain_options(self) -> Peer:
+        for key, value in (self.model_extra or {}).items():
+            if not isinstance(value, (bool, int, float, str)):
+                raise ValueError(f"{key}: must be a number, a word or true or false")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Parameters of the attack; fractions such as "2/255" become floats."""
+        return {key: _number(value) for key, value in sorted((self.model_extra or {}).items())}
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Keyword arguments of the function that runs peers."""
+        return {"kind": self.kind, "options": self.options}
+
+
+def _number(value: Any) -> Any:
+    return float(parse_fraction(value)) if isinstance(value, str) and "/" in value else value
+
+
+def _family(value: Any) -> str:
+    """Which of the classes below an entry is for: its kind, or ``peer`` for "library:Name"."""
+    kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", "")
+    return "peer" if ":" in str(kind) else str(kind)
+
+
+AttackSpec = Annotated[
+    Annotated[FGSM, Tag("fgsm")]
+    | Annotated[UniformNoise, Tag("uniform_noise")]
+    | Annotated[PGD, Tag("pgd")]
+    | Annotated[DeepFool, Tag("deepfool")]
+    | Annotated[SPSA, Tag("spsa")]
+    | Annotated[Peer, Tag("peer")],
+    Discriminator(_family),
+]
 
 
 # --- batteries ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustbench_cure.attacks import ATTACKS, Noise, Proposal, pgd, pgd_ladder
 from robustbench_cure.attacks.losses import margins
-from robustbench_cure.cards import PGD, AttackSpec, Battery, DeepFool
+from robustbench_cure.cards import PGD, AttackSpec, Battery, DeepFool, Peer
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
@@ -127,7 +127,7 @@ def evaluate(
             notes=subset.notes,
         ),
         config=config,
-        environment=environment(classifier.device, command),
+        environment=environment(classifier.device, command, _peers(battery)),
         flags=flags,
     )
     run = _Run(classifier, manifest, subset, attacks or ATTACKS, progress or (lambda *_: None))
@@ -135,6 +135,16 @@ def evaluate(
         return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
     finally:
         classifier.heartbeat = None
+
+
+def _peers(battery: Battery) -> list[str]:
+    """Versions of the libraries whose attacks a battery has."""
+    kinds = {spec.kind for spec in battery.attacks if isinstance(spec, Peer)}
+    if not kinds:
+        return []
+    from robustbench_cure.interop.peers import version
+
+    return sorted({version(kind) for kind in kinds})
 
 
 def chosen(battery: Battery, data: EvalSet, n: int = 0) -> EvalSet:
@@ -164,6 +174,10 @@ def admit(
     for spec in battery.attacks:
         if isinstance(spec, PGD) and spec.loss == "dlr" and classifier.num_classes < 3:
             raise UsageError(f"attack {spec.id!r}: the DLR loss needs at least 3 classes")
+        if isinstance(spec, Peer):
+            from robustbench_cure.interop.peers import check
+
+            check(spec)
     return flags
 
 
@@ -291,6 +305,10 @@ class _Run:
 
     def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
         minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
+        if isinstance(spec, Peer):
+            from robustbench_cure.interop import peers
+
+            minimal = peers.minimal(spec.kind)
         clip = not isinstance(spec, DeepFool) or spec.clip
         return self._ask(
             f"the check of attack {spec.id!r}",
@@ -318,7 +336,9 @@ class _Run:
         def work(given: Tensor) -> list[Proposal]:
             if len(group) == 1:
                 return [
-                    self.attacks[kind](self.classifier, given, y, threat=self.threat, noise=noise, **hyper)
+                    self.attacks[group[0].implementation](
+                        self.classifier, given, y, threat=self.threat, noise=noise, **hyper
+                    )
                 ]
             rungs = tuple(spec.hyper["steps"] for spec in group)
             rest = {key: value for key, value in hyper.items() if key != "steps"}
@@ -346,7 +366,9 @@ class _Run:
             )
         if any(flag.kind == "stochastic" for flag in self.manifest.flags):
             effects = [effect for effect in effects if effect != RANDOM_STATE]  # the model's own doing
-        shard.flags += [Flag(kind="side_effects", evidence=effect, attack=group[0].id) for effect in effects]
+        contained = [effect for proposal in proposals for effect in proposal.effects]
+        for kind, seen in (("side_effects", effects), ("contained", contained)):
+            shard.flags += [Flag(kind=kind, evidence=effect, attack=group[0].id) for effect in seen]
         return proposals
 
 

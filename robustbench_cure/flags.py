@@ -80,6 +80,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "results may depend on the order of attacks; input and random state were restored",
         "mend the attack",
     ),
+    "contained": FlagKind(
+        "note",
+        "An attack of another library was contained",
+        "it changed the mode of what it took for the model, edited its input, or used global random states",
+        "nothing of it reached the model, the images or other attacks: it works on copies, with random "
+        "states that are seeded before and put back after",
+        "nothing; where the same attack is run without this package, mind the order of attacks",
+    ),
     "fewer_samples": FlagKind(
         "note",
         "Fewer samples than the protocol asks for",

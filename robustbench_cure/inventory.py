@@ -42,7 +42,7 @@ def listing(what: str, cards: tuple[str, ...] = ()) -> str:
         ]
         return _table(("battery", "version", "threat", "dataset", "name"), protocols)
     if what == "attacks":
-        kinds = get_args(get_args(AttackSpec)[0])
+        kinds = [get_args(member)[0] for member in get_args(get_args(AttackSpec)[0])]
         return _table(
             ("attack", "what it does"), [(_kind(k), (k.__doc__ or "").split("\n")[0]) for k in kinds]
         )
@@ -131,7 +131,8 @@ def _weights(card: ModelCard) -> str:
 
 
 def _kind(spec: type) -> str:
-    return str(get_args(spec.model_fields["kind"].annotation)[0])  # type: ignore[attr-defined]
+    named = get_args(spec.model_fields["kind"].annotation)  # type: ignore[attr-defined]
+    return str(named[0]) if named else "library:Name"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ from robustbench_cure.catalog import is_our_checkout
 from robustbench_cure.record import Environment
 
 
-def environment(device: torch.device, command: str = "") -> Environment:
+def environment(device: torch.device, command: str = "", peers: Sequence[str] = ()) -> Environment:
     """Describe this process and the device it works on.
 
     Args:
         device: where the model lives.
         command: the command line, if there was one.
+        peers: other libraries that took part, with their versions.
     """
     commit, dirty = git_state(Path(__file__).parent.parent)
     return Environment(
@@ -30,6 +32,7 @@ def environment(device: torch.device, command: str = "") -> Environment:
         git_commit=commit,
         git_dirty=dirty,
         command=command,
+        peers=list(peers),
     )
 
 

@@ -102,6 +102,8 @@ class Environment(_Part):
     git_commit: str = ""
     git_dirty: bool = False
     command: str = ""
+    #: Libraries whose attacks took part, with their versions.
+    peers: list[str] = []
 
 
 class Cost(_Part):

@@ -6,7 +6,20 @@ from robustbench_cure.flags import Flag
 from robustbench_cure.record import Record
 
 #: Attacks that use no gradient.
-GRADIENT_FREE = {"spsa", "uniform_noise"}
+GRADIENT_FREE = {
+    "spsa",
+    "uniform_noise",
+    "autoattack:square",
+    "torchattacks:Square",
+    "torchattacks:SPSA",
+    "torchattacks:OnePixel",
+    "torchattacks:Pixle",
+    "foolbox:BoundaryAttack",
+    "foolbox:HopSkipJumpAttack",
+    "art:SquareAttack",
+    "art:HopSkipJump",
+    "art:BoundaryAttack",
+}
 #: Share of covered samples that a gradient-free attack may break alone before it is flagged.
 BLACK_BOX_SHARE = 0.01
 

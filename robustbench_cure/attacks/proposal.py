@@ -26,9 +26,11 @@ class Proposal:
     forwards: Tensor
     backwards: Tensor
     converged: Tensor | None = None
+    #: What the attack tried to touch and was kept from; for the report.
+    effects: tuple[str, ...] = ()
 
     @classmethod
     def start(cls, x: Tensor) -> Proposal:
         """The proposal that changes nothing and has cost nothing."""
-        zeros = [torch.zeros(len(x), dtype=torch.int64, device=x.device) for _ in range(3)]
-        return cls(x.clone(), *zeros)
+        steps, forwards, backwards = torch.zeros((3, len(x)), dtype=torch.int64, device=x.device).unbind()
+        return cls(x.clone(), steps.clone(), forwards.clone(), backwards.clone())

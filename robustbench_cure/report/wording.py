@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from robustbench_cure.cards import FGSM, PGD, SPSA, AttackSpec, DeepFool, UniformNoise
+from robustbench_cure.cards import FGSM, PGD, SPSA, AttackSpec, DeepFool, Peer, UniformNoise
 from robustbench_cure.record import DataInfo
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
@@ -123,6 +123,10 @@ def _spec(spec: AttackSpec, threat: ThreatModel) -> str:
                 _stop(spec.stop),
             ]
             return ", ".join(parts)
+        case Peer():
+            library, _, name = spec.kind.partition(":")
+            said = ", ".join(f"{key} {value}" for key, value in sorted((spec.model_extra or {}).items()))
+            return f"{name} of {library}, radius {eps}; {said or 'no parameter set'}; the rest its defaults"
 
 
 def _stop(stop: str) -> str:
