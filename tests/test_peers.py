@@ -82,7 +82,7 @@ def test_a_record_is_that_of_a_direct_call():
         ("torchattacks:PGD", ('alpha = "1/40"', "steps = 40", "random_start = false")),
         ("autoattack:apgd-ce", ("n_iter = 40",)),
         ("autoattack:fab", ("n_iter = 20", "n_restarts = 1")),
-        ("foolbox:LinfPGD", ("steps = 40",)),
+        ("foolbox:LinfPGD", ("steps = 100",)),  # of a thirtieth of the radius each
         ("art:ProjectedGradientDescent", ("max_iter = 40", 'eps_step = "1/40"')),
     ],
 )
