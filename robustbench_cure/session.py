@@ -22,7 +22,7 @@ from robustbench_cure.record import Record
 from robustbench_cure.report.render import write_reports
 from robustbench_cure.report.terminal import terminal_table
 from robustbench_cure.shards import gather, merge
-from robustbench_cure.zoo.models import load_model
+from robustbench_cure.zoo.models import ROBUSTBENCH, load_model
 
 
 @dataclass
@@ -151,6 +151,10 @@ def card_dataset(model: str, cards: tuple[str, ...]) -> str:
     Raises:
         UsageError: a model without a card.
     """
+    if model.startswith(ROBUSTBENCH):
+        from robustbench_cure.interop.robustbench_zoo import parts
+
+        return parts(model)[0]
     if ":" in model:
         raise UsageError(f"{model}: a model without a card needs --dataset")
     return find(ModelCard, model, cards).card.dataset

@@ -17,6 +17,8 @@ from robustbench_cure.record import ModelInfo
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights
 
+#: What names of RobustBench's models begin with.
+ROBUSTBENCH = "robustbench:"
 #: Least and most images a pass, where no batch size is asked for.
 BATCH_RANGE = (16, 512)
 #: Bytes that one pass may keep for its backward pass, for each thread of a CPU; on a card it is half of
@@ -40,7 +42,7 @@ def load_model(
     """Load a model ready to be judged.
 
     Args:
-        name: a card's id, or ``package.module:factory`` for a network of your own.
+        name: a card's id, ``robustbench:NAME``, or ``package.module:factory`` for a network of your own.
         weights: a .safetensors file (or .pt with tensors alone); overrides the card's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         precision: of the search for perturbations, ``auto`` (bf16 where the processor has it),
@@ -57,7 +59,9 @@ def load_model(
     place = resolve_device(device)
     if place.type == "meta":
         raise UsageError(f"--device {device}: computes nothing; use auto, cpu or cuda")
-    if ":" in name:
+    if name.startswith(ROBUSTBENCH):
+        module, info, classes, shape = _of_robustbench(name, weights, mean, std)
+    elif ":" in name:
         module, info, classes, shape = _own(name, weights, mean, std, data)
     else:
         if mean is not None or std is not None:
@@ -120,6 +124,18 @@ def _from_card(
         training=card.training.method,
     )
     return module, info, card.num_classes, card.input_shape
+
+
+def _of_robustbench(
+    name: str, weights: str | Path | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
+    if weights is not None or mean is not None or std is not None:
+        raise UsageError(
+            f"{name}: brings its own weights and normalisation; leave out --weights, --mean, --std"
+        )
+    from robustbench_cure.interop.robustbench_zoo import load
+
+    return load(name)
 
 
 def _own(
