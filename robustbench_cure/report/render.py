@@ -85,6 +85,7 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
                 for group in groups
             ],
             papers=tables_for(records, published),
+            lines=[line for group in groups for line in group.summary],
             raised=[(kind, about) for kind, about in order if kind in raised],
             unraised=[about for kind, about in order if kind not in raised],
             facts=[(group, facts([line.record for line in group.summary])) for group in groups],

@@ -9,11 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from robustbench_cure.files import write_atomically
 from robustbench_cure.report.export import latex, markdown
-
-Scalar = str | int | float | bool | None
 
 SUFFIXES = ("csv", "json", "md", "tex")
 
@@ -35,7 +34,7 @@ class Sheet:
     note: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    data: tuple[dict[str, Scalar], ...]
+    data: tuple[dict[str, Any], ...]
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.heads) for row in self.rows):
@@ -66,7 +65,7 @@ def to_json(sheets: Sequence[Sheet]) -> str:
     return json.dumps({"schema_version": 1, "tables": tables}, indent=1, allow_nan=False) + "\n"
 
 
-def _plain(value: Scalar) -> Scalar:
+def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

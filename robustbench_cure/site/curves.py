@@ -44,8 +44,6 @@ class Dot:
 
     x: float
     y: float
-    low: float
-    high: float
     told: str
 
 
@@ -151,8 +149,7 @@ def plot(curves: Sequence[Curve]) -> Plot | None:
             Dot(
                 place(at),
                 _down(rate),
-                *(round(100 - 100 * end, 3) for end in rate.interval),
-                told=f"{curve.name}, {words}: {number(rate)} % {interval(rate)}",
+                f"{curve.name}, {words}: {number(rate)} % {interval(rate)}",
             )
             for at, rate, words in corners
         )
