@@ -106,6 +106,24 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the site.")
+@click.option(
+    "--readme", type=click.Path(path_type=Path), help="Renew the leaderboard in this Markdown file."
+)
+@CARDS
+def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[str, ...]) -> None:
+    """Write a static site of RUNS: leaderboard, a page a model, a page a paper table.
+
+    RUNS are run directories, or folders of them at any depth; what `masking`, `curvature` and the other
+    studies left there is shown with the models it is about. Without RUNS: the published tables alone.
+    """
+    from robustbench_cure.site.command import write_site
+
+    write_site(runs, out, readme, cards)
+
+
+@cli.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
 def merge(parts: tuple[Path, ...], out: Path) -> None:

@@ -13,7 +13,9 @@ from robustbench_cure.catalog import Found as FoundCard
 from robustbench_cure.errors import UsageError
 from robustbench_cure.record import Record
 from robustbench_cure.report.sheet import Sheet
+from robustbench_cure.report.wording import threat_words
 from robustbench_cure.site.found import StudyFolder
+from robustbench_cure.threat import ThreatModel
 
 #: What the pictures of each command show.
 STUDIES = {
@@ -41,14 +43,22 @@ class Panel:
         words: of the verdict.
         about: threat model and images.
         findings: letter, title, status, value, threshold and evidence of each check, as text.
-        stem: of the twins.
+        study: where it was made.
+        name: of the model there.
     """
 
     kind: str
     words: str
     about: str
     findings: tuple[dict[str, str], ...]
-    stem: str = "masking"
+    study: StudyFolder
+    name: str
+
+    @property
+    def figures(self) -> list[Path]:
+        """Scatter plots of this model."""
+        own = ("scatter.svg",) if len(self.study.models) == 1 else (f"scatter-{self.name}.svg",)
+        return [path for path in study_files(self.study, FIGURES) if path.name in own]
 
     @property
     def sheet(self) -> Sheet:
@@ -83,13 +93,11 @@ def panels(studies: Sequence[StudyFolder], weights: str) -> list[Panel]:
 def _panel(file: Path, study: StudyFolder, name: str) -> Panel:
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["models"][name]
-        threat = model["threat"]
+        threat = threat_words(ThreatModel.parse(model["threat"]["norm"], model["threat"]["eps"]))
         findings = tuple(_finding(f) for f in model["findings"])
-        about = (
-            f"{threat['norm']} {threat['eps']}; {study.data}, "
-            f"{model['classified_correctly']} of them classified correctly"
-        )
-        return Panel(str(model["verdict"]["kind"]), str(model["verdict"]["words"]), about, findings)
+        about = f"{threat}; {study.data}, {model['classified_correctly']} of them classified correctly"
+        verdict = model["verdict"]
+        return Panel(str(verdict["kind"]), str(verdict["words"]), about, findings, study, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{file}: cannot be read: {what}; run `cure-bench masking` again") from None

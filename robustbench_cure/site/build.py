@@ -100,9 +100,7 @@ def _models(
                 card_of(records[0], known),
                 tuple((board, row) for board in rows for row in board.rows if row.weights == weights),
                 tuple(panels(found.studies, weights)),
-                tuple(
-                    (folder, study) for folder, study in folders if study in own and study.verb != "masking"
-                ),
+                tuple((folder, study) for folder, study in folders if study in own),
             )
         )
     return models

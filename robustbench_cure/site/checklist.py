@@ -84,7 +84,7 @@ def _parameters(record: Record) -> Item:
 
 def _whole_set(record: Record) -> Item:
     data = record.manifest.data
-    name = "Whole test set, or enough of it for a narrow interval"
+    name = "The whole test set"
     low, high = record.worst_case_accuracy.interval
     said = f"{data_words(data)}; the interval is {100 * (high - low):.1f} points wide"
     whole = data.n == data.total and data.split == "test"
@@ -164,12 +164,12 @@ def _identified(record: Record) -> Item:
 
 
 def _larger_radii(_: Record) -> Item:
-    said = "see the eps curve of `cure-bench curve` and check E of `cure-bench masking`, where they were run"
+    said = "see the figures of cure-bench curve and check E of cure-bench masking, where they were run"
     return Item("Accuracy falls to chance as the radius grows", "not in the record", said)
 
 
 def _transfer(_: Record) -> Item:
-    said = "see `cure-bench masking --surrogate`, where it was run"
+    said = "see cure-bench masking with --surrogate, where it was run"
     return Item("Transfer from another model", "not in the record", said)
 
 

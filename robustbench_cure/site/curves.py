@@ -123,7 +123,7 @@ def plot(curves: Sequence[Curve]) -> Plot | None:
         return None
     axis, most = curves[0].axis, max(curve.points[-1][0] for curve in curves)
     if axis == "steps":
-        title, note = "Accuracy after every step of PGD", "flat at the end: more steps would change little"
+        title, note = "Accuracy after every step of PGD", "where it is flat, more steps change nothing"
 
         def place(at: float) -> float:
             return round(100 * math.log1p(at) / math.log1p(most), 3)

@@ -31,7 +31,7 @@ CURVELESS = (
     "No steps curve: the battery has no PGD without restarts that stops at its first success. "
     "No eps curve: it has no minimal-norm attack; cure-bench curve makes one."
 )
-EPSLESS = "No eps curve in this record: the battery has no minimal-norm attack; `cure-bench curve` makes one."
+EPSLESS = "No eps curve in this record: the battery has no minimal-norm attack; cure-bench curve makes one."
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Model:
         card: what its authors declare.
         standings: its rows, each with its board.
         panels: diagnoses of masking.
-        studies: figures.
+        studies: folder of the site -> study, geometry and masking.
     """
 
     slug: str
@@ -200,7 +200,9 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
     panels = []
     for p, panel in enumerate(this.panels):
         twins[f"masking-{p + 1}"] = [panel.sheet]
-        panels.append({**vars(panel), "stem": f"masking-{p + 1}"})
+        folder = next(folder for folder, study in this.studies if study is panel.study)
+        drawings = [f"../../{folder}/{path.name}" for path in panel.figures]
+        panels.append({**vars(panel), "stem": f"masking-{p + 1}", "figures": drawings})
     lines_of = [(group, facts([line.record for line in group.summary])) for group in found]
     twins["provenance"] = sheets.provenance([(group.battery.name, lines) for group, lines in lines_of])
     row = this.records[0].manifest.model.published_row
@@ -218,7 +220,7 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
         curves=drawn,
         papers=[p.table for p in papers if row and any(r.id == row for r in p.rows)],
         masking=panels,
-        studies=[_study(folder, study) for folder, study in this.studies],
+        studies=[_study(folder, study) for folder, study in this.studies if study.verb != "masking"],
         checklists=lists,
         lines=[_line(this)],
         facts=lines_of,

@@ -12,6 +12,7 @@ from robustbench_cure.report.wording import count, interval, number, points
 from robustbench_cure.site.standings import Accuracy, Board, Standing
 from robustbench_cure.threat import format_eps
 
+WHOSE = {"measured": "the paper's own", "quoted": "quoted there from elsewhere"}
 NOTE = (
     "Accuracy in % of all samples, measured ones with 95 % Wilson intervals. Robust accuracy is the lowest "
     "number known: per sample the worst case over all attacks; published numbers are not ranked"
@@ -153,9 +154,9 @@ def sources(laid: PaperTable) -> Sheet:
     """Where each number of a paper's table is printed."""
     names = dict(laid.columns)
     cells = laid.table.cells
-    rows = tuple((c.locator, names[c.column], f"{c.value:g}", c.kind) for c in cells)
+    rows = tuple((c.locator, names[c.column], f"{c.value}", WHOSE[c.kind]) for c in cells)
     data = tuple(c.model_dump(mode="json") for c in cells)
-    return Sheet("Sources", laid.table.specification, ("Place", "Column", "Printed", "Kind"), rows, data)
+    return Sheet("Sources", laid.table.specification, ("Place", "Column", "Printed", "Whose"), rows, data)
 
 
 def provenance(groups: Sequence[tuple[str, Sequence[Fact]]]) -> list[Sheet]:

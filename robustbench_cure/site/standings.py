@@ -238,9 +238,7 @@ def _printed(found: list[tuple[PublishedTable, PublishedRow]]) -> Standing:
         robust=Accuracy(printed=lowest.value / 100, reason="")
         if lowest
         else Accuracy(reason="none is printed"),
-        how=f"lowest of {len(attacked)} printed, quoted there"
-        if quoted
-        else f"lowest of {len(attacked)} printed",
+        how=_how(len(attacked), quoted),
         clean=Accuracy(printed=clean.value / 100) if clean else Accuracy(reason="none is printed"),
         n=table.n,
         decided=name,
@@ -248,6 +246,11 @@ def _printed(found: list[tuple[PublishedTable, PublishedRow]]) -> Standing:
         tables=tuple(dict.fromkeys(t.id for t, _ in found)),
         unranked="published, not measured here",
     )
+
+
+def _how(printed: int, quoted: bool) -> str:
+    lowest = f"lowest of {printed} printed" if printed > 1 else "as printed"
+    return f"{lowest}, from another paper" if quoted else lowest
 
 
 def _ranked(rows: Sequence[Standing]) -> list[Standing]:
