@@ -161,11 +161,12 @@ def write(site: Site, out: Path) -> None:
     before = _before(out)
     for name, data in site.files.items():
         _write(out / name, data)
-    for name in sorted(before - set(site.files), reverse=True):
-        old = out / name
-        old.unlink(missing_ok=True)
-        if old.parent != out and old.parent.is_dir() and not any(old.parent.iterdir()):
-            old.parent.rmdir()
+    for name in before - set(site.files):
+        (out / name).unlink(missing_ok=True)
+        for folder in (out / name).parents:
+            if folder == out or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(site.files.items())}
     text = json.dumps({"version": __version__, "files": digests}, indent=1) + "\n"
     _write(out / SITE, text.encode())

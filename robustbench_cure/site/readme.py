@@ -45,7 +45,7 @@ def renewed(text: str, boards: Sequence[Board], file: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UsageError(f"{file}: needs one line {BEGIN!r} and after it one line {END!r}")
     head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{block(boards)}{END}{rest.split(END)[1]}"
+    return f"{head}{BEGIN}\n\n{block(boards)}\n{END}{rest.split(END)[1]}"
 
 
 def renew(file: Path, boards: Sequence[Board]) -> None:
