@@ -126,6 +126,10 @@ def test_of_two_sample_sizes_the_larger_is_ranked():
 def test_verified_images_of_others_lower_the_best_known_number():
     run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)  # 3 of 10 stand: samples 5, 6, 7
     (board,) = boards([run, other("b", "xxxxxxxx..")], [evidence(run, [0, 6, 7])])
+    assert [(row.model_id, row.kind) for row in board.rows][1:] == [
+        ("tiny", "external"),
+        ("tiny", "measured"),
+    ]
     by_kind = {(row.model_id, row.kind): row for row in board.rows}
     lowered, own = by_kind["tiny", "external"], by_kind["tiny", "measured"]
     assert (lowered.robust.rate, own.robust.rate) == (Rate(1, 10), Rate(3, 10))
@@ -409,6 +413,19 @@ def test_paper_pages_hold_ours_beside_the_printed_number(runs):
     assert float(cell["difference"]) == pytest.approx(0.4 - 0.363)
     empty = next(r for r in rows if (r["row"], r["column"]) == ("resnet18/normal", "pgd20"))
     assert (empty["measured"], empty["reasons"]) == ("", "not measured")
+
+
+def test_rows_of_the_same_name_in_tables_of_other_data_stay_empty(tmp_path):
+    model = {"published_row": "resnet18/cure"}  # a row of Table 2 (CIFAR-10) and of Table 3 (SVHN)
+    run = record(
+        battery(PGD), CLEAN, {"pgd20": "xxxx....--"}, model=model, data={"name": "folder:cifar10-jpeg"}
+    )
+    files = build(Found((run,))).files
+    assert b"folder:cifar10-jpeg instead of cifar10" in files["tables/table2.html"]
+    assert b"0.8" not in files["tables/table3.csv"]
+    page = files["models/tiny/index.html"]
+    assert b"tables/table2.html" in page
+    assert b"tables/table3.html" not in page
 
 
 def test_a_site_is_the_same_every_time_and_takes_its_old_files_away(runs, tmp_path):

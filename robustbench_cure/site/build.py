@@ -64,7 +64,7 @@ def build(found: Found, cards: tuple[str, ...] = ()) -> Site:
         return card.extra_data if card else ""
 
     rows = boards(found.records, found.external, published, extra_data)
-    papers = [paper_table(found.records, table) for table in published]
+    papers = [paper_table([r for r in found.records if comparable(r, table)], table) for table in published]
     folders = [(f"studies/{study.verb}-{k}", study) for k, study in enumerate(found.studies, 1)]
     models = _models(found, rows, known, folders)
     texts = {"index.html": pages.index(rows, papers, models)}
@@ -78,6 +78,15 @@ def build(found: Found, cards: tuple[str, ...] = ()) -> Site:
         files |= {f"{folder}/{p.name}": p.read_bytes() for p in study_files(study, FIGURES + TABLES)}
     files |= {name: text.encode("utf-8", "replace") for name, text in texts.items()}
     return Site(tuple(rows), len(models), files)
+
+
+def comparable(record: Record, table: PublishedTable) -> bool:
+    """Whether a record may stand in a printed table: its battery is laid out as it, or its images are those.
+
+    Copies of a data set in files ("folder:cifar10-jpeg") count as the data set; the table says what they are.
+    """
+    name = record.manifest.data.name.rpartition(":")[2]
+    return record.manifest.battery.published == table.id or name.startswith(table.dataset)
 
 
 def _models(
@@ -134,7 +143,8 @@ def _model(model: pages.Model, papers: Sequence[PaperTable]) -> dict[str, bytes]
         files |= {f"{folder}/{place}": data for place, data in contents.items()}
         links = [(place, Path(place).name, _size(len(data))) for place, data in contents.items()]
         raw.append({"name": name, "files": links})
-    page = pages.model(model, papers, raw)
+    own = [p for p in papers if any(comparable(r, p.table) for r in model.records)]
+    page = pages.model(model, own, raw)
     texts = {"index.html": page.html}
     for stem, tables in page.sheets.items():
         texts |= twins(stem, tables)

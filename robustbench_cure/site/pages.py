@@ -169,7 +169,7 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
 
     Args:
         this: the model.
-        papers: all published tables.
+        papers: the published tables that its images and batteries belong to.
         raw: for each record its name and the files (address, name, size) it can be downloaded as.
     """
     groups, drawn, twins = [], [], {}

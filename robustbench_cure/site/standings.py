@@ -269,8 +269,15 @@ def _ranked(rows: Sequence[Standing]) -> list[Standing]:
             return "the same model was measured on more samples"
         return ""
 
+    # What an external row lowered stands right below it, not where its own number would put it.
+    lowered = {(row.weights, row.n): row.robust.value for row in rows if row.kind == "external"}
+
+    def height(row: Standing) -> float:
+        known = lowered.get((row.weights, row.n)) if row.records else None
+        return (known if known is not None else row.robust.value) or 0.0
+
     noted = [replace(row, unranked=reason(row)) for row in rows]
-    order = sorted(noted, key=lambda r: (r.unreliable, -(r.robust.value or 0.0), r.label, r.n))
+    order = sorted(noted, key=lambda r: (r.unreliable, -height(r), r.label, r.n, r.kind))
     able = [row for row in order if not row.unranked]
     values = [row.robust.value for row in able]
     return [row if row.unranked else replace(row, rank=1 + values.index(row.robust.value)) for row in order]
