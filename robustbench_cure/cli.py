@@ -123,6 +123,39 @@ def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[st
     write_site(runs, out, readme, cards)
 
 
+@cli.command("verify-adv")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="ID", help="Card id, or package.module:factory.")
+@click.option("--battery", metavar="ID", help="Whose threat model counts; default: the card's.")
+@click.option("--against", multiple=True, type=click.Path(path_type=Path), help="Run to lower; repeatable.")
+@click.option("--source", default="", help="Who made the images, and how; printed on the leaderboard.")
+@click.option("--tensor", default="", metavar="NAME", help="Which tensor, where the file holds several.")
+@click.option("--dataset", metavar="NAME", help="Data set; default: the battery's or the model's.")
+@DATA_DIR
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights file, instead of the card's.")
+@click.option("--mean", metavar="M,M,M", help="Channel means of a model of your own, pixels in [0, 1].")
+@click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise.")
+@DEVICE
+@click.option("--batch-size", default="auto", show_default=True, help="Images a pass.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/external-<time>.")
+@CARDS
+@click.pass_obj
+def verify_adv(words: list[str] | None, /, file: Path, **options: Any) -> int:
+    """Check adversarial examples of others, and lower the best known number by them.
+
+    FILE is .safetensors (ids as a JSON list under `sample_ids` of the metadata) or .npz (`x_adv`, `ids`);
+    images are (N, C, H, W), float in [0, 1]. Without ids: the first N of the split, in its order. Exit
+    code 1: an image was refused, or none breaks a sample.
+    """
+    from robustbench_cure.session import Request
+    from robustbench_cure.verify import verify_file
+
+    own = {key: options.pop(key) for key in ("tensor", "against", "source", "out")}
+    request = Request(models=(options.pop("model"),), **options)
+    return verify_file(file, request, **own, command=shlex.join(["cure-bench", *(words or [])]))
+
+
 @cli.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
