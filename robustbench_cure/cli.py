@@ -123,6 +123,29 @@ def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[st
     write_site(runs, out, readme, cards)
 
 
+@cli.command()
+@click.option(
+    "--robustbench",
+    "run",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Run to write RobustBench's model_info of.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(), help="Folder of model_info/; default: here."
+)
+@click.option("--link", default="", help="Of the paper.")
+@click.option("--name", default="", help="Title of the paper.")
+@click.option("--authors", default="", help="Separated by commas.")
+@click.option("--venue", default="", help='As "CVPR 2019".')
+@CARDS
+def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
+    """Write the records of a run in the form of other benchmarks."""
+    from robustbench_cure.interop.model_info import export as write
+
+    write(run, out, said, cards)
+
+
 @cli.command("verify-adv")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", required=True, metavar="ID", help="Card id, or package.module:factory.")
