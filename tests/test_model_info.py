@@ -94,4 +94,4 @@ def test_every_key_is_one_of_robustbenchs():
         Found((run,), (), (evidence(run, [6, 7]),)), dict.fromkeys(("link", "name"), "x")
     ).values()
     fields = {field.name for field in dataclasses.fields(ModelInfo)} | set(ACC_FIELDS[ThreatModel.Linf])
-    assert set(claim) <= fields | {"unreliable"}  # its site reads `unreliable`, its dataclass lacks it
+    assert set(claim) <= fields | {"unreliable"}  # its files have that one, its dataclass has not
