@@ -15,7 +15,7 @@ from robustbench_cure.cards import Battery
 from robustbench_cure.catalog import find
 from robustbench_cure.flags import Flag
 from robustbench_cure.site.build import build, write
-from robustbench_cure.site.found import Found
+from robustbench_cure.site.found import Found, StudyFolder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
@@ -63,8 +63,15 @@ def site(tmp_path_factory) -> Path:
     evil = hostile()
     evil.manifest.model.weights_sha256 = "ee" * 32
     runs[0].save(tmp_path_factory.mktemp("runs"))
+    drawing = tmp_path_factory.mktemp("study")
+    square = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><rect width="9" height="9"/></svg>'
+    )
+    (drawing / "profile.svg").write_text(square)
+    head = {"files": ["profile.svg"], "data": {"name": "cifar10", "split": "test", "n": 4}}
+    study = StudyFolder(drawing, "curvature", {"a": "a" * 64}, head)
     out = tmp_path_factory.mktemp("site")
-    write(build(Found((*runs, evil), (), (evidence(runs[0], [4, 5]),))), out)
+    write(build(Found((*runs, evil), (study,), (evidence(runs[0], [4, 5]),))), out)
     return out
 
 
@@ -208,6 +215,11 @@ def test_a_curve_tells_the_number_under_the_pointer(visit):
     points.nth(1).locator(".reach").hover()
     assert told.evaluate("e => getComputedStyle(e).visibility") == "visible"
     assert told.text_content() == "PGD(20), 2 steps: 70.0 % [39.7, 89.2]"
+
+
+def test_figures_beside_a_record_are_shown(visit):
+    picture = visit("models/a/index.html").locator("#geometry img")
+    assert picture.evaluate("e => [e.complete, e.naturalWidth, e.naturalHeight]") == [True, 40, 30]
 
 
 def test_rows_answer_the_pointer(visit):
