@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
 
+from robustbench_cure import cli
 from robustbench_cure.cards import Battery, ModelCard, PublishedTable
 from robustbench_cure.catalog import catalog, find
 from robustbench_cure.errors import UsageError
@@ -471,6 +472,49 @@ def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
         panels(scan([runs]).studies, "ab" * 32)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ({"verb": "../../evil"}, "verb: String should match"),
+        ({"verb": "curve", "models": []}, "models: Input should be a valid dictionary"),
+        ({"verb": "curve", "files": "x"}, "files: Input should be a valid list"),
+    ],
+)
+def test_a_study_that_is_none_is_named(runs, head, words):
+    (runs / "masking" / "manifest.json").write_text(json.dumps(head))
+    with pytest.raises(UsageError, match=words):
+        scan([runs])
+
+
+def test_a_study_about_no_weights_is_on_no_page(runs):
+    (runs / "masking" / "manifest.json").write_text(json.dumps({"verb": "evolution"}))
+    site = build(scan([runs]))
+    assert b"suspected: A" not in site.files["models/cure/index.html"]
+
+
+def test_a_run_named_wrongly_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for runs, words in ((f"{tmp_path}/nothing", "no such run"), (f"{tmp_path}/empty", "no run in there")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["site", runs, "--out", f"{tmp_path}/out"])
+        err = capsys.readouterr().err
+        assert end.value.code == 2
+        assert words in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_the_site_and_the_readme(runs, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["site", str(runs), "--out", f"{tmp_path}/out", "--readme", str(readme)])
+    assert end.value.code == 0
+    assert f"site: {tmp_path}/out/index.html" in capsys.readouterr().out
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert "CURE net" in readme.read_text()
 
 
 # --- README and the stored site ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from robustbench_cure.cards import Battery
 from robustbench_cure.catalog import find
 from robustbench_cure.flags import Flag
 from robustbench_cure.site.build import build, write
-from robustbench_cure.site.found import Found, StudyFolder
+from robustbench_cure.site.found import Found, StudyFolder, StudyManifest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
@@ -68,8 +68,9 @@ def site(tmp_path_factory) -> Path:
         '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><rect width="9" height="9"/></svg>'
     )
     (drawing / "profile.svg").write_text(square)
-    head = {"files": ["profile.svg"], "data": {"name": "cifar10", "split": "test", "n": 4}}
-    study = StudyFolder(drawing, "curvature", {"a": "a" * 64}, head)
+    models = {"a": {"weights_sha256": "a" * 64}}
+    head = StudyManifest(verb="curvature", models=models, files=["profile.svg"])
+    study = StudyFolder(drawing, head)
     out = tmp_path_factory.mktemp("site")
     write(build(Found((*runs, evil), (study,), (evidence(runs[0], [4, 5]),))), out)
     return out

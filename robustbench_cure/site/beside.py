@@ -111,8 +111,7 @@ def _finding(found: Mapping[str, Any]) -> dict[str, str]:
 
 def study_files(study: StudyFolder, suffixes: tuple[str, ...]) -> list[Path]:
     """Files a study wrote into its folder, by suffix; names that lead elsewhere are left out."""
-    names = [str(name) for name in study.manifest.get("files", [])]
-    paths = [study.path / name for name in sorted(names) if name == Path(name).name]
+    paths = [study.path / name for name in sorted(study.manifest.files) if name == Path(name).name]
     return [path for path in paths if path.suffix in suffixes and path.is_file() and not path.is_symlink()]
 
 

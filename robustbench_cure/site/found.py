@@ -7,38 +7,61 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.external import MANIFEST as EXTERNAL
 from robustbench_cure.external import Evidence
 from robustbench_cure.record import Record
+from robustbench_cure.strict import describe
 
 #: List of a site's files; a folder that has one is a site and holds copies of records, not records.
 SITE = "site.json"
 
 
+class _Weights(BaseModel):
+    weights_sha256: str = ""
+
+
+class _Images(BaseModel):
+    name: str = ""
+    split: str = ""
+    n: int = 0
+
+
+class StudyManifest(BaseModel):
+    """The part of a study's ``manifest.json`` that the site reads; the commands write more."""
+
+    verb: Annotated[str, Field(pattern=r"^[a-z][a-z-]{0,30}$")]
+    models: dict[str, _Weights] = {}
+    data: _Images = _Images()
+    files: list[str] = []
+
+
 @dataclass(frozen=True)
 class StudyFolder:
-    """What `cure-bench masking`, `curvature`, `bounds`, `curve`, `section`, ... left behind.
-
-    Attributes:
-        path: the folder.
-        verb: the command.
-        models: name -> SHA-256 of the weights.
-        manifest: its ``manifest.json``.
-    """
+    """What `cure-bench masking`, `curvature`, `bounds`, `curve`, `section`, ... left behind."""
 
     path: Path
-    verb: str
-    models: dict[str, str]
-    manifest: dict[str, Any]
+    manifest: StudyManifest
+
+    @property
+    def verb(self) -> str:
+        """The command."""
+        return self.manifest.verb
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Name -> SHA-256 of the weights; empty for studies that are about no weights."""
+        return {name: info.weights_sha256 for name, info in self.manifest.models.items()}
 
     @property
     def data(self) -> str:
         """Images it was made on, in words."""
-        data = self.manifest.get("data", {})
-        return f"{data.get('name', '')} {data.get('split', '')}, {data.get('n', '?')} images"
+        data = self.manifest.data
+        return f"{data.name} {data.split}, {data.n} images"
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,6 @@ def _record(folder: Path) -> Record:
 
 def _study(folder: Path, manifest: dict[str, Any]) -> StudyFolder:
     try:
-        models = {str(name): str(info["weights_sha256"]) for name, info in manifest["models"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise UsageError(f"{folder / 'manifest.json'}: models: no weights_sha256 for every model") from None
-    return StudyFolder(folder, str(manifest["verb"]), models, manifest)
+        return StudyFolder(folder, StudyManifest.model_validate(manifest))
+    except ValidationError as error:
+        raise UsageError(f"{folder / 'manifest.json'}: {describe(error)}") from None
