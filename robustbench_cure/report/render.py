@@ -85,12 +85,12 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
                 for group in groups
             ],
             papers=tables_for(records, published),
-            lines=[line for group in groups for line in group.summary],
             raised=[(kind, about) for kind, about in order if kind in raised],
             unraised=[about for kind, about in order if kind not in raised],
             facts=[(group, facts([line.record for line in group.summary])) for group in groups],
             versions=sorted({record.manifest.environment.version for record in records}),
             dates=sorted({record.manifest.finished[:10] for record in records if record.manifest.finished}),
+            lines=[line for group in groups for line in group.summary],
         )
     )
 
