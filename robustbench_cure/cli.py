@@ -113,7 +113,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 )
 @CARDS
 def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[str, ...]) -> None:
-    """Write a static site of RUNS: leaderboard, a page a model, a page a paper table.
+    """Write a static site: leaderboard, models, paper tables.
 
     RUNS are run directories, or folders of them at any depth; what `masking`, `curvature` and the other
     studies left there is shown with the models it is about. Without RUNS: the published tables alone.
@@ -165,7 +165,9 @@ def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
 @CARDS
 @click.pass_obj
 def verify_adv(words: list[str] | None, /, file: Path, **options: Any) -> int:
-    """Check adversarial examples of others, and lower the best known number by them.
+    """Check other people's adversarial examples.
+
+    What holds lowers the best known number on the site, as external.
 
     FILE is .safetensors (ids as a JSON list under `sample_ids` of the metadata) or .npz (`x_adv`, `ids`);
     images are (N, C, H, W), float in [0, 1]. Without ids: the first N of the split, in its order. Exit

@@ -20,6 +20,7 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.external import COLUMNS, Evidence, Submission
 from robustbench_cure.flags import Flag
 from robustbench_cure.report.sheet import Sheet, to_latex, to_markdown, twins
+from robustbench_cure.session import find_records
 from robustbench_cure.site.beside import card_of, panels
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.checklist import checklist
@@ -472,6 +473,16 @@ def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
         panels(scan([runs]).studies, "ab" * 32)
+
+
+def test_reports_pass_over_what_studies_left_in_a_run(runs):
+    study = runs / "deep" / "down" / "curvature"
+    study.mkdir()
+    (study / "manifest.json").write_text('{"verb": "curvature"}')
+    assert [r.manifest.model.id for r in find_records((runs / "deep" / "down",))] == ["cure"]
+    (study / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        find_records((runs / "deep" / "down",))
 
 
 @pytest.mark.parametrize(
