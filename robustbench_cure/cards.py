@@ -227,6 +227,21 @@ class Weights(Strict):
         return self
 
 
+class Declared(Strict):
+    """What only the people behind a model can say of it; printed as declared, never checked."""
+
+    #: Why this radius is the one that matters.
+    eps_reason: str = ""
+    #: Attacks made for this defence, and what they found.
+    adaptive_attack: str = ""
+    #: Parts that gradients do not pass, or that act at random, and how they were attacked.
+    non_differentiable: str = ""
+    #: How the numbers stand to those of earlier work.
+    prior_work: str = ""
+    #: A provable bound, where there is one.
+    certificate: str = ""
+
+
 class ModelCard(Strict):
     """One model: how it is built, where its weights come from, how it was or can be trained."""
 
@@ -251,6 +266,9 @@ class ModelCard(Strict):
     training: Recipe
     #: Figures of the stored weights in per cent, by name; written by the training command's report.
     figures: dict[str, float] = Field(default_factory=dict)
+    #: Training data beyond the data set's own, "none" where there are none; empty: not declared.
+    extra_data: str = ""
+    declared: Declared = Declared()
 
     @field_validator("mean", "std")
     @classmethod
@@ -303,6 +321,10 @@ class PublishedTable(Strict):
     n: Annotated[int, Field(ge=0)]
     rows: Annotated[tuple[PublishedRow, ...], Field(strict=False)]
     cells: Annotated[tuple[PublishedCell, ...], Field(strict=False, min_length=1)]
+    #: Threat model of every attack in the table, where it states one.
+    threat: Threat | None = None
+    #: Heads of the columns as printed, by `column`.
+    heads: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known_rows(self) -> PublishedTable:
@@ -310,6 +332,8 @@ class PublishedTable(Strict):
         for cell in self.cells:
             if cell.row not in known:
                 raise ValueError(f"cells: row {cell.row!r} is not in rows")
+        for column in set(self.heads) - {cell.column for cell in self.cells}:
+            raise ValueError(f"heads: no cell has the column {column!r}")
         return self
 
     def cell(self, row: str, column: str) -> PublishedCell | None:

@@ -112,6 +112,82 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the site.")
+@click.option(
+    "--readme", type=click.Path(path_type=Path), help="Renew the leaderboard in this Markdown file."
+)
+@CARDS
+def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[str, ...]) -> None:
+    """Write a static site: leaderboard, models, paper tables.
+
+    RUNS are run directories, or folders of them at any depth; what `masking`, `curvature` and the other
+    studies left there is shown with the models it is about. Without RUNS: the published tables alone.
+    """
+    from robustbench_cure.site.command import write_site
+
+    write_site(runs, out, readme, cards)
+
+
+@cli.command()
+@click.option(
+    "--robustbench",
+    "run",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Run to write RobustBench's model_info of.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(), help="Folder of model_info/; default: here."
+)
+@click.option("--link", default="", help="Of the paper.")
+@click.option("--name", default="", help="Title of the paper.")
+@click.option("--authors", default="", help="Separated by commas.")
+@click.option("--venue", default="", help='As "CVPR 2019".')
+@CARDS
+def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
+    """Write the records of a run in the form of other benchmarks."""
+    from robustbench_cure.interop.model_info import export as write
+
+    write(run, out, said, cards)
+
+
+@cli.command("verify-adv")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="ID", help="Card id, or package.module:factory.")
+@click.option("--battery", metavar="ID", help="Whose threat model counts; default: the card's.")
+@click.option("--against", multiple=True, type=click.Path(path_type=Path), help="Run to lower; repeatable.")
+@click.option("--source", default="", help="Who made the images, and how; printed on the leaderboard.")
+@click.option("--tensor", default="", metavar="NAME", help="Which tensor, where the file holds several.")
+@click.option("--dataset", metavar="NAME", help="Data set; default: the battery's or the model's.")
+@DATA_DIR
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights file, instead of the card's.")
+@click.option("--mean", metavar="M,M,M", help="Channel means of a model of your own, pixels in [0, 1].")
+@click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise.")
+@DEVICE
+@click.option("--batch-size", default="auto", show_default=True, help="Images a pass.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/external-<time>.")
+@CARDS
+@click.pass_obj
+def verify_adv(words: list[str] | None, /, file: Path, **options: Any) -> int:
+    """Check other people's adversarial examples.
+
+    What holds lowers the best known number on the site, as external.
+
+    FILE is .safetensors (ids as a JSON list under `sample_ids` of the metadata) or .npz (`x_adv`, `ids`);
+    images are (N, C, H, W), float in [0, 1]. Without ids: the first N of the split, in its order. Exit
+    code 1: an image was refused, or none breaks a sample.
+    """
+    from robustbench_cure.session import Request
+    from robustbench_cure.verify import verify_file
+
+    own = {key: options.pop(key) for key in ("tensor", "against", "source", "out")}
+    request = Request(models=(options.pop("model"),), **options)
+    return verify_file(file, request, **own, command=shlex.join(["cure-bench", *(words or [])]))
+
+
+@cli.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
 def merge(parts: tuple[Path, ...], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -262,10 +263,19 @@ def record_dirs(run: Path) -> list[Path]:
         raise UsageError(f"{run}: no such run directory")
     if (run / "manifest.json").is_file():
         return [run]
-    found = sorted(path.parent for path in run.glob("*/manifest.json"))
+    found = sorted(path.parent for path in run.glob("*/manifest.json") if not _is_study(path))
     if not found:
         raise UsageError(f"{run}: not a run: neither it nor a folder in it has a manifest.json")
     return found
+
+
+def _is_study(manifest: Path) -> bool:
+    """Whether this is what `curvature`, `masking` and the like left there; anything damaged is not."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "verb" in content
 
 
 def find_records(runs: tuple[Path, ...]) -> list[Record]:

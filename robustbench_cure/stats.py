@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 #: Confidence level of every printed interval.
 CONFIDENCE = 0.95
@@ -28,9 +29,12 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson score interval (Wilson 1927), without continuity correction."""
-        if self.total == 0:
-            return (0.0, 1.0)
-        from scipy.stats import binomtest
+        return _wilson(self.count, self.total) if self.total else (0.0, 1.0)
 
-        found = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="wilson")
-        return (float(found.low), float(found.high))
+
+@cache
+def _wilson(count: int, total: int) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    found = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
+    return (float(found.low), float(found.high))

@@ -377,7 +377,7 @@ def test_batteries_of_other_tables_and_missing_attacks_leave_the_cell_empty(tabl
 def test_published_section_appears_only_with_its_battery(run, table2, protocol2):
     assert 'id="published"' not in render_report([run], {"table2": table2})
     page = render_report([cifar(protocol2, "resnet18/cure")], {"table2": table2})
-    assert "not measured in this run" in page
+    assert "not measured" in page
     assert "+3.7" in page
 
 

@@ -27,14 +27,19 @@ def to_csv(records: Sequence[Record]) -> str:
     """One line a model and attack, clean and worst case included: counts, rates in [0, 1], intervals."""
     import pandas as pd
 
-    lines = [
+    lines = attack_data(records)
+    table = pd.DataFrame(lines)
+    whole = [name for name in lines[0] if name.endswith(("count", "_n")) or name in ("n", *_WHOLE)]
+    return table.astype(dict.fromkeys(whole, "Int64")).to_csv(index=False, lineterminator="\n")
+
+
+def attack_data(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The lines of `to_csv`: counts, rates in [0, 1], intervals; None where there is no number."""
+    return [
         _csv_line(record, label, row)
         for record, label in zip(records, labels(records), strict=True)
         for row in attack_rows(record)
     ]
-    table = pd.DataFrame(lines)
-    whole = [name for name in lines[0] if name.endswith(("count", "_n")) or name in ("n", *_WHOLE)]
-    return table.astype(dict.fromkeys(whole, "Int64")).to_csv(index=False, lineterminator="\n")
 
 
 def _csv_line(record: Record, label: str, row: AccuracyRow | DistanceRow) -> dict[str, Any]:

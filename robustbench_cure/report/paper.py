@@ -11,7 +11,7 @@ from robustbench_cure.report.tables import labels
 from robustbench_cure.report.wording import count, same_threat
 from robustbench_cure.stats import Rate
 
-NOT_MEASURED = "not measured in this run"
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def paper_table(records: Record | Sequence[Record], table: PublishedTable) -> Pa
     named = list(zip(labels(records), records, strict=True))
     own = [record for _, record in named if record.manifest.battery.published == table.id]
     columns = tuple(dict.fromkeys(cell.column for cell in table.cells))
-    names = {spec.id: spec.name for record in [*records, *own] for spec in record.attacks}
+    names = {spec.id: spec.name for record in [*records, *own] for spec in record.attacks} | table.heads
     rows = []
     for row in table.rows:
         able = [

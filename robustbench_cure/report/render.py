@@ -106,6 +106,7 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
             facts=[(group, facts([line.record for line in group.summary])) for group in groups],
             versions=sorted({record.manifest.environment.version for record in records}),
             dates=sorted({record.manifest.finished[:10] for record in records if record.manifest.finished}),
+            lines=[line for group in groups for line in group.summary],
         )
     )
 

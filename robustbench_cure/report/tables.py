@@ -133,10 +133,11 @@ def attack_rows(record: Record) -> list[AccuracyRow | DistanceRow]:
     worst = AccuracyRow(
         "worst", "worst", "worst case", "", 0, record.worst_case_accuracy, success=_worst_success(record)
     )
-    return [clean, *(_attack_row(record, spec) for spec in record.attacks), worst]
+    only = only_this(record)
+    return [clean, *(_attack_row(record, spec, only[spec.id]) for spec in record.attacks), worst]
 
 
-def _attack_row(record: Record, spec: AttackSpec) -> AccuracyRow | DistanceRow:
+def _attack_row(record: Record, spec: AttackSpec, only: int) -> AccuracyRow | DistanceRow:
     table, threat = record.samples, record.manifest.battery.threat.model
     attacked, broken = table[f"{spec.id}.attacked"], table[f"{spec.id}.broken"]
     passes = table.loc[attacked, [f"{spec.id}.forwards", f"{spec.id}.backwards"]].sum().sum()
@@ -150,7 +151,7 @@ def _attack_row(record: Record, spec: AttackSpec) -> AccuracyRow | DistanceRow:
         "limit": spec.limit,
         "accuracy": record.robust_accuracy(spec.id),
         "success": record.success_rate(spec.id),
-        "only": only_this(record)[spec.id],
+        "only": only,
         "queries": float(passes) / int(attacked.sum()) if attacked.any() else None,
         "seconds": cost.seconds if cost else None,
         "violations": int((table[f"{spec.id}.violation"].fillna("") != "").sum()),

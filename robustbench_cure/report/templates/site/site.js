@@ -1,0 +1,30 @@
+"use strict";
+// Sorting is DataTables' (MIT); here are the switches above the boards. Without a script all rows are shown.
+(() => {
+  const form = document.getElementById("controls"), find = document.getElementById("find");
+  const which = document.getElementById("which"), found = document.getElementById("found");
+  const boxes = [...form.querySelectorAll("input[name=kind]")];
+  const boards = [...document.querySelectorAll(".boardbox")].map((section) => {
+    const element = section.querySelector("table.board");
+    const words = { emptyTable: "No rows.", zeroRecords: "No row matches." };
+    const layout = { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null };
+    const table = new DataTable(element, { paging: false, info: false, autoWidth: false, order: [], layout, language: words });
+    return { section, table };
+  });
+  const refresh = () => {
+    const kinds = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
+    let shown = 0, all = 0;
+    for (const { section, table } of boards) {
+      section.hidden = which.value !== "" && which.value !== section.dataset.board;
+      table.search.fixed("kind", (text, data, index) => kinds.has(table.row(index).node().dataset.kind));
+      table.search(find.value).draw();
+      all += table.rows().count();
+      if (!section.hidden) shown += table.rows({ search: "applied" }).count();
+    }
+    found.textContent = `${shown} of ${all} rows shown`;
+  };
+  form.addEventListener("input", refresh);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.hidden = false;
+  refresh();
+})();

@@ -1,0 +1,130 @@
+"""What lies beside a record: diagnoses of masking, figures of geometry, and the card of its model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustbench_cure.cards import ModelCard
+from robustbench_cure.catalog import Found as FoundCard
+from robustbench_cure.errors import UsageError
+from robustbench_cure.record import Record
+from robustbench_cure.report.sheet import Sheet
+from robustbench_cure.report.wording import threat_words
+from robustbench_cure.site.found import StudyFolder
+from robustbench_cure.threat import ThreatModel
+
+#: What the pictures of each command show.
+STUDIES = {
+    "curvature": ("Curvature of the loss", "Eigenvalues of the Hessian in the input: flat is robust."),
+    "bounds": (
+        "Bounds of Theorem 1",
+        "Lower and upper bound of the distance to the boundary beside DeepFool's.",
+    ),
+    "curve": ("Accuracy and radius", "Accuracy under PGD at every radius: it should fall to chance."),
+    "section": ("Decision regions", "Planes through an image and its nearest boundary."),
+    "surface": ("Loss surface", "The loss along the gradient and a random direction."),
+    "gallery": ("Gallery", "Images, the perturbations that break them, and what the model sees."),
+    "evolution": ("Training", "Curvature and robustness by epoch."),
+}
+#: Files of a study that the site shows or gives away.
+FIGURES, TABLES = (".svg",), (".csv",)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A diagnosis of masked gradients.
+
+    Attributes:
+        kind: of the verdict.
+        words: of the verdict.
+        about: threat model and images.
+        findings: letter, title, status, value, threshold and evidence of each check, as text.
+        study: where it was made.
+        name: of the model there.
+    """
+
+    kind: str
+    words: str
+    about: str
+    findings: tuple[dict[str, str], ...]
+    study: StudyFolder
+    name: str
+
+    @property
+    def figures(self) -> list[Path]:
+        """Scatter plots of this model."""
+        own = ("scatter.svg",) if len(self.study.models) == 1 else (f"scatter-{self.name}.svg",)
+        return [path for path in study_files(self.study, FIGURES) if path.name in own]
+
+    @property
+    def sheet(self) -> Sheet:
+        """The findings as a table."""
+        keys = ("letter", "title", "status", "value", "threshold", "evidence")
+        rows = tuple((f"{f['letter']} {f['title']}", *(f[k] or "–" for k in keys[2:])) for f in self.findings)
+        data = tuple({k: f[k] for k in keys} for f in self.findings)
+        heads = ("Check", "Found", "Value", "Threshold", "Evidence")
+        return Sheet(f"Gradient masking: {self.words}", self.about, heads, rows, data)
+
+
+def belonging(studies: Sequence[StudyFolder], weights: str) -> list[StudyFolder]:
+    """Studies of a model, known by its weights."""
+    return [study for study in studies if weights in study.models.values()]
+
+
+def panels(studies: Sequence[StudyFolder], weights: str) -> list[Panel]:
+    """Every diagnosis of a model.
+
+    Raises:
+        UsageError: a ``masking.json`` is damaged.
+    """
+    found = []
+    for study in belonging(studies, weights):
+        file = study.path / "masking.json"
+        if study.verb == "masking" and file.is_file():
+            names = [name for name, digest in study.models.items() if digest == weights]
+            found += [_panel(file, study, name) for name in names]
+    return found
+
+
+def _panel(file: Path, study: StudyFolder, name: str) -> Panel:
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))["models"][name]
+        threat = threat_words(ThreatModel.parse(model["threat"]["norm"], model["threat"]["eps"]))
+        findings = tuple(_finding(f) for f in model["findings"])
+        about = f"{threat}; {study.data}, {model['classified_correctly']} of them classified correctly"
+        verdict = model["verdict"]
+        return Panel(str(verdict["kind"]), str(verdict["words"]), about, findings, study, name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{file}: cannot be read: {what}; run `cure-bench masking` again") from None
+
+
+def _finding(found: Mapping[str, Any]) -> dict[str, str]:
+    texts = {key: str(found[key]) for key in ("letter", "title", "status", "evidence")}
+    numbers = {key: found.get(key) for key in ("value", "threshold")}
+    return texts | {key: "" if value is None else f"{value:.3g}" for key, value in numbers.items()}
+
+
+def study_files(study: StudyFolder, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files a study wrote into its folder, by suffix; names that lead elsewhere are left out."""
+    paths = [study.path / name for name in sorted(study.manifest.files) if name == Path(name).name]
+    return [path for path in paths if path.suffix in suffixes and path.is_file() and not path.is_symlink()]
+
+
+def card_of(record: Record, cards: Mapping[str, FoundCard[ModelCard]]) -> ModelCard | None:
+    """The card that speaks for a record's weights, or None.
+
+    A card with weights of its own speaks for these alone; one without for what was trained by its recipe,
+    not for weights given on the command line.
+    """
+    model = record.manifest.model
+    found = cards.get(model.id)
+    if found is None:
+        return None
+    if found.card.weights is not None:
+        return found.card if found.card.weights.sha256 == model.weights_sha256 else None
+    return found.card if model.source == "card" else None

@@ -1,0 +1,223 @@
+"""The evaluation checklist: what a record shows by itself, and what only the authors can declare.
+
+Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, arXiv 1902.06705, section 5 and its
+summary list; item texts are ours. What neither the record nor the card says stands as not declared or not
+in the record: an item is never taken to be met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from robustbench_cure.cards import FGSM, PGD, SPSA, DeepFool, ModelCard, UniformNoise
+from robustbench_cure.record import Record
+from robustbench_cure.report.sheet import Sheet
+from robustbench_cure.report.wording import count, data_words, percent, threat_words
+from robustbench_cure.stats import Rate
+
+Status = Literal["met", "not met", "not in the record", "declared", "not declared"]
+
+#: Share of all samples that the second half of the steps may still break.
+STILL_FALLING = 0.01
+#: Kinds of attack that follow gradients, and those that ask for outputs alone.
+SIGHTED, BLIND = (FGSM, PGD, DeepFool), (SPSA,)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item: found by the program, or declared by the authors."""
+
+    name: str
+    status: Status
+    said: str
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the program decided it."""
+        return self.status not in ("declared", "not declared")
+
+
+def checklist(record: Record, card: ModelCard | None) -> list[Item]:
+    """Every item for one record.
+
+    Args:
+        record: a finished run.
+        card: the model's card, where it is about these weights.
+    """
+    return [item(record) for item in AUTOMATIC] + _declared(record, card)
+
+
+def _broken(record: Record, *kinds: type) -> pd.Series | None:
+    columns = [record.samples[f"{s.id}.broken"] for s in record.attacks if isinstance(s, kinds)]
+    if not columns:
+        return None
+    found = columns[0]
+    for column in columns[1:]:
+        found = found | column
+    return found
+
+
+def _threat(record: Record) -> Item:
+    threat = record.manifest.battery.threat.model
+    said = f"{threat_words(threat)}, pixels in [0, 1]; untargeted; the attacker knows weights and gradients"
+    return Item("Threat model stated: norm, radius, goal, knowledge", "met", said)
+
+
+def _clean(record: Record) -> Item:
+    said = f"clean {percent(record.clean_accuracy)}, worst case {percent(record.worst_case_accuracy)}"
+    return Item("Clean accuracy beside robust accuracy", "met", said)
+
+
+def _per_sample(record: Record) -> Item:
+    said = f"broken by any attack is broken; every one of {count(record.n)} samples is in the raw record"
+    return Item("Worst case for each sample; results of each sample given", "met", said)
+
+
+def _parameters(record: Record) -> Item:
+    said = f"{len(record.attacks)} attacks, each with every parameter, under Attack specifications"
+    return Item("All attack parameters listed", "met", said)
+
+
+def _whole_set(record: Record) -> Item:
+    data = record.manifest.data
+    name = "The whole test set"
+    low, high = record.worst_case_accuracy.interval
+    said = f"{data_words(data)}; the interval is {100 * (high - low):.1f} points wide"
+    whole = data.n == data.total and data.split == "test"
+    return Item(name, "met" if whole else "not met", said)
+
+
+def _iterated(record: Record) -> Item:
+    name = "Iterated attacks beat single steps, sample by sample"
+    single, iterated = _broken(record, FGSM), _broken(record, PGD)
+    if single is None or iterated is None:
+        return Item(name, "not in the record", "needs FGSM and PGD in the battery")
+    alone = int((single & ~iterated).sum())
+    said = f"FGSM broke {count(int(single.sum()))}, {count(alone)} of them not broken by PGD"
+    return Item(name, "not met" if alone else "met", said)
+
+
+def _converged(record: Record) -> Item:
+    name = "Enough steps: twice as many change nothing"
+    able = [s for s in record.attacks if isinstance(s, PGD) and s.stop == "first-success" and s.restarts == 1]
+    if not able:
+        return Item(name, "not in the record", "needs PGD that stops at its first success, without restarts")
+    spec = max(able, key=lambda s: s.steps)
+    broken = record.samples[f"{spec.id}.broken"]
+    late = int((record.samples[f"{spec.id}.step"][broken] > spec.steps // 2).sum())
+    share = Rate(late, int(record.covered(spec.id).sum()))
+    said = f"the second half of the steps of {spec.name} broke {percent(share)} of all samples"
+    return Item(name, "met" if share.value <= STILL_FALLING else "not met", said)
+
+
+def _restarts(record: Record) -> Item:
+    most = max((s.restarts for s in record.attacks if isinstance(s, PGD)), default=0)
+    said = f"at most {most} of PGD" if most else "no PGD in the battery"
+    return Item("Random restarts", "met" if most > 1 else "not met", said)
+
+
+def _losses(record: Record) -> Item:
+    losses = sorted({s.loss for s in record.attacks if isinstance(s, PGD)})
+    said = ", ".join(losses) or "no PGD in the battery"
+    return Item("More than one loss", "met" if len(losses) > 1 else "not met", said)
+
+
+def _gradient_free(record: Record) -> Item:
+    name = "Gradient-free attack, no stronger than gradients on any sample"
+    blind, sighted = _broken(record, *BLIND), _broken(record, *SIGHTED)
+    if blind is None or sighted is None:
+        return Item(name, "not in the record", "needs SPSA beside attacks with gradients")
+    alone = int((blind & ~sighted).sum())
+    said = f"SPSA broke {count(int(blind.sum()))}, {count(alone)} of them left standing by gradients"
+    return Item(name, "not met" if alone else "met", said)
+
+
+def _noise(record: Record) -> Item:
+    name = "Random noise as a control, weaker than gradients"
+    noise, sighted = _broken(record, UniformNoise), _broken(record, *SIGHTED)
+    if noise is None or sighted is None:
+        return Item(name, "not in the record", "needs uniform noise beside attacks with gradients")
+    alone = int((noise & ~sighted).sum())
+    said = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them left standing by gradients"
+    return Item(name, "not met" if alone else "met", said)
+
+
+def _deterministic(record: Record) -> Item:
+    found = [f for f in record.manifest.flags if f.about.severity == "unreliable"]
+    said = "; ".join(f"{f.about.title.lower()}: {f.evidence}" for f in found)
+    return Item(
+        "The same image gives the same output, alone or in a batch",
+        "not met" if found else "met",
+        said or "checked before the first attack",
+    )
+
+
+def _identified(record: Record) -> Item:
+    m = record.manifest
+    known = bool(m.environment.git_commit or m.environment.version) and bool(m.environment.command)
+    said = f"weights {m.model.weights_sha256[:12]}…, code {m.environment.version}, under Provenance"
+    return Item("Weights, code and command identified", "met" if known else "not met", said)
+
+
+def _larger_radii(_: Record) -> Item:
+    said = "see the figures of cure-bench curve and check E of cure-bench masking, where they were run"
+    return Item("Accuracy falls to chance as the radius grows", "not in the record", said)
+
+
+def _transfer(_: Record) -> Item:
+    said = "see cure-bench masking with --surrogate, where it was run"
+    return Item("Transfer from another model", "not in the record", said)
+
+
+AUTOMATIC: tuple[Callable[[Record], Item], ...] = (
+    _threat,
+    _clean,
+    _per_sample,
+    _parameters,
+    _whole_set,
+    _iterated,
+    _converged,
+    _restarts,
+    _losses,
+    _gradient_free,
+    _noise,
+    _deterministic,
+    _identified,
+    _larger_radii,
+    _transfer,
+)
+
+
+def _declared(record: Record, card: ModelCard | None) -> list[Item]:
+    about = card.declared if card else None
+    training = record.manifest.model.training
+    items = {
+        "Training data beyond the data set's own": card.extra_data if card else "",
+        "Training": f"{training}; recipe in the card" if card and training else training,
+        "Why this radius": about.eps_reason if about else "",
+        "Attacks adapted to this defence": about.adaptive_attack if about else "",
+        "Parts without gradients, or random": about.non_differentiable if about else "",
+        "Against earlier work": about.prior_work if about else "",
+        "Provable bound": about.certificate if about else "",
+    }
+    where = "the card says nothing of it" if card else "no card is about these weights"
+    return [
+        Item(name, "declared", said) if said else Item(name, "not declared", where)
+        for name, said in items.items()
+    ]
+
+
+def sheet(items: list[Item]) -> Sheet:
+    """The checklist as a table."""
+    rows = tuple(
+        (i.name, "found" if i.automatic else "declared by the authors", i.status, i.said) for i in items
+    )
+    data = tuple(
+        {"item": i.name, "automatic": i.automatic, "status": i.status, "said": i.said} for i in items
+    )
+    note = "After Carlini et al., On Evaluating Adversarial Robustness, arXiv 1902.06705"
+    return Sheet("Evaluation checklist", note, ("Item", "By", "Status", "What is known"), rows, data)

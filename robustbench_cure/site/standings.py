@@ -1,0 +1,283 @@
+"""The leaderboard: who stands where, on which data, under which threat model. Pure functions of records.
+
+Numbers are compared within a *board* alone: one data set, one split, one threat model. What is ranked is
+the best known number of each model, the lowest robust accuracy that evidence on its own weights supports:
+the worst case, sample by sample, over every attack of every record, and over verified adversarial examples
+of others. Published numbers stand among them, unranked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+
+from robustbench_cure.cards import PublishedCell, PublishedRow, PublishedTable
+from robustbench_cure.external import Evidence
+from robustbench_cure.flags import Flag
+from robustbench_cure.record import Record
+from robustbench_cure.report.tables import SEVERITIES, deciding_attack
+from robustbench_cure.report.wording import threat_words
+from robustbench_cure.stats import Rate
+from robustbench_cure.threat import ThreatModel
+
+Kind = Literal["measured", "external", "published", "quoted"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A number of the leaderboard: counted, or printed; neither: `reason` says why there is none.
+
+    Attributes:
+        rate: as counted.
+        printed: as a share, from a paper.
+        reason: why there is no number.
+    """
+
+    rate: Rate | None = None
+    printed: float | None = None
+    reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """The share, or None."""
+        return self.rate.value if self.rate is not None and self.rate.total else self.printed
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row.
+
+    Attributes:
+        kind: where the number comes from.
+        rank: among the models of the board; 0: not ranked, see `unranked`.
+        unranked: why not.
+        label: name of the model.
+        model_id: id of its card; empty for published rows.
+        robust: lowest robust accuracy known.
+        how: what that number is, in words.
+        clean: accuracy without an attack.
+        n: samples; 0: not stated.
+        decided: the attack that alone leaves least standing.
+        architecture: as recorded or printed.
+        extra_data: training data beyond the data set's own; empty: not declared.
+        date: of the measurement, ISO; empty: none.
+        flags: of the records, severest first, one of each kind and evidence.
+        records: what it was measured from; empty for published rows.
+        tables: ids of the published tables it was printed in.
+    """
+
+    kind: Kind
+    label: str
+    robust: Accuracy
+    how: str
+    clean: Accuracy
+    n: int
+    decided: str
+    architecture: str
+    model_id: str = ""
+    extra_data: str = ""
+    date: str = ""
+    flags: tuple[Flag, ...] = ()
+    records: tuple[Record, ...] = ()
+    tables: tuple[str, ...] = ()
+    rank: int = 0
+    unranked: str = ""
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether a flag says that these numbers cannot be compared."""
+        return any(flag.about.severity == "unreliable" for flag in self.flags)
+
+    @property
+    def partial(self) -> bool:
+        """Sites hold whole runs alone; badges ask all the same."""
+        return False
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the weights; empty for published rows."""
+        return self.records[0].manifest.model.weights_sha256 if self.records else ""
+
+
+@dataclass(frozen=True)
+class Board:
+    """Rows that may be compared: one data set, one split, one threat model."""
+
+    data: str
+    split: str
+    threat: ThreatModel
+    rows: tuple[Standing, ...]
+
+    @property
+    def name(self) -> str:
+        """``"cifar10, l∞ 8/255"``."""
+        part = "" if self.split == "test" else f" ({self.split})"
+        return f"{self.data}{part}, {threat_words(self.threat)}"
+
+    @property
+    def key(self) -> str:
+        """The name for addresses: letters, digits and hyphens."""
+        text = f"{self.data}-{self.split}-{self.threat}"
+        return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())
+
+
+def boards(
+    records: Sequence[Record],
+    external: Sequence[Evidence] = (),
+    published: Sequence[PublishedTable] = (),
+    extra_data: Callable[[Record], str] = lambda _: "",
+) -> list[Board]:
+    """The leaderboard; boards with measurements come first, then by data set and radius.
+
+    Args:
+        records: finished runs.
+        external: verified adversarial examples.
+        published: printed tables; those without a threat model or not in per cent are left out.
+        extra_data: what is declared of a record's model.
+    """
+    places: dict[tuple[str, str, ThreatModel], list[Standing]] = {}
+    for members in _groups(records):
+        data, threat = members[0].manifest.data, members[0].manifest.battery.threat.model
+        rows = _measured(members, external, extra_data(members[0]))
+        places.setdefault((data.name, data.split, threat), []).extend(rows)
+    for (dataset, threat), standings in _published(published).items():
+        places.setdefault((dataset, "test", threat), []).extend(standings)
+    found = [Board(*place, tuple(_ranked(rows))) for place, rows in places.items()]
+    return sorted(found, key=lambda b: (not any(r.records for r in b.rows), b.data, b.split, b.threat.eps))
+
+
+def _groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of the same weights on the same images under the same threat model: one body of evidence."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        m = record.manifest
+        key = (m.model.weights_sha256, m.data.name, m.data.split, m.data.digest, m.battery.threat.model)
+        groups.setdefault(key, []).append(record)
+    return list(groups.values())
+
+
+def joined(records: Sequence[Record]) -> pd.Series:
+    """Samples that no attack of any of these records of one group broke; bool."""
+    # One digest of the data: the same samples in the same order.
+    standing = records[0].worst_case
+    for record in records[1:]:
+        standing = standing & record.worst_case
+    return standing
+
+
+def _measured(records: list[Record], external: Sequence[Evidence], extra_data: str) -> list[Standing]:
+    standing = joined(records)
+    by_power = [(r.robust_accuracy(s.id).value, r, s) for r in records for s in r.attacks]
+    attacks = {s.model_dump_json(exclude={"id", "name"}) for _, _, s in by_power}
+    batteries = dict.fromkeys(f"{r.manifest.battery.id} v{r.manifest.battery.version}" for r in records)
+    strongest = min(records, key=lambda r: r.worst_case_accuracy.value)
+    model, data = records[0].manifest.model, records[0].manifest.data
+    flags = {(f.kind, f.attack, f.evidence): f for r in records for f in r.manifest.flags}
+    row = Standing(
+        kind="measured",
+        label=model.name or model.id,
+        model_id=model.id,
+        robust=Accuracy(Rate(int(standing.sum()), len(standing))),
+        how=f"worst case of {len(attacks)} attack{'s' * (len(attacks) != 1)}, {' + '.join(batteries)}",
+        clean=Accuracy(records[0].clean_accuracy),
+        n=data.n,
+        decided=deciding_attack(strongest),
+        architecture=model.architecture,
+        extra_data=extra_data,
+        date=max(r.manifest.finished[:10] for r in records),
+        flags=tuple(sorted(flags.values(), key=lambda f: SEVERITIES.index(f.about.severity))),
+        records=tuple(records),
+    )
+    theirs = [e for e in external if e.applies_to(records[0])]
+    left = standing.copy()
+    for evidence in theirs:
+        left &= ~evidence.breaks(records[0]).to_numpy(dtype=bool)
+    if left.sum() == standing.sum():
+        return [row]
+    names = dict.fromkeys(e.submission.source or e.submission.file for e in theirs)
+    lowered = replace(
+        row,
+        kind="external",
+        robust=Accuracy(Rate(int(left.sum()), len(left))),
+        how=f"with verified images of others; {100 * row.robust.rate.value:.1f} % by our own attacks"
+        if row.robust.rate
+        else "",
+        decided="; ".join(names),
+        date=max(e.submission.checked[:10] for e in theirs),
+    )
+    return [lowered, replace(row, unranked="other people's images are stronger: see the external row")]
+
+
+def _published(tables: Sequence[PublishedTable]) -> dict[tuple[str, ThreatModel], list[Standing]]:
+    """Printed rows by data set and threat model; a row of several tables counts once: its lowest."""
+    places: dict[tuple[str, ThreatModel], dict[str, list[tuple[PublishedTable, PublishedRow]]]] = {}
+    for table in tables:
+        if table.threat is not None and table.unit == "%":
+            rows = places.setdefault((table.dataset, table.threat.model), {})
+            for row in table.rows:
+                rows.setdefault(row.id, []).append((table, row))
+    return {place: [_printed(found) for found in rows.values()] for place, rows in places.items()}
+
+
+def _printed(found: list[tuple[PublishedTable, PublishedRow]]) -> Standing:
+    row = found[0][1]
+    cells: list[tuple[PublishedTable, PublishedCell]] = [
+        (table, cell) for table, _ in found for cell in table.cells if cell.row == row.id
+    ]
+    clean = next((cell for _, cell in cells if cell.column == "clean"), None)
+    attacked = [(table, cell) for table, cell in cells if cell.column != "clean"]
+    table, lowest = min(attacked, key=lambda pair: pair[1].value) if attacked else (found[0][0], None)
+    name = table.heads.get(lowest.column, lowest.column) if lowest else ""
+    quoted = lowest is not None and lowest.kind == "quoted"
+    return Standing(
+        kind="quoted" if quoted else "published",
+        label=f"{row.group}, {row.name}",
+        robust=Accuracy(printed=lowest.value / 100, reason="")
+        if lowest
+        else Accuracy(reason="none is printed"),
+        how=_how(len(attacked), quoted),
+        clean=Accuracy(printed=clean.value / 100) if clean else Accuracy(reason="none is printed"),
+        n=table.n,
+        decided=name,
+        architecture=row.group,
+        tables=tuple(dict.fromkeys(t.id for t, _ in found)),
+        unranked="published, not measured here",
+    )
+
+
+def _how(printed: int, quoted: bool) -> str:
+    lowest = f"lowest of {printed} printed" if printed > 1 else "as printed"
+    return f"{lowest}, from another paper" if quoted else lowest
+
+
+def _ranked(rows: Sequence[Standing]) -> list[Standing]:
+    """Highest robust accuracy first, what cannot be compared last; equal numbers share a rank."""
+    most: dict[str, int] = {}
+    for row in rows:
+        if row.records:
+            most[row.weights] = max(most.get(row.weights, 0), row.n)
+
+    def reason(row: Standing) -> str:
+        if row.unranked:
+            return row.unranked
+        if row.unreliable:
+            return "flagged unreliable: these numbers cannot be compared"
+        if row.n < most[row.weights]:
+            return "the same model was measured on more samples"
+        return ""
+
+    # What an external row lowered stands right below it, not where its own number would put it.
+    lowered = {(row.weights, row.n): row.robust.value for row in rows if row.kind == "external"}
+
+    def height(row: Standing) -> float:
+        known = lowered.get((row.weights, row.n)) if row.records else None
+        return (known if known is not None else row.robust.value) or 0.0
+
+    noted = [replace(row, unranked=reason(row)) for row in rows]
+    order = sorted(noted, key=lambda r: (r.unreliable, -height(r), r.label, r.n, r.kind))
+    able = [row for row in order if not row.unranked]
+    values = [row.robust.value for row in able]
+    return [row if row.unranked else replace(row, rank=1 + values.index(row.robust.value)) for row in order]

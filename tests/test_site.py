@@ -1,0 +1,573 @@
+"""The site against counts made by hand: standings, curves, checklist, twins, and files that come and go."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
+
+from robustbench_cure import cli
+from robustbench_cure.cards import Battery, ModelCard, PublishedTable
+from robustbench_cure.catalog import catalog, find
+from robustbench_cure.errors import UsageError
+from robustbench_cure.external import COLUMNS, Evidence, Submission
+from robustbench_cure.flags import Flag
+from robustbench_cure.report.sheet import Sheet, to_latex, to_markdown, twins
+from robustbench_cure.session import find_records
+from robustbench_cure.site.beside import card_of, panels
+from robustbench_cure.site.build import build, write
+from robustbench_cure.site.checklist import checklist
+from robustbench_cure.site.curves import plot, radii, steps
+from robustbench_cure.site.found import Found, scan
+from robustbench_cure.site.readme import BEGIN, END, renewed
+from robustbench_cure.site.standings import boards
+from robustbench_cure.stats import Rate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tables() -> list[PublishedTable]:
+    return [found.card for _, found in sorted(catalog(PublishedTable).items())]
+
+
+def other(name: str, marks: str, **more):
+    """A record of another model: other weights, FGSM alone."""
+    model = {"id": name, "name": name, "weights_sha256": (name * 64)[:64], **more.pop("model", {})}
+    return record(battery(FGSM), "1" * len(marks), {"fgsm": marks}, model=model, **more)
+
+
+def evidence(run, broken: list[int], **more) -> Evidence:
+    """Verified images of somebody for some samples of a record."""
+    table, m = run.samples.iloc[broken], run.manifest
+    rows = pd.DataFrame(
+        {
+            "sample_id": table["sample_id"],
+            "image_sha256": table["image_sha256"],
+            "label": table["label"],
+            "broken": [True] * len(table),
+            "pred": [1] * len(table),
+            "margin": [-1.0] * len(table),
+            "linf": [0.01] * len(table),
+            "l2": [0.1] * len(table),
+            "violation": [""] * len(table),
+        }
+    ).astype(COLUMNS)
+    fields = {
+        "source": "Somebody",
+        "file": "x.npz",
+        "file_sha256": "0" * 64,
+        "model": m.model,
+        "battery": m.battery.id,
+        "battery_version": 1,
+        "threat": m.battery.threat,
+        "data": m.data,
+        "environment": m.environment,
+        "checked": "2026-03-01T00:00:00+00:00",
+    }
+    return Evidence(Submission(**(fields | more)), rows)
+
+
+# --- standings -------------------------------------------------------------------------------------------
+
+
+def test_rank_is_by_worst_case_and_equal_numbers_share_it():
+    runs = [other("a", "xx.."), other("b", "x..."), other("c", "xx.."), other("d", "xxxx")]
+    (board,) = boards(runs)
+    assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 2), ("c", 2), ("d", 4)]
+    assert board.rows[0].robust.rate == Rate(3, 4)
+    assert board.rows[0].how == "worst case of 1 attack, mini v1"
+
+
+def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
+    one = record(battery(FGSM), "1111", {"fgsm": "x..."})
+    two = record(battery(PGD), "1111", {"pgd20": ".x.."})
+    (board,) = boards([one, two])
+    (row,) = board.rows
+    assert row.robust.rate == Rate(2, 4)  # neither record alone is below 3 of 4
+    assert row.how.startswith("worst case of 2 attacks")
+    again = record(battery({**FGSM, "id": "again", "name": "Again"}), "1111", {"again": "x..."})
+    assert boards([one, again])[0].rows[0].how.startswith("worst case of 1 attack,")
+
+
+def test_boards_are_of_one_data_set_split_and_threat_model():
+    wide = battery(FGSM, threat={"norm": "linf", "eps": "16/255"})
+    runs = [
+        other("a", "x."),
+        other("b", "..", data={"name": "svhn"}),
+        other("c", "..", data={"split": "train"}),
+        record(wide, "11", {"fgsm": "x."}),
+    ]
+    assert [(b.name, len(b.rows)) for b in boards(runs)] == [
+        ("digits, l∞ 8/255", 1),
+        ("digits, l∞ 16/255", 1),
+        ("digits (train), l∞ 8/255", 1),
+        ("svhn, l∞ 8/255", 1),
+    ]
+
+
+def test_unreliable_models_sink_and_are_not_ranked():
+    flag = Flag(kind="stochastic", evidence="3 of 64")
+    (board,) = boards([other("a", "....", flags=[flag]), other("b", "xxx.")])
+    assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 0)]
+    assert "unreliable" in board.rows[1].unranked
+
+
+def test_of_two_sample_sizes_the_larger_is_ranked():
+    small = other("a", "..", data={"digest": "01" * 32})
+    (board,) = boards([small, other("a", "x...", data={"digest": "02" * 32})])
+    assert [(row.n, row.rank, bool(row.unranked)) for row in board.rows] == [(2, 0, True), (4, 1, False)]
+
+
+def test_verified_images_of_others_lower_the_best_known_number():
+    run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)  # 3 of 10 stand: samples 5, 6, 7
+    (board,) = boards([run, other("b", "xxxxxxxx..")], [evidence(run, [0, 6, 7])])
+    assert [(row.model_id, row.kind) for row in board.rows][1:] == [
+        ("tiny", "external"),
+        ("tiny", "measured"),
+    ]
+    by_kind = {(row.model_id, row.kind): row for row in board.rows}
+    lowered, own = by_kind["tiny", "external"], by_kind["tiny", "measured"]
+    assert (lowered.robust.rate, own.robust.rate) == (Rate(1, 10), Rate(3, 10))
+    assert (lowered.rank, own.rank, by_kind["b", "measured"].rank) == (2, 0, 1)
+    assert "external row" in own.unranked
+    assert (lowered.decided, lowered.date) == ("Somebody", "2026-03-01")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threat": {"norm": "linf", "eps": "16/255"}},
+        {"threat": {"norm": "l2", "eps": "8/255"}},
+        {"model": {"weights_sha256": "cd" * 32}},
+        {"data": {"name": "svhn"}},
+    ],
+)
+def test_images_of_others_count_for_their_weights_data_and_ball_alone(change):
+    run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)
+    theirs = evidence(run, [6, 7])
+    fields = {k: {**getattr(theirs.submission, k).model_dump(), **v} for k, v in change.items()}
+    (board,) = boards([run], [evidence(run, [6, 7], **fields)])
+    assert [row.kind for row in board.rows] == ["measured"]
+
+
+def test_other_pixels_under_the_same_id_do_not_count():
+    run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)
+    theirs = evidence(run, [6, 7])
+    theirs.samples["image_sha256"] = "f" * 64
+    assert [row.kind for row in boards([run], [theirs])[0].rows] == ["measured"]
+
+
+def test_printed_rows_are_marked_and_never_ranked():
+    found = {board.name: board for board in boards([], (), tables())}
+    assert set(found) == {"cifar10, l∞ 4/255", "cifar10, l∞ 8/255", "svhn, l∞ 12/255"}
+    rows = {row.label: row for row in found["cifar10, l∞ 8/255"].rows}
+    wrn = rows["WRN-28-10, CURE"]  # 41.4 in Table 2, 41.1, 41.1 and 44.5 in the text
+    assert (wrn.robust.printed, wrn.clean.printed) == pytest.approx((0.411, 0.831))
+    assert (wrn.decided, wrn.tables, wrn.kind) == ("PGD(40)", ("table2", "text_accuracy"), "published")
+    assert rows["WRN-28-10, Adversarial training"].kind == "quoted"
+    assert not any(row.rank or not row.unranked for board in found.values() for row in board.rows)
+
+
+# --- curves ----------------------------------------------------------------------------------------------
+
+
+def test_steps_curve_is_what_every_shorter_run_would_have_left():
+    run = record(battery(PGD), "11110", {"pgd20": "xxx.-"})
+    run.samples["pgd20.step"] = pd.array([0, 3, 7, 20, None], "Int32")
+    (curve,) = steps(run)
+    assert [rate.count for _, rate, _ in curve.points] == [3] * 3 + [2] * 4 + [1] * 14
+    assert {rate.total for _, rate, _ in curve.points} == {5}
+    assert curve.points[-1][1] == run.robust_accuracy("pgd20")
+    drawn = plot([curve])
+    assert [round(dot.y, 6) for dot in drawn.lines[0][2]] == [40, 60, 80, 80]
+    assert "7 steps: 20.0 %" in drawn.lines[0][2][2].told
+
+
+def test_attacks_that_do_not_note_their_first_success_have_no_curve():
+    for change in ({"stop": "never"}, {"restarts": 2}):
+        assert steps(record(battery({**PGD, **change}), "1", {"pgd20": "x"})) == []
+    assert plot([]) is None
+
+
+def test_radii_curve_counts_the_boundaries_that_were_found():
+    run = record(battery(DEEPFOOL), "11110", {"deepfool": "xo.v-"})
+    run.samples["deepfool.pred"] = pd.array([1, 1, 0, 1, None], "Int32")
+    run.samples["deepfool.linf"] = pd.array([2 / 255, 12 / 255, 1 / 255, 1 / 255, None], "Float32")
+    (curve,) = radii(run)
+    at = {words: rate.count for _, rate, words in curve.points}
+    assert curve.points[-1][0] == pytest.approx(16 / 255)
+    assert (at["l∞ 0.0/255"], at["l∞ 8.0/255"], at["l∞ 16.0/255"]) == (4, 3, 2)
+    counts = [rate.count for _, rate, _ in curve.points]
+    assert counts == sorted(counts, reverse=True)
+
+
+# --- checklist -------------------------------------------------------------------------------------------
+
+
+def statuses(run, card=None) -> dict[str, tuple[str, str]]:
+    return {item.name: (item.status, item.said) for item in checklist(run, card)}
+
+
+def test_checklist_counts_what_the_record_shows():
+    noise = {"id": "noise", "kind": "uniform_noise", "name": "noise", "limit": 0, "draws": 10}
+    protocol = battery(FGSM, PGD, SPSA, noise)
+    good = {"fgsm": "x...", "pgd20": "xxx.", "spsa": ".x..", "noise": "x..."}
+    found = statuses(record(protocol, "1111", good))
+    name = "Iterated attacks beat single steps, sample by sample"
+    assert found[name] == ("met", "FGSM broke 1, 0 of them not broken by PGD")
+    assert found["Gradient-free attack, no stronger than gradients on any sample"][0] == "met"
+    assert found["Random noise as a control, weaker than gradients"][0] == "met"
+    assert found["Random restarts"][0] == "not met"
+    bad = {"fgsm": "...x", "pgd20": "xx..", "spsa": "..x.", "noise": "..x."}
+    found = statuses(record(protocol, "1111", bad))
+    assert found[name] == ("not met", "FGSM broke 1, 1 of them not broken by PGD")
+    assert found["Gradient-free attack, no stronger than gradients on any sample"] == (
+        "not met",
+        "SPSA broke 1, 1 of them left standing by gradients",
+    )
+    assert found["Random noise as a control, weaker than gradients"][0] == "not met"
+
+
+def test_late_successes_say_that_steps_were_too_few():
+    name = "Enough steps: twice as many change nothing"
+    run = record(battery(PGD), "1111", {"pgd20": "xx.."})
+    assert statuses(run)[name][0] == "met"
+    run.samples["pgd20.step"] = pd.array([2, 11, None, None], "Int32")
+    assert statuses(run)[name] == (
+        "not met",
+        "the second half of the steps of PGD(20) broke 25.0 % of all samples",
+    )
+
+
+def test_nothing_is_taken_to_be_declared():
+    run = record(battery(FGSM), "1", {"fgsm": "."})
+    found = statuses(run)
+    assert found["Attacks adapted to this defence"] == ("not declared", "no card is about these weights")
+    assert found["Random noise as a control, weaker than gradients"][0] == "not in the record"
+    card = find(ModelCard, "digits_cure").card
+    said = card.model_copy(update={"declared": card.declared.model_copy(update={"adaptive_attack": "none"})})
+    found = statuses(run, said)
+    assert found["Attacks adapted to this defence"] == ("declared", "none")
+    assert found["Provable bound"] == ("not declared", "the card says nothing of it")
+
+
+def test_a_card_speaks_for_its_own_weights_alone():
+    cards = catalog(ModelCard)
+    stored = cards["digits_cure"].card
+    model = {"id": "digits_cure", "weights_sha256": stored.weights.sha256}
+    assert card_of(record(battery(FGSM), "1", {"fgsm": "."}, model=model), cards) is stored
+    model["weights_sha256"] = "00" * 32
+    assert card_of(record(battery(FGSM), "1", {"fgsm": "."}, model=model), cards) is None
+    recipe = {"id": "wrn_cure", "source": "card"}
+    assert card_of(record(battery(FGSM), "1", {"fgsm": "."}, model=recipe), cards).id == "wrn_cure"
+    recipe["source"] = "weights given: x.safetensors"
+    assert card_of(record(battery(FGSM), "1", {"fgsm": "."}, model=recipe), cards) is None
+
+
+# --- twins -----------------------------------------------------------------------------------------------
+
+
+def test_twins_of_a_table_agree():
+    data = ({"name": HOSTILE, "rate": 0.25}, {"name": "b", "rate": float("nan")})
+    sheet = Sheet("T", "note.", ("Name", "%"), ((HOSTILE, "25.0"), ("b", "–")), data)
+    found = twins("t", [sheet])
+    assert set(found) == {"t.csv", "t.json", "t.md", "t.tex"}
+    rows = list(csv.DictReader(io.StringIO(found["t.csv"])))
+    assert [row["name"] for row in rows] == [HOSTILE, "b"]
+    assert json.loads(found["t.json"])["tables"][0]["rows"] == [data[0], {"name": "b", "rate": None}]
+    assert found["t.md"].count("\n| ") == 3
+    assert "<script" not in to_markdown([sheet])
+    assert r"\toprule" in to_latex([sheet])
+    assert r"\caption{T. note.}" in to_latex([sheet])
+    assert not re.search(
+        r"(?<!\\)[&%#_$](?![^\n]*\\\\)", to_latex([sheet]).split(r"\midrule")[1].split("&")[0]
+    )
+
+
+def test_a_row_without_a_cell_for_each_head_is_refused():
+    with pytest.raises(ValueError, match="one cell for each head"):
+        Sheet("T", "", ("a", "b"), (("x",),), ())
+
+
+# --- the whole site --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """A folder of two runs, a study of geometry, a diagnosis, and things that are none of these."""
+    protocol = find(Battery, "table2").card
+    cifar = {"name": "cifar10"}
+    cure = {"id": "cure", "name": "CURE net", "published_row": "resnet18/cure"}
+    record(protocol, CLEAN, {"pgd20": "xxxx....--"}, data=cifar, model=cure).save(tmp_path / "deep/down/cure")
+    evil = hostile()
+    evil.manifest.model.weights_sha256 = "ee" * 32
+    evil.save(tmp_path / "hostile")
+    # A second run of the first model, and with two models side by side a second one of its battery.
+    record(battery(FGSM, DEEPFOOL), "11", {"fgsm": "x.", "deepfool": "xo"}, model=cure).save(
+        tmp_path / "more"
+    )
+    record(protocol, CLEAN, {"pgd20": "x.x.....--"}, data=cifar, model=cure).save(tmp_path / "again")
+    study = tmp_path / "deep" / "curvature"
+    study.mkdir()
+    models = {"cure": {"weights_sha256": "ab" * 32}}
+    files = ["profile.svg", "samples.csv", "notes.txt", "../secret.svg"]
+    data = {"name": "cifar10", "split": "test", "n": 4}
+    head = {"verb": "curvature", "models": models, "files": files, "data": data}
+    (study / "manifest.json").write_text(json.dumps(head))
+    for name in files:
+        (study / name).write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    masks = tmp_path / "masking"
+    masks.mkdir()
+    (masks / "manifest.json").write_text(json.dumps(head | {"verb": "masking", "files": ["masking.json"]}))
+    finding = {"letter": "A", "title": "SPSA lower", "status": "raised", "evidence": HOSTILE}
+    finding |= {"value": 0.25, "threshold": 0.05, "ids": []}
+    found = {"verdict": {"kind": "suspected", "words": "suspected: A (n = 4)"}, "findings": [finding]}
+    found |= {"threat": {"norm": "linf", "eps": "8/255"}, "classified_correctly": 3}
+    (masks / "masking.json").write_text(json.dumps({"models": {"cure": found}}))
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "log.json").write_text("{}")
+    return tmp_path
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.links += [values[key] for key in ("href", "src") if values.get(key)]
+        self.ids += [values["id"]] if values.get("id") else []
+
+
+def test_every_link_leads_to_a_file_of_the_site_and_no_id_is_given_twice(runs):
+    site = build(scan([runs]))
+    pages = {name: _Links() for name in site.files if name.endswith(".html")}
+    for name, page in pages.items():
+        page.feed(site.files[name].decode())
+        assert len(page.ids) == len(set(page.ids)), name
+    assert len(pages) == 1 + 2 + 5
+    for name, page in pages.items():
+        for link in page.links:
+            if link.startswith(("https://", "data:")):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (Path("/site") / name).parent / path if path else Path("/site") / name
+            where = target.resolve().relative_to("/site").as_posix()
+            assert where in site.files, (name, link)
+            if anchor:
+                assert anchor in pages[where].ids, (name, link)
+
+
+def test_every_table_has_four_twins(runs):
+    names = set(build(scan([runs])).files)
+    stems = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    stems -= {name for name in stems if name.endswith("manifest")}
+    assert {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "json", "md", "tex")} <= names
+    wanted = {"leaderboard", "tables/table2", "tables/table2-sources"}
+    for part in ("attacks", "checklist-1", "masking-1", "provenance", "steps-1"):
+        wanted.add(f"models/cure/{part}")
+    assert wanted <= stems
+
+
+def test_pages_escape_what_records_say(runs):
+    site = build(scan([runs]))
+    for name, data in site.files.items():
+        if name.endswith(".html"):
+            page = _Links()
+            page.feed(data.decode())
+            assert page.tags.count("script") == (2 if name == "index.html" else 0)
+            assert b"onerror=alert" not in data.replace(b"&lt;img src=x onerror=alert", b"")
+            assert b"7*7" not in data or b"{{ 7*7 }}" in data
+
+
+def test_a_model_page_holds_what_lies_beside_its_record(runs):
+    site = build(scan([runs]))
+    page = site.files["models/cure/index.html"].decode()
+    assert "suspected: A (n = 4)" in page
+    assert 'src="../../studies/curvature-1/profile.svg"' in page
+    assert "studies/curvature-1/samples.csv" in site.files
+    assert not [name for name in site.files if "secret" in name or "notes.txt" in name]
+    raw = [data for name, data in site.files.items() if name.startswith("models/cure/record-")]
+    for place in ("deep/down/cure", "more", "again"):
+        assert (runs / place / "samples.parquet").read_bytes() in raw
+        assert (runs / place / "manifest.json").read_bytes() in raw
+    assert "No diagnosis lies beside" in site.files["models/tiny/index.html"].decode()
+
+
+def test_paper_pages_hold_ours_beside_the_printed_number(runs):
+    files = build(scan([runs])).files
+    rows = list(csv.DictReader(io.StringIO(files["tables/table2.csv"].decode())))
+    ours = [r for r in rows if (r["row"], r["column"]) == ("resnet18/cure", "pgd20")]
+    assert [r["count"] for r in ours] == ["6", "4"]  # two runs of the same model
+    cell = ours[1]
+    assert (cell["published"], cell["n"], cell["same"]) == ("36.3", "10", "True")
+    assert float(cell["difference"]) == pytest.approx(0.4 - 0.363)
+    empty = next(r for r in rows if (r["row"], r["column"]) == ("resnet18/normal", "pgd20"))
+    assert (empty["measured"], empty["reasons"]) == ("", "not measured")
+
+
+def test_rows_of_the_same_name_in_tables_of_other_data_stay_empty(tmp_path):
+    model = {"published_row": "resnet18/cure"}  # a row of Table 2 (CIFAR-10) and of Table 3 (SVHN)
+    run = record(
+        battery(PGD), CLEAN, {"pgd20": "xxxx....--"}, model=model, data={"name": "folder:cifar10-jpeg"}
+    )
+    files = build(Found((run,))).files
+    assert b"folder:cifar10-jpeg instead of cifar10" in files["tables/table2.html"]
+    assert b"0.8" not in files["tables/table3.csv"]
+    page = files["models/tiny/index.html"]
+    assert b"tables/table2.html" in page
+    assert b"tables/table3.html" not in page
+
+
+def test_a_site_is_the_same_every_time_and_takes_its_old_files_away(runs, tmp_path):
+    out = tmp_path / "out"
+    first = build(scan([runs]))
+    assert build(scan([runs])).files == first.files
+    write(first, out)
+    assert {name: (out / name).read_bytes() for name in first.files} == first.files
+    (out / "mine.txt").write_text("kept")
+    write(build(Found()), out)
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert "mine.txt" in left
+    assert not [name for name in left if name.startswith(("models/", "studies/"))]
+    assert not (out / "models").exists()
+    listed = json.loads((out / "site.json").read_text())["files"]
+    assert set(listed) == left - {"mine.txt", "site.json"}
+
+
+def test_a_site_is_no_run_and_is_not_scanned(runs):
+    write(build(scan([runs])), runs / "site")
+    assert len(scan([runs]).records) == 4
+    assert len(scan([runs, runs / "deep"]).records) == 4
+
+
+def test_a_folder_with_other_things_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="holds other files"):
+        write(build(Found()), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_list_of_files_that_points_outside_is_not_followed(tmp_path):
+    victim, out = tmp_path / "victim.txt", tmp_path / "out"
+    victim.write_text("")
+    write(build(Found()), out)
+    (out / "site.json").write_text(json.dumps({"files": {"../victim.txt": "", "index.html": ""}}))
+    write(build(Found()), out)
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("damage", ["{", '{"models": {}}', '{"models": {"cure": {"findings": 3}}}'])
+def test_a_damaged_diagnosis_is_named(runs, damage):
+    (runs / "masking" / "masking.json").write_text(damage)
+    with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
+        panels(scan([runs]).studies, "ab" * 32)
+
+
+def test_reports_pass_over_what_studies_left_in_a_run(runs):
+    study = runs / "deep" / "down" / "curvature"
+    study.mkdir()
+    (study / "manifest.json").write_text('{"verb": "curvature"}')
+    assert [r.manifest.model.id for r in find_records((runs / "deep" / "down",))] == ["cure"]
+    (study / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        find_records((runs / "deep" / "down",))
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ({"verb": "../../evil"}, "verb: String should match"),
+        ({"verb": "curve", "models": []}, "models: Input should be a valid dictionary"),
+        ({"verb": "curve", "files": "x"}, "files: Input should be a valid list"),
+    ],
+)
+def test_a_study_that_is_none_is_named(runs, head, words):
+    (runs / "masking" / "manifest.json").write_text(json.dumps(head))
+    with pytest.raises(UsageError, match=words):
+        scan([runs])
+
+
+def test_a_study_about_no_weights_is_on_no_page(runs):
+    (runs / "masking" / "manifest.json").write_text(json.dumps({"verb": "evolution"}))
+    site = build(scan([runs]))
+    assert b"suspected: A" not in site.files["models/cure/index.html"]
+
+
+def test_a_run_named_wrongly_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for runs, words in ((f"{tmp_path}/nothing", "no such run"), (f"{tmp_path}/empty", "no run in there")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["site", runs, "--out", f"{tmp_path}/out"])
+        err = capsys.readouterr().err
+        assert end.value.code == 2
+        assert words in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_the_site_and_the_readme(runs, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["site", str(runs), "--out", f"{tmp_path}/out", "--readme", str(readme)])
+    assert end.value.code == 0
+    assert f"site: {tmp_path}/out/index.html" in capsys.readouterr().out
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert "CURE net" in readme.read_text()
+
+
+# --- README and the stored site ----------------------------------------------------------------------------
+
+
+def test_the_block_is_renewed_and_nothing_else():
+    text = f"# A\n\n{BEGIN}\nold\n{END}\ntail\n"
+    new = renewed(text, boards([other("a|b", "x...")]), "README.md")
+    assert new.startswith(f"# A\n\n{BEGIN}\n")
+    assert new.endswith(f"{END}\ntail\n")
+    assert "old" not in new
+    assert r"| a\|b | 1 | 75.0 \[30.1, 95.4\] | 100.0 \[51.0, 100.0\] | 4 | FGSM | measured |" in new
+    assert renewed(new, boards([other("a|b", "x...")]), "README.md") == new
+    for bad in ("", f"{END}{BEGIN}", text + text):
+        with pytest.raises(UsageError, match="needs one line"):
+            renewed(bad, [], "README.md")
+
+
+NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+
+
+def same_but_for_rounding(found: bytes, data: bytes) -> bool:
+    """The last digits of an interval are SciPy's; everything else must be equal."""
+    texts = found.decode(), data.decode()
+    if NUMBER.sub("#", texts[0]) != NUMBER.sub("#", texts[1]):
+        return False
+    values = [[float(text) for text in NUMBER.findall(text)] for text in texts]
+    return values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+def test_the_stored_leaderboard_is_that_of_the_stored_runs():
+    measured, stored = ROOT / "reports" / "measured", ROOT / "reports" / "leaderboard"
+    if not measured.is_dir():
+        pytest.skip("no checkout with reports/measured")
+    advice = "renew it: cure-bench site reports/measured --out reports/leaderboard --readme README.md"
+    site = build(scan([measured]))
+    names = {p.relative_to(stored).as_posix() for p in stored.rglob("*") if p.is_file()} - {"site.json"}
+    assert names == set(site.files), advice
+    for name, data in site.files.items():
+        found = (stored / name).read_bytes()
+        assert found == data or (name.endswith((".csv", ".json")) and same_but_for_rounding(found, data)), (
+            f"{name}: {advice}"
+        )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert renewed(readme, site.boards, "README.md") == readme, advice

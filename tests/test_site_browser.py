@@ -1,0 +1,280 @@
+"""The site in a real browser, from disk, with the network off: sorting, switches, links, pictures, print."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_report import DEEPFOOL, FGSM, battery, hostile, record
+from test_report_browser import ARGS, CHROMIUM
+from test_site import evidence
+
+from robustbench_cure.cards import Battery
+from robustbench_cure.catalog import find
+from robustbench_cure.flags import Flag
+from robustbench_cure.site.build import build, write
+from robustbench_cure.site.found import Found, StudyFolder, StudyManifest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
+]
+#: The lowest contrast between a text and what is behind it, and which text that is.
+CONTRAST = """() => {
+    const linear = (v) => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+    const colour = (e, name) => getComputedStyle(e)[name].match(/[\\d.]+/g).map(Number);
+    const skipped = "svg, option, .sr, .skip, details:not([open]) > :not(summary)";
+    let worst = [99, ""];
+    for (const e of document.querySelectorAll("body *")) {
+        if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+        if (!e.checkVisibility() || e.closest(skipped)) continue;
+        let back = e;
+        while ((colour(back, "backgroundColor")[3] ?? 1) === 0) back = back.parentElement;
+        const a = light(colour(e, "color")), b = light(colour(back, "backgroundColor"));
+        const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+        if (ratio < worst[0]) worst = [ratio, `${e.tagName} ${e.className}: ${e.textContent.slice(0, 40)}`];
+    }
+    return worst; }"""
+PAGES = ["index.html", "models/a/index.html", "tables/table2.html"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Three models on CIFAR-10, one of them flagged and one lowered by others, a hostile one, and a curve."""
+    protocol = find(Battery, "table2").card
+    marks = {"a": "xxx.......", "b": "x.........", "c": "xxxxx....."}
+    runs = [
+        record(
+            protocol,
+            "1111111111",
+            {"pgd20": broken},
+            model={"id": name, "name": f"Net {name}", "weights_sha256": name * 64},
+            data={"name": "cifar10"},
+            flags=[Flag(kind="stochastic", evidence="3 of 64")] if name == "c" else [],
+        )
+        for name, broken in marks.items()
+    ]
+    runs[0].manifest.model.published_row = "resnet18/cure"
+    runs.append(record(battery(FGSM, DEEPFOOL), "111", {"fgsm": "x..", "deepfool": "xo."}, model={"id": "d"}))
+    evil = hostile()
+    evil.manifest.model.weights_sha256 = "ee" * 32
+    runs[0].save(tmp_path_factory.mktemp("runs"))
+    drawing = tmp_path_factory.mktemp("study")
+    square = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><rect width="9" height="9"/></svg>'
+    )
+    (drawing / "profile.svg").write_text(square)
+    models = {"a": {"weights_sha256": "a" * 64}}
+    head = StudyManifest(verb="curvature", models=models, files=["profile.svg"])
+    study = StudyFolder(drawing, head)
+    out = tmp_path_factory.mktemp("site")
+    write(build(Found((*runs, evil), (study,), (evidence(runs[0], [4, 5]),))), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser, site):
+    """Open a page; at the end nothing may have been requested outside the site, nor any error raised."""
+    contexts, requests, troubles = [], [], []
+
+    def start(name="index.html", **options):
+        context = browser.new_context(offline=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
+        page.goto((site / name).as_uri())
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert all(url.startswith(site.as_uri()) for url in requests)
+    assert troubles == []
+
+
+def board(page):
+    return page.locator("section[data-board=cifar10-test-linf-8-255]")
+
+
+def names(page) -> list[str]:
+    """Models of the CIFAR-10 board as shown, measured and external ones."""
+    rows = board(page).locator("tbody tr:is([data-kind=measured], [data-kind=external])")
+    return [rows.nth(i).locator("th a").first.inner_text() for i in range(rows.count())]
+
+
+def head(page, name: str):
+    return board(page).locator("thead th", has_text=name)
+
+
+def press(column, direction: str) -> None:
+    """Click a head, and wait until it says how the column is sorted now."""
+    column.click()
+    playwright.expect(column).to_have_attribute("aria-sort", direction)
+
+
+def test_heads_sort_up_and_down_and_say_so(visit):
+    page = visit()
+    assert names(page) == ["Net b", "Net a", "Net a", "Net c"]  # by rank, flagged ones last
+    model = head(page, "Model")
+    press(model, "ascending")
+    assert names(page) == ["Net a", "Net a", "Net b", "Net c"]
+    robust = head(page, "Robust")
+    press(robust, "ascending")
+    assert model.get_attribute("aria-sort") is None
+    assert names(page) == ["Net a", "Net c", "Net a", "Net b"]  # 50 (external), 50 (flagged), 70, 90
+    press(robust, "descending")
+    assert names(page)[0] == "Net b"
+
+
+def test_heads_sort_by_keyboard(visit):
+    page = visit()
+    button = head(page, "Model").locator("[role=button]")
+    button.focus()
+    page.keyboard.press("Enter")
+    playwright.expect(head(page, "Model")).to_have_attribute("aria-sort", "ascending")
+    assert names(page) == ["Net a", "Net a", "Net b", "Net c"]
+
+
+def test_numbers_sort_as_numbers(visit):
+    page = visit()
+    clean = head(page, "Clean")
+    press(clean, "ascending")
+    texts = board(page).locator("tbody tr td:nth-child(4)").all_inner_texts()
+    assert [float(t.split()[0]) for t in texts][:2] == [79.4, 81.2]
+    press(clean, "descending")
+    texts = board(page).locator("tbody tr td:nth-child(4)").all_inner_texts()
+    values = [float(t.split()[0]) for t in texts]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == 100.0
+
+
+def test_search_and_switches_filter_and_tell_how_many(visit):
+    page = visit()
+    status = page.locator("#found")
+    all_rows = page.locator("table.board tbody tr").count()
+    assert status.inner_text() == f"{all_rows} of {all_rows} rows shown"
+    page.fill("#find", '"Net b"')
+    assert names(page) == ["Net b"]
+    assert status.inner_text() == f"1 of {all_rows} rows shown"
+    assert page.locator("td", has_text="No row matches.").count() > 0
+    page.fill("#find", "")
+    page.uncheck("input[value=published]")
+    assert board(page).locator("tr[data-kind=published]").count() == 0
+    page.uncheck("input[value=external]")
+    assert names(page) == ["Net b", "Net a", "Net c"]
+    page.check("input[value=published]")
+    assert board(page).locator("tr[data-kind=published]").count() == 6
+    page.select_option("#which", label="cifar10, l∞ 8/255")
+    assert page.locator("section.boardbox:visible").count() == 1
+
+
+def test_without_scripts_every_row_is_there(visit):
+    page = visit(java_script_enabled=False)
+    assert page.locator("#controls").is_hidden()
+    assert names(page) == ["Net b", "Net a", "Net a", "Net c"]
+
+
+def test_links_lead_on_and_back(visit):
+    page = visit()
+    board(page).locator("a", has_text="Net a").first.click()
+    assert page.url.endswith("models/a/index.html")
+    assert page.locator("h1").inner_text() == "Net a"
+    page.locator("#published a").click()
+    assert page.url.endswith("tables/table2.html")
+    page.locator("a", has_text="Net a").click()
+    page.locator(".eyebrow a").click()
+    assert page.url.endswith("/index.html")
+
+
+def test_badges_lead_to_their_paragraph(visit):
+    page = visit()
+    page.locator("a.badge", has_text="Output is random").first.click()
+    assert page.url.endswith("#flag-stochastic")
+    assert "Do next" in page.locator("#flag-stochastic").inner_text()
+
+
+def test_a_curve_tells_the_number_under_the_pointer(visit):
+    page = visit("models/a/index.html")
+    points = page.locator("figure.curve .pt")
+    told = points.nth(1).locator(".told")
+    assert told.evaluate("e => getComputedStyle(e).visibility") == "hidden"
+    points.nth(1).locator(".reach").hover()
+    assert told.evaluate("e => getComputedStyle(e).visibility") == "visible"
+    assert told.text_content() == "PGD(20), 2 steps: 70.0 % [39.7, 89.2]"
+
+
+def test_figures_beside_a_record_are_shown(visit):
+    picture = visit("models/a/index.html").locator("#geometry img")
+    assert picture.evaluate("e => [e.complete, e.naturalWidth, e.naturalHeight]") == [True, 40, 30]
+
+
+def test_rows_answer_the_pointer(visit):
+    page = visit()
+    cell = board(page).locator("tbody td").nth(3)
+    before = cell.evaluate("e => getComputedStyle(e).backgroundColor")
+    cell.hover()
+    assert cell.evaluate("e => getComputedStyle(e).backgroundColor") != before
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_pages_never_scroll_sideways(visit, name, width):
+    page = visit(name, viewport={"width": width, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(visit, name, scheme):
+    """WCAG 2.1: contrast of at least 4.5 for text, from computed colours."""
+    page = visit(name, color_scheme=scheme)
+    worst = page.evaluate(CONTRAST)
+    assert worst[0] >= 4.5, worst
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_tell_rows_from_columns(visit, name):
+    page = visit(name)
+    for table in page.locator("table").all():
+        assert table.locator("caption").count() == 1
+        assert table.locator("thead th[scope=col], tbody th[scope=row]").count() > 0
+    headings = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((e) => +e.tagName[1])")
+    assert headings[0] == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(headings))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_print(visit, name):
+    page = visit(name)
+    assert page.pdf()[:5] == b"%PDF-"
+    page.emulate_media(media="print")
+    assert page.locator("#controls").count() == 0 or page.locator("#controls").is_hidden()
+
+
+def test_first_tab_stop_skips_to_the_results(visit):
+    page = visit()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#results"
+
+
+def test_the_raw_record_can_be_downloaded(visit, tmp_path):
+    page = visit("models/a/index.html")
+    with page.expect_download() as download:
+        page.locator("#raw a", has_text="samples.parquet").click()
+    download.value.save_as(tmp_path / "samples.parquet")
+    assert len(pd.read_parquet(tmp_path / "samples.parquet")) == 10
