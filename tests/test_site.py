@@ -402,7 +402,9 @@ def test_a_model_page_holds_what_lies_beside_its_record(runs):
     for place in ("deep/down/cure", "more", "again"):
         assert (runs / place / "samples.parquet").read_bytes() in raw
         assert (runs / place / "manifest.json").read_bytes() in raw
-    assert "No diagnosis lies beside" in site.files["models/tiny/index.html"].decode()
+    other = site.files["models/tiny/index.html"].decode()  # has a PGD and SPSA, and no study beside it
+    assert "From the record alone" in other
+    assert "suspected: A (n = 4)" not in other
 
 
 def test_paper_pages_hold_ours_beside_the_printed_number(runs):
@@ -502,7 +504,7 @@ def test_a_study_that_is_none_is_named(runs, head, words):
 def test_a_study_about_no_weights_is_on_no_page(runs):
     (runs / "masking" / "manifest.json").write_text(json.dumps({"verb": "evolution"}))
     site = build(scan([runs]))
-    assert b"suspected: A" not in site.files["models/cure/index.html"]
+    assert b"suspected: A (n = 4)" not in site.files["models/cure/index.html"]
 
 
 def test_a_run_named_wrongly_is_one_line(tmp_path, capsys):

@@ -11,9 +11,12 @@ from typing import Any
 from robustbench_cure.cards import ModelCard
 from robustbench_cure.catalog import Found as FoundCard
 from robustbench_cure.errors import UsageError
+from robustbench_cure.masking import scatter
+from robustbench_cure.masking.explanations import EXPLANATIONS
+from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.record import Record
 from robustbench_cure.report.sheet import Sheet
-from robustbench_cure.report.wording import threat_words
+from robustbench_cure.report.wording import data_words, threat_words
 from robustbench_cure.site.found import StudyFolder
 from robustbench_cure.threat import ThreatModel
 
@@ -43,20 +46,24 @@ class Panel:
         words: of the verdict.
         about: threat model and images.
         findings: letter, title, status, value, threshold and evidence of each check, as text.
-        study: where it was made.
-        name: of the model there.
+        study: where it was made; None: from a record alone.
+        name: of the model there, or of the battery.
+        plot: the scatter of a record.
     """
 
     kind: str
     words: str
     about: str
     findings: tuple[dict[str, str], ...]
-    study: StudyFolder
+    study: StudyFolder | None
     name: str
+    plot: scatter.Panel | None = None
 
     @property
     def figures(self) -> list[Path]:
-        """Scatter plots of this model."""
+        """Scatter plots of this model that the study drew."""
+        if self.study is None:
+            return []
         own = ("scatter.svg",) if len(self.study.models) == 1 else (f"scatter-{self.name}.svg",)
         return [path for path in study_files(self.study, FIGURES) if path.name in own]
 
@@ -88,6 +95,19 @@ def panels(studies: Sequence[StudyFolder], weights: str) -> list[Panel]:
             names = [name for name, digest in study.models.items() if digest == weights]
             found += [_panel(file, study, name) for name in names]
     return found
+
+
+def recorded(record: Record) -> Panel | None:
+    """What a record says by itself; None if its battery cannot."""
+    found = from_record(record)
+    if found is None:
+        return None
+    m = record.manifest
+    findings = tuple(
+        _finding({"title": EXPLANATIONS[f.letter].title, **f.model_dump(mode="json")}) for f in found.findings
+    )
+    about = f"From the record alone: {m.battery.name}; {data_words(m.data)}"
+    return Panel(found.verdict.kind, found.verdict.words, about, findings, None, m.battery.name, found.plot)
 
 
 def _panel(file: Path, study: StudyFolder, name: str) -> Panel:

@@ -12,6 +12,8 @@ from typing import Any
 
 from robustbench_cure.cards import ModelCard
 from robustbench_cure.flags import FLAG_KINDS
+from robustbench_cure.masking.explanations import EXPLANATIONS
+from robustbench_cure.masking.scatter import SIDE
 from robustbench_cure.record import Record
 from robustbench_cure.report import figure
 from robustbench_cure.report.paper import PaperTable
@@ -21,7 +23,7 @@ from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.tables import SEVERITIES, AccuracyRow, DistanceRow, attack_rows, protocols
 from robustbench_cure.report.wording import count
 from robustbench_cure.site import checklist, curves, sheets
-from robustbench_cure.site.beside import FIGURES, STUDIES, TABLES, Panel, study_files
+from robustbench_cure.site.beside import FIGURES, STUDIES, TABLES, Panel, recorded, study_files
 from robustbench_cure.site.found import StudyFolder
 from robustbench_cure.site.standings import Board, Standing
 
@@ -198,9 +200,10 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
         twins[stem] = [checklist.sheet(items)]
         lists.append({"name": record.manifest.battery.name, "entries": items, "stem": stem})
     panels = []
-    for p, panel in enumerate(this.panels):
+    own = [panel for record in this.records if (panel := recorded(record)) is not None]
+    for p, panel in enumerate((*this.panels, *own)):
         twins[f"masking-{p + 1}"] = [panel.sheet]
-        folder = next(folder for folder, study in this.studies if study is panel.study)
+        folder = next((folder for folder, study in this.studies if study is panel.study), "")
         drawings = [f"../../{folder}/{path.name}" for path in panel.figures]
         panels.append({**vars(panel), "stem": f"masking-{p + 1}", "figures": drawings})
     lines_of = [(group, facts([line.record for line in group.summary])) for group in found]
@@ -220,6 +223,8 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
         curves=drawn,
         papers=[p.table for p in papers if row and any(r.id == row for r in p.rows)],
         masking=panels,
+        side=SIDE,
+        explanations=EXPLANATIONS,
         studies=[_study(folder, study) for folder, study in this.studies if study.verb != "masking"],
         checklists=lists,
         lines=[_line(this)],
