@@ -42,6 +42,7 @@ from robustbench_cure.shards import (
     finish,
     now,
     read_shards,
+    read_unfinished,
     save_proposals,
     write_shard,
 )
@@ -50,6 +51,9 @@ T = TypeVar("T")
 
 #: Samples in one shard: the unit of resuming and splitting. Part of a run's identity.
 SHARD_SIZE = 512
+
+#: Seconds between two writings of what is done of a shard, attack by attack.
+KEEP_INTERVAL = 30.0
 
 #: Called with (samples done, samples in all, what is being done).
 Progress = Callable[[float, int, str], None]
@@ -220,9 +224,7 @@ class _Run:
             if k in finished:
                 part = finished[k]
             else:
-                part = self._shard(
-                    ranks, out / "adversarials" / f"{k:04d}" if out and save_adversarials else None
-                )
+                part = self._shard(k, ranks, out, save_adversarials)
                 if out:
                     write_shard(out, k, part)
             self.done += len(ranks)
@@ -252,9 +254,10 @@ class _Run:
 
     # --- one shard ------------------------------------------------------------------------------------
 
-    def _shard(self, ranks: range, adversarials: Path | None) -> Shard:
+    def _shard(self, index: int, ranks: range, out: Path | None, save_adversarials: bool) -> Shard:
         import pandas as pd
 
+        adversarials = out / "adversarials" / f"{index:04d}" if out and save_adversarials else None
         part_data = self.data.take(list(ranks))
         device = self.classifier.device
         x, y = part_data.images.to(device), part_data.labels.to(device)
@@ -271,9 +274,17 @@ class _Run:
         }
         shard = Shard(pd.DataFrame())
         shard.cost["clean"] = Cost(seconds=time.perf_counter() - started, forwards=len(x))
+        before = read_unfinished(out, index, self.battery) if out else None
+        if before is not None:
+            shard = before
+            started -= before.seconds
+            columns |= {str(name): before.rows[name] for name in before.rows if name not in columns}
+        kept = time.monotonic()
         correct = pred == y
         rank = torch.arange(ranks.start, ranks.stop, device=device)
         for group in groups(self.battery.attacks, shared=self.attacks.get("pgd") is pgd):
+            if all(spec.id in shard.cost for spec in group):
+                continue  # done by a run that was interrupted
             limit = group[0].limit
             living = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
             self._announce(group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}")
@@ -285,6 +296,12 @@ class _Run:
                 columns |= attack_columns(spec.id, len(x), living.cpu(), proposal, verdict)
             if adversarials:
                 save_proposals(adversarials, group, proposals, [part_data.ids[i] for i in living.tolist()])
+            if out and time.monotonic() - kept >= KEEP_INTERVAL:
+                kept = time.monotonic()
+                done = tuple(spec for spec in self.battery.attacks if spec.id in shard.cost)
+                shard.seconds = time.perf_counter() - started
+                shard.rows = typed(pd.DataFrame(columns), self.battery.model_copy(update={"attacks": done}))
+                write_shard(out, index, shard, finished=False)
         shard.seconds = time.perf_counter() - started
         shard.rows = typed(pd.DataFrame(columns), self.battery)
         return shard

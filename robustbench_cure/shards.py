@@ -36,9 +36,17 @@ class Shard:
     seconds: float = 0.0
 
 
-def write_shard(out: Path, index: int, part: Shard) -> None:
-    """Write one finished shard; its cost comes last and says that the shard is whole."""
-    write_table(out / "shards" / f"{index:04d}.parquet", part.rows)
+def write_shard(out: Path, index: int, part: Shard, *, finished: bool = True) -> None:
+    """Write one shard; its cost comes last and says that the file is whole.
+
+    Args:
+        out: run directory.
+        index: of the shard.
+        part: its rows; unfinished, they have the columns of those attacks alone that are done.
+        finished: whether all attacks are; what was written of an unfinished one is deleted then.
+    """
+    stem = out / "shards" / (f"{index:04d}" if finished else f"{index:04d}-unfinished")
+    write_table(stem.with_suffix(".parquet"), part.rows)
     text = json.dumps(
         {
             "cost": {key: cost.model_dump() for key, cost in part.cost.items()},
@@ -47,25 +55,38 @@ def write_shard(out: Path, index: int, part: Shard) -> None:
         },
         indent=2,
     )
-    write_atomically(out / "shards" / f"{index:04d}.json", lambda file: file.write_text(text + "\n"))
+    write_atomically(stem.with_suffix(".json"), lambda file: file.write_text(text + "\n"))
+    if finished:
+        for kind in (".parquet", ".json"):
+            (out / "shards" / f"{index:04d}-unfinished{kind}").unlink(missing_ok=True)
 
 
 def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
     """Finished shards of a run directory by index; damaged or half-written ones are done again."""
+    files = [file for file in (out / "shards").glob("*.json") if file.stem.isdecimal()]
+    found = {int(file.stem): _read(file, battery) for file in sorted(files)}
+    return {index: part for index, part in found.items() if part is not None}
+
+
+def read_unfinished(out: Path, index: int, battery: Battery) -> Shard | None:
+    """What is done of a shard: rows with the columns of the finished attacks, which its cost names."""
+    return _read(out / "shards" / f"{index:04d}-unfinished.json", battery, finished=False)
+
+
+def _read(file: Path, battery: Battery, *, finished: bool = True) -> Shard | None:
     import pandas as pd
 
-    found = {}
-    for file in sorted((out / "shards").glob("[0-9]*.json")):
-        try:
-            side = json.loads(file.read_text(encoding="utf-8"))
-            rows = typed(pd.read_parquet(file.with_suffix(".parquet")), battery)
-            cost = {key: Cost.model_validate(value) for key, value in side["cost"].items()}
-            flags = [Flag.model_validate(value) for value in side["flags"]]
-            seconds = float(side["seconds"])
-        except (OSError, ValueError, KeyError, TypeError, UsageError):
-            continue
-        found[int(file.stem)] = Shard(rows, cost, flags, seconds)
-    return found
+    try:
+        side = json.loads(file.read_text(encoding="utf-8"))
+        cost = {key: Cost.model_validate(value) for key, value in side["cost"].items()}
+        if not finished:
+            done = tuple(spec for spec in battery.attacks if spec.id in cost)
+            battery = battery.model_copy(update={"attacks": done})
+        rows = typed(pd.read_parquet(file.with_suffix(".parquet")), battery)
+        flags = [Flag.model_validate(value) for value in side["flags"]]
+        return Shard(rows, cost, flags, float(side["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return None
 
 
 def attack_columns(

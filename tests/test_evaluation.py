@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustbench_cure import evaluation
 from robustbench_cure.attacks import ATTACKS, Proposal, pgd
 from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
@@ -341,6 +342,40 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, after):
         "deepfool",
         "spsa",
     }
+
+
+@pytest.mark.parametrize("after", [3, 4, 5, 6])
+def test_a_killed_shard_goes_on_with_the_attack_it_was_killed_in(tmp_path, after, monkeypatch):
+    monkeypatch.setattr(evaluation, "KEEP_INTERVAL", 0.0)
+    ran = []
+
+    def noted(name):
+        def attack(*arguments, **options):
+            ran.append(name)
+            return ATTACKS[name](*arguments, **options)
+
+        return attack
+
+    given = {name: noted(name) for name in ATTACKS}  # the ladder's rungs run one by one here
+    options = {"seed": 3, "attacks": given}
+    evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "whole", **options)
+    order = list(ran)
+    ran.clear()
+    cut = {**options, "progress": killer(after)}
+    with pytest.raises(KilledError):
+        evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "cut", **cut)
+    assert (tmp_path / "cut" / "shards" / "0000-unfinished.json").exists()
+    evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "cut", resume=True, **options)
+    assert ran == order  # nothing twice
+    whole, cut = (Record.load(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.samples.equals(cut.samples)
+    assert (tmp_path / "whole" / "samples.parquet").read_bytes() == (
+        tmp_path / "cut" / "samples.parquet"
+    ).read_bytes()
+    assert {k: c.forwards for k, c in whole.manifest.cost.items()} == {
+        k: c.forwards for k, c in cut.manifest.cost.items()
+    }
+    assert not list((tmp_path / "cut" / "shards").glob("*unfinished*"))
 
 
 def test_resuming_does_not_repeat_finished_shards(tmp_path):
