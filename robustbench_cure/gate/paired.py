@@ -190,7 +190,8 @@ def _end(up: int, down: int, n: int, z: float) -> float:
 
     def score(difference: float) -> float:
         b = (2 * n - up + down) * difference - up - down
-        share = (sqrt(b * b + 8 * n * down * difference * (1 - difference)) - b) / (4 * n)
+        root = b * b + 8 * n * down * difference * (1 - difference)
+        share = (sqrt(max(root, 0.0)) - b) / (4 * n)
         spread = n * (2 * share + difference * (1 - difference))
         return (n * difference - up + down) / sqrt(max(spread, 1e-300)) - z
 

@@ -41,7 +41,7 @@ def terminal(comparisons: Sequence[Comparison], rules: Rules) -> str:
     """Tables and reasons; no line is longer than 80 columns."""
     blocks = []
     for c in comparisons:
-        lines = [clean_text(headline(c))]
+        lines = _wrapped(headline(c), "")
         if c.rows:
             lines += ["", *_table(c), ""]
         for text in sentences(c, rules):

@@ -31,7 +31,8 @@ def sentences(comparison: Comparison, rules: Rules) -> list[str]:
     texts = [_passed(comparison, rules)] if comparison.verdict.kind == "pass" else []
     for finding in dict.fromkeys(row.finding for row in _by_weight(comparison) if row.finding != "held"):
         alike = [row for row in _by_weight(comparison) if row.finding == finding]
-        lead = [row for row in alike if row.accuracy.of != "attack"] or alike[:1]
+        largest = max(alike, key=lambda row: abs(row.accuracy.flips.change))
+        lead = [row for row in alike if row.accuracy.of != "attack"] or [largest]
         texts += [reason(row, comparison, rules) for row in lead]
         rest = [row.accuracy.name for row in alike if row not in lead]
         texts += [f"likewise {', '.join(rest)}"] if rest else []
