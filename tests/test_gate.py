@@ -193,6 +193,13 @@ def test_tolerance_and_chance_decide_together(worst, kind):
     assert EXIT_CODES[kind] == int(kind != "pass")
 
 
+def test_the_level_itself_is_beyond_chance():
+    assert verdict(flips(6, 0), Rules(level=1 / 64)) == "regression"
+    assert verdict(flips(0, 6), Rules(level=1 / 64)) == "suspicious rise"
+    assert verdict(flips(6, 0), Rules(level=0.99 / 64)) == "inconclusive"
+    assert chances(600, 0.012, 0, ONE, 1 / 64).unclear == pytest.approx(0, abs=1e-9)
+
+
 def test_a_rise_needs_another_network_and_another_clean_accuracy_to_be_explained():
     risen, moved, still = flips(0, 30), flips(0, 20), flips(0, 5)
     assert verdict(risen, clean=moved) == "pass"
@@ -201,6 +208,7 @@ def test_a_rise_needs_another_network_and_another_clean_accuracy_to_be_explained
     assert verdict(flips(0, 0), clean=flips(20, 0)) == "regression"
     assert verdict(flips(0, 0), clean=flips(0, 20)) == "pass"
     assert verdict(risen, clean=flips(20, 0)) == "regression"
+    assert verdict(flips(0, 0), clean=moved, same=True) == "pass"  # no attack is behind a clean accuracy
 
 
 def test_an_attack_alone_alarms_only_where_it_is_sure():
@@ -296,6 +304,18 @@ def test_of_a_smaller_run_its_samples_are_compared(before):
         assert found.verdict.kind == "pass"
         assert [row.accuracy.flips.n for row in found.rows] == [50, 50, 50, 40, 50]
         assert [note.what for note in found.notes] == ["samples"]
+
+
+def test_of_an_attack_with_a_limit_the_samples_count_that_it_covers_in_both(before):
+    """Another order of the subset: of its first 40 samples, only some are among the first 40 of before."""
+    order = before.samples["rank"]
+    turned = with_columns(before, rank=(order + 190) % 200)
+    (row,) = (r for r in compare(turned, before, RULES).rows if r.accuracy.id == "uniform_noise")
+    assert (
+        row.accuracy.flips.n
+        == 30
+        == int((before.covered("uniform_noise") & (turned.samples["rank"] < 40)).sum())
+    )
 
 
 def test_flips_in_the_table_are_those_in_the_samples(before):
@@ -396,6 +416,10 @@ def test_a_pass_says_what_it_rules_out_and_inconclusive_what_would_decide(before
     found = compare(before, before, RULES)
     low = 100 * norm.isf(0.025) ** 2 / (200 + norm.isf(0.025) ** 2)
     assert f"rule out a fall of more than {low:.1f} points (95 %)" in sentences(found, RULES)[0]
+    one = compare(broken(before, count=1), before, RULES)
+    low, high = flips(1, 0, 200).interval
+    assert -low > high
+    assert f"a fall of more than {-100 * low:.1f} points" in sentences(one, RULES)[0]
     found = compare(broken(before, count=5), before, RULES)
     assert found.verdict.kind == "inconclusive"
     n = next(r for r in found.rows if r.accuracy.id == "worst_case").accuracy.flips.decides_at(ONE, 0.01)
@@ -538,6 +562,7 @@ def test_update_shows_the_change_and_replaces_the_baseline(saved, before, tmp_pa
     shown = invoke("baseline", "update", new, tmp_path / "fresh").output
     assert re.search(r"digits_cure: new; worst case 0\.0 % \[0\.0, 1\.9\] of 200", shown)
     one = tmp_path / "alone"
+    one.mkdir()
     invoke("baseline", "update", new / "digits_cure", one)  # a run of one model is its own folder
     assert sorted(p.name for p in one.iterdir()) == ["manifest.json", "samples.parquet"]
 

@@ -121,9 +121,9 @@ def most(found: Comparison) -> float:
     ("options", "settings", "allowed"),
     [
         ({"batch_size": 37}, {}, 0.01),
-        ({"precision": "fp32"}, {}, 0.03),
-        ({"precision": "fp32"}, {"seed": 7}, 0.03),
-        ({}, {"seed": 8}, 0.03),
+        ({"precision": "fp32"}, {}, 0.02),
+        ({"precision": "fp32"}, {"seed": 7}, 0.05),
+        ({}, {"seed": 8}, 0.05),
     ],
 )
 def test_another_batch_size_precision_or_seed_passes_within_the_stated_error(
