@@ -383,14 +383,15 @@ def test_models_are_paired_by_their_ids_and_none_is_forgotten(before):
     found = compare_runs([before, other], [other, before], RULES)
     assert [c.model for c in found] == ["digits_cure", "other"]
     assert overall(found, RULES).exit_code == 0
-    for new, old, words in (
-        ([before], [before, other], "model: absent now, present before"),
-        ([before, other], [before], "model: present now, absent before"),
+    for new, old, words, remedy in (
+        ([before], [before, other], "model: absent now, present before", "Evaluate it too"),
+        ([before, other], [before], "model: present now, absent before", "Make it part of the baseline"),
     ):
         found = compare_runs(new, old, RULES)
         assert [c.verdict.kind for c in found] == ["pass", "not comparable"]
         assert overall(found, RULES).exit_code == 2
-        assert words in sentences(found[1], RULES)
+        assert sentences(found[1], RULES)[0] == words
+        assert sentences(found[1], RULES)[1].startswith(remedy)
     (found,) = compare_runs([other], [before], RULES)  # a run of one model against another one
     assert [note.what for note in found.notes] == ["model"]
     with pytest.raises(UsageError, match="digits_cure is in two places"):

@@ -13,12 +13,13 @@ from robustbench_cure.stats import Rate
 
 #: What a reader may do about each hindrance, by the first word of what differs.
 ADVICE = {
-    "model": "evaluate it, or make it part of the baseline with `cure-bench baseline update`",
     "reliability": "mend the model, or do not gate it",
     "attack": "evaluate both with one battery; a change that is meant makes a new baseline",
     "battery": "evaluate both with one battery; a change that is meant makes a new baseline",
     "threat": "evaluate both in one threat model",
 }
+MISSING = "evaluate it too, or name the folder of one model in both runs"
+NO_BASELINE = "make it part of the baseline with `cure-bench baseline update`"
 OTHERWISE = "evaluate both on the same data"
 SAME_WEIGHTS = "The weights are the same: an attack got {}, or code, libraries or machine changed"
 OTHER_WEIGHTS = "A weaker attack, hidden gradients (`cure-bench masking` looks for them), or a better network"
@@ -139,6 +140,11 @@ def _rounded(n: int) -> int:
 
 
 def _advice(hindrances: Sequence[Difference]) -> str:
-    said = dict.fromkeys(ADVICE.get(found.what.split()[0].rstrip(","), OTHERWISE) for found in hindrances)
-    text = "; ".join(said)
+    text = "; ".join(dict.fromkeys(map(_remedy, hindrances)))
     return text[0].upper() + text[1:]
+
+
+def _remedy(found: Difference) -> str:
+    if found.what == "model":
+        return MISSING if found.now == "absent" else NO_BASELINE
+    return ADVICE.get(found.what.split()[0], OTHERWISE)
