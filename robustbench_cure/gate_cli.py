@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,26 @@ import click
 
 from robustbench_cure.errors import UsageError
 
-#: Points of accuracy.
-POINTS = click.FloatRange(0, 50)
+
+class Percentage(click.ParamType):  # type: ignore[type-arg]
+    """A number of per cent or points, kept as an exact share: 1.5 is 3/200."""
+
+    name = "number"
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        """The share."""
+        if isinstance(value, Fraction):
+            return value
+        try:
+            share = Fraction(Decimal(value)) / 100
+        except (ArithmeticError, ValueError, TypeError):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        if not 0 <= 100 * share <= self.most:
+            self.fail(f"{value} is not between 0 and {self.most}.", param, ctx)
+        return share
 
 
 class Samples(click.ParamType):  # type: ignore[type-arg]
@@ -23,11 +43,15 @@ class Samples(click.ParamType):  # type: ignore[type-arg]
         return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
 
 
+#: Points of accuracy.
+POINTS = Percentage(50)
+
+
 def sized(options: dict[str, Any]) -> dict[str, Any]:
     """Options of `evaluate` with ``--n auto`` turned into the number that the tolerance needs.
 
     Raises:
-        UsageError: only one of the two was given, or the tolerance is too small.
+        UsageError: only one of the two was given, or the tolerance is too small or too large.
     """
     tolerance = options.pop("tolerance")
     auto = options["n"] == "auto"
@@ -38,10 +62,11 @@ def sized(options: dict[str, Any]) -> dict[str, Any]:
     from robustbench_cure.gate.paired import sample_size
     from robustbench_cure.gate.verdict import Rules
 
-    if not 0 < tolerance < 25:
-        raise UsageError(f"--tolerance {tolerance:g}: --n auto needs a tolerance between 0 and 25 points")
+    if not 0 < tolerance < Fraction(1, 4):
+        shown = f"{100 * float(tolerance):g}"
+        raise UsageError(f"--tolerance {shown}: --n auto needs a tolerance between 0 and 25 points")
     try:
-        n = sample_size(tolerance / 100, Rules().level)
+        n = sample_size(tolerance, Rules().level)
     except ValueError as error:
         raise UsageError(f"--n auto: {error}") from None
     return options | {"n": n, "n_at_most": True}
@@ -50,14 +75,24 @@ def sized(options: dict[str, Any]) -> dict[str, Any]:
 @click.command()
 @click.argument("new", type=click.Path(path_type=Path))
 @click.argument("baseline", type=click.Path(path_type=Path))
-@click.option("--tolerance", type=POINTS, default=1.0, show_default=True, help="Points of accuracy.")
-@click.option("--floor", type=click.FloatRange(0, 100), help="Worst-case robust accuracy to be kept, %.")
+@click.option(
+    "--tolerance",
+    type=POINTS,
+    default="1",
+    show_default=True,
+    metavar="POINTS",
+    help="Change of an accuracy that does not matter.",
+)
+@click.option(
+    "--min-robust", type=Percentage(100), metavar="%", help="Worst-case robust accuracy to be reached."
+)
 @click.option(
     "--level",
     type=click.FloatRange(0, 50, min_open=True),
     default=1.0,
     show_default=True,
-    help="Of the tests, %.",
+    metavar="%",
+    help="Of each exact one-sided test.",
 )
 @click.option(
     "--accept",
@@ -68,27 +103,24 @@ def sized(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write a summary.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML.")
 @click.option("--json", type=click.Path(path_type=Path), help="Write everything as JSON.")
-@click.option("--github", is_flag=True, help="Annotations, and the job's summary.")
+@click.option("--github", is_flag=True, help="Print annotations and add the summary to the job's.")
 def compare(
     new: Path,
     baseline: Path,
-    tolerance: float,
-    floor: float | None,
+    tolerance: Fraction,
+    min_robust: Fraction | None,
     level: float,
     accept: tuple[str, ...],
-    markdown: Path | None,
-    junit: Path | None,
-    json: Path | None,
-    github: bool,
+    **outputs: Any,
 ) -> int:
-    """Is the run NEW as good as BASELINE, sample by sample?
+    """Is the run NEW as robust as BASELINE, sample by sample?
 
     Exit codes: 0 pass, 1 regression, suspicious rise or inconclusive, 2 not comparable.
     """
-    from robustbench_cure.gate.command import rules_of, run
+    from robustbench_cure.gate.command import run
+    from robustbench_cure.gate.verdict import Rules
 
-    rules = rules_of(tolerance, floor, level, accept)
-    return run(new, baseline, rules, markdown=markdown, junit=junit, json=json, github=github)
+    return run(new, baseline, Rules(tolerance, min_robust, level / 100, accept), **outputs)
 
 
 @click.group()

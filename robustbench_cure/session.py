@@ -67,8 +67,9 @@ def run(request: Request, command: str = "") -> list[Record]:
     battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
     dataset = request.dataset or _default_dataset(models[0], battery, request.cards)
     classifiers, data = load_all(models, dataset, request)
-    if request.n_at_most and request.n is not None:
-        request = replace(request, n=min(request.n, len(data)))
+    if request.n_at_most and request.n is not None and request.n > len(data):
+        click.echo(f"--n auto: {request.n:,} samples are needed, {data.name} has {len(data):,}", err=True)
+        request = replace(request, n=len(data))
     out = request.out or Path("runs") / f"{battery.id}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     _check_places(models, classifiers, out, request.resume)
     flags = [_admit(*each, battery, data, request) for each in zip(models, classifiers, strict=True)]

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from robustbench_cure.cards import Battery
+from robustbench_cure.errors import UsageError
 from robustbench_cure.gate.paired import Flips
-from robustbench_cure.gate.verdict import Row, Rules, Verdict, conclude, judge_rows
+from robustbench_cure.gate.verdict import Accuracy, Row, Rules, Verdict, conclude, judge
 from robustbench_cure.record import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Keys of batteries and attacks that are text alone.
+TEXT = {"name", "source", "notes", "published"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that two runs do not share.
+
+    Attributes:
+        what: in words.
+        now: of the new run.
+        before: of the baseline.
+    """
+
+    what: str
+    now: str
+    before: str
 
 
 @dataclass(frozen=True)
@@ -21,19 +43,45 @@ class Comparison:
 
     Attributes:
         model: its id.
-        new: the record under test.
-        baseline: what it is held against.
-        rows: every accuracy; empty where they cannot be compared.
+        new: the run under test; None: there is none.
+        baseline: what it is held against; None: there is none.
+        rows: every accuracy; none where they cannot be compared.
+        hindrances: why they cannot be compared.
+        notes: what differs and does not hinder: it is what the tests allow for, or what is being tested.
         verdict: what it comes to.
-        notes: what differs without hindering the comparison.
     """
 
     model: str
-    new: Record
-    baseline: Record
+    new: Record | None
+    baseline: Record | None
     rows: tuple[Row, ...]
+    hindrances: tuple[Difference, ...]
+    notes: tuple[Difference, ...]
     verdict: Verdict
-    notes: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        """Samples that are compared."""
+        return self.rows[0].accuracy.flips.n if self.rows else 0
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether the very same weights were judged."""
+        return bool(self.new and self.baseline and _weights(self.new) == _weights(self.baseline))
+
+
+def compare_runs(new: Sequence[Record], baseline: Sequence[Record], rules: Rules) -> list[Comparison]:
+    """Compare model by model; where each run has one record, these two, whatever their models are called.
+
+    A model that only one of the runs has cannot be compared, and that is a finding of its own.
+
+    Raises:
+        UsageError: a run has a model twice.
+    """
+    if len(new) == len(baseline) == 1:
+        return [compare(new[0], baseline[0], rules)]
+    now, before = _by_model(new), _by_model(baseline)
+    return [_paired(name, now.get(name), before.get(name), rules) for name in sorted(now.keys() | before)]
 
 
 def compare(new: Record, baseline: Record, rules: Rules) -> Comparison:
@@ -41,123 +89,159 @@ def compare(new: Record, baseline: Record, rules: Rules) -> Comparison:
 
     Args:
         new: a finished run.
-        baseline: a finished run of the same protocol; of its samples those that both have are compared.
+        baseline: a finished run of the same protocol; where one has fewer samples, these are compared.
         rules: what is tolerated.
     """
-    model = new.manifest.model.id
-    reasons = hindrances(new, baseline)
-    if reasons:
-        return Comparison(model, new, baseline, (), conclude([], rules, reasons), ())
-    rows = judge_rows(_flips(new, baseline), rules)
-    return Comparison(model, new, baseline, tuple(rows), conclude(rows, rules), tuple(_notes(new, baseline)))
+    model, found = new.manifest.model.id, tuple(hindrances(new, baseline))
+    if found:
+        return Comparison(model, new, baseline, (), found, (), conclude(["not comparable"], rules))
+    rows = judge(accuracies(new, baseline), rules, same_weights=_weights(new) == _weights(baseline))
+    verdict = conclude([row.finding for row in rows], rules)
+    return Comparison(model, new, baseline, rows, (), tuple(_notes(new, baseline)), verdict)
 
 
-def hindrances(new: Record, baseline: Record) -> list[str]:
-    """Why two records cannot be compared, in words; empty: they can."""
+def hindrances(new: Record, baseline: Record) -> list[Difference]:
+    """Why two records cannot be compared; empty: they can."""
     found = []
-    for name, record in (("the new run", new), ("the baseline", baseline)):
-        if record.unreliable:
-            kinds = sorted({f.kind for f in record.manifest.flags if f.about.severity == "unreliable"})
-            found.append(f"{name} is flagged unreliable: {', '.join(kinds)}")
-    if new.manifest.battery_digest != baseline.manifest.battery_digest:
-        parts = battery_differences(new.manifest.battery, baseline.manifest.battery)
-        found.append(
-            f"the battery differs ({new.manifest.battery_digest[:8]} now, "
-            f"{baseline.manifest.battery_digest[:8]} before): {'; '.join(parts) or 'in its text'}"
-        )
-    found += _other_data(new, baseline)
-    return found
+    if new.unreliable or baseline.unreliable:
+        found.append(Difference("reliability", _reliability(new), _reliability(baseline)))
+    return [*found, *_protocols(new.manifest.battery, baseline.manifest.battery), *_data(new, baseline)]
 
 
-def battery_differences(new: Battery, baseline: Battery) -> list[str]:
-    """What differs between two batteries: ``pgd20.steps 2 now, 20 before``."""
-    attacks = [{spec.id for spec in battery.attacks} for battery in (new, baseline)]
-    both = attacks[0] & attacks[1]
-    a, b = (
-        _flat({**battery.model_dump(mode="json"), "attacks": _of(battery, both)})
-        for battery in (new, baseline)
-    )
-    silent = ("name", "notes", "source")
-    only = [(attacks[0] - both, "only now"), (attacks[1] - both, "only before")]
-    return [f"attack {name} {when}" for names, when in only for name in sorted(names)] + [
-        f"{key} {a.get(key, 'absent')} now, {b.get(key, 'absent')} before"
-        for key in dict.fromkeys([*a, *b])
-        if a.get(key) != b.get(key) and key.rpartition(".")[2] not in silent
-    ]
+def accuracies(new: Record, baseline: Record) -> list[Accuracy]:
+    """Clean accuracy, every attack's and the worst case, on the samples that both runs have."""
+    ids = _common(new, baseline)
 
+    def held(record: Record, which: pd.Series, names: list[str]) -> np.ndarray:
+        column = which.set_axis(record.samples["sample_id"]).loc[names]
+        return column.to_numpy(dtype=bool)
 
-def _of(battery: Battery, ids: set[str]) -> list[dict[str, object]]:
-    return [spec.model_dump(mode="json") for spec in battery.attacks if spec.id in ids]
+    def between(before: pd.Series, after: pd.Series, names: list[str]) -> Flips:
+        return Flips.between(held(baseline, before, names), held(new, after, names))
 
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    """Nested tables as dotted keys; attacks by their ids instead of their places."""
-    if isinstance(value, dict):
-        pairs = value.items()
-    elif isinstance(value, list) and all(isinstance(item, dict) and "id" in item for item in value):
-        return {k: v for item in value for k, v in _flat(item, str(item["id"])).items()}
-    else:
-        return {prefix: value}
-    return {
-        k: v for key, item in pairs for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
-def _other_data(new: Record, baseline: Record) -> list[str]:
-    a, b = new.manifest.data, baseline.manifest.data
-    ids = set(new.samples["sample_id"]) & set(baseline.samples["sample_id"])
-    if not ids:
-        return [f"no sample is in both: {a.name} {a.split} now, {b.name} {b.split} before"]
-    columns = ["sample_id", "image_sha256", "label"]
-    both = new.samples[columns].merge(baseline.samples[columns], on="sample_id", suffixes=("", "_before"))
-    images = int((both["image_sha256"] != both["image_sha256_before"]).sum())
-    labels = int((both["label"] != both["label_before"]).sum())
-    found = []
-    if images:
-        found.append(f"{images} of {len(both)} samples have other pixels than before (image_sha256 differs)")
-    if labels:
-        found.append(f"{labels} of {len(both)} samples have another label than before")
-    return found
-
-
-def _flips(new: Record, baseline: Record) -> list[tuple[str, Literal["clean", "attack", "worst"], Flips]]:
-    a, b = new.samples.set_index("sample_id"), baseline.samples.set_index("sample_id")
-    ids = [name for name in a.index if name in b.index]
-    held: list[tuple[str, Literal["clean", "attack", "worst"], Flips]] = [
-        ("clean accuracy", "clean", _between(baseline, new, baseline.clean_correct, new.clean_correct, ids))
-    ]
+    found = [Accuracy("clean", "clean", "clean", between(baseline.clean_correct, new.clean_correct, ids))]
     for spec in new.attacks:
         before, after = (r.clean_correct & ~r.samples[f"{spec.id}.broken"] for r in (baseline, new))
-        covered = set(_ids(new, new.covered(spec.id))) & set(_ids(baseline, baseline.covered(spec.id)))
-        common = [name for name in ids if name in covered]
-        held.append((spec.name, "attack", _between(baseline, new, before, after, common)))
-    worst = _between(baseline, new, baseline.worst_case, new.worst_case, ids)
-    return [*held, ("worst case", "worst", worst)]
+        covered = held(baseline, baseline.covered(spec.id), ids) & held(new, new.covered(spec.id), ids)
+        names = [name for name, inside in zip(ids, covered, strict=True) if inside]
+        found.append(Accuracy(spec.id, spec.name, "attack", between(before, after, names)))
+    worst = between(baseline.worst_case, new.worst_case, ids)
+    return [*found, Accuracy("worst_case", "worst case", "worst", worst)]
 
 
-def _between(baseline: Record, new: Record, before: pd.Series, after: pd.Series, ids: Sequence[str]) -> Flips:
-    a, b = (
-        pd.Series(np.asarray(series, dtype=bool), index=record.samples["sample_id"]).loc[list(ids)]
-        for record, series in ((baseline, before), (new, after))
-    )
-    return Flips.between(a.to_numpy(), b.to_numpy())
+# --- protocols ------------------------------------------------------------------------------------------
 
 
-def _ids(record: Record, rows: pd.Series) -> list[str]:
-    return [str(name) for name in record.samples["sample_id"][rows]]
+def _protocols(new: Battery, baseline: Battery) -> list[Difference]:
+    """What differs between two batteries: ``attack pgd20, steps: 2 now, 20 before``; texts do not count."""
+    if new.digest == baseline.digest:
+        return []
+    shared = {spec.id for spec in new.attacks} & {spec.id for spec in baseline.attacks}
+    now, before = _flat(new, shared), _flat(baseline, shared)
+    keys = [key for key in dict.fromkeys([*now, *before]) if now.get(key) != before.get(key)]
+    return [Difference(key, now.get(key, "absent"), before.get(key, "absent")) for key in keys]
 
 
-def _notes(new: Record, baseline: Record) -> list[str]:
-    """Differences that do not hinder: they are within what the tests allow for, or wanted."""
+def _flat(battery: Battery, detailed: set[str]) -> dict[str, str]:
+    """Every key that can change a number, in words, and its value; of the other attacks that they exist."""
+    content = battery.model_dump(mode="json", exclude={"attacks", "threat", *TEXT})
+    flat = {f"battery {key}": str(value) for key, value in content.items()}
+    flat |= {f"threat model, {key}": str(value) for key, value in battery.threat.model_dump().items()}
+    for spec in battery.attacks:
+        flat[f"attack {spec.id}"] = "present"
+        if spec.id in detailed:
+            values = spec.model_dump(mode="json", exclude={"id", *TEXT}).items()
+            flat |= {f"attack {spec.id}, {key}": str(value) for key, value in values}
+    return flat
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+
+def _data(new: Record, baseline: Record) -> list[Difference]:
+    """Other samples, pixels or labels. That one run has only part of the other's samples does not hinder."""
+    a, b = new.manifest.data, baseline.manifest.data
+    found = []
+    if (a.name, a.split) != (b.name, b.split):
+        found.append(Difference("data set", f"{a.name} {a.split}", f"{b.name} {b.split}"))
+    now, before = (set(_ids(record)) for record in (new, baseline))
+    if not now & before or (now - before and before - now):
+        found.append(
+            Difference("sample ids", f"{len(now - before)} of their own", f"{len(before - now)} of their own")
+        )
+    columns = ["sample_id", "image_sha256", "label"]
+    both = new.samples[columns].merge(baseline.samples[columns], on="sample_id", suffixes=("", "_before"))
+    for column, what in (("image_sha256", "pixels (image_sha256)"), ("label", "labels")):
+        others = int((both[column] != both[f"{column}_before"]).sum())
+        if others:
+            found.append(
+                Difference(
+                    what, f"other in {others:,} of {len(both):,} samples", f"data digest {b.digest[:8]}"
+                )
+            )
+    return found
+
+
+def _common(new: Record, baseline: Record) -> list[str]:
+    before = set(_ids(baseline))
+    return [name for name in _ids(new) if name in before]
+
+
+def _ids(record: Record) -> list[str]:
+    ids = [str(name) for name in record.samples["sample_id"]]
+    if len(set(ids)) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise UsageError(f"{record.path or 'record'}: sample {twice} is there twice; evaluate again")
+    return ids
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def _by_model(records: Sequence[Record]) -> dict[str, Record]:
+    found: dict[str, Record] = {}
+    for record in records:
+        name = record.manifest.model.id
+        if name in found:
+            raise UsageError(
+                f"{name} is in two places, {found[name].path} and {record.path}: name one of them"
+            )
+        found[name] = record
+    return found
+
+
+def _paired(name: str, new: Record | None, baseline: Record | None, rules: Rules) -> Comparison:
+    if new and baseline:
+        return compare(new, baseline, rules)
+    lone = Difference("model", *("present" if record else "absent" for record in (new, baseline)))
+    return Comparison(name, new, baseline, (), (lone,), (), conclude(["not comparable"], rules))
+
+
+def _notes(new: Record, baseline: Record) -> list[Difference]:
     a, b = new.manifest, baseline.manifest
     pairs = (
         ("model", a.model.id, b.model.id),
-        ("weights", a.model.weights_sha256[:8], b.model.weights_sha256[:8]),
+        ("weights", _weights(new)[:8], _weights(baseline)[:8]),
+        ("samples", f"{new.n:,}", f"{baseline.n:,}"),
         ("seed", a.config.seed, b.config.seed),
-        ("precision of the search", a.config.precision, b.config.precision),
+        ("search in", a.config.precision, b.config.precision),
         ("device", a.environment.device_name, b.environment.device_name),
-        ("version", a.environment.version, b.environment.version),
         ("torch", a.environment.torch, b.environment.torch),
-        ("samples", new.n, baseline.n),
+        ("version", a.environment.version, b.environment.version),
+        ("flags", _flags(new), _flags(baseline)),
     )
-    return [f"{name}: {now} now, {before} before" for name, now, before in pairs if now != before]
+    return [Difference(what, str(now), str(before)) for what, now, before in pairs if now != before]
+
+
+def _flags(record: Record) -> str:
+    kinds = {f"{flag.kind} ({flag.attack})" if flag.attack else flag.kind for flag in record.manifest.flags}
+    return ", ".join(sorted(kinds)) or "none"
+
+
+def _reliability(record: Record) -> str:
+    kinds = {flag.kind for flag in record.manifest.flags if flag.about.severity == "unreliable"}
+    return f"unreliable ({', '.join(sorted(kinds))})" if kinds else "reliable"
+
+
+def _weights(record: Record) -> str:
+    return record.manifest.model.weights_sha256

@@ -1,19 +1,32 @@
-"""Two verdicts on the same samples: flips, McNemar's exact test, and how many samples would decide.
+"""Two verdicts on the same samples: flips, exact tests, intervals, and the chance of every outcome.
 
-Source: McNemar 1947, in its exact form: among the samples on which two runs disagree, a change of nothing
-but chance falls either way with probability 1/2.
+Sources: McNemar 1947 in its exact form (among the samples on which two runs disagree, a change of nothing
+falls either way with probability 1/2); Tango 1998, Statistics in Medicine 17, 891-908 (score interval of a
+difference of paired proportions).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom, binomtest
+from scipy.optimize import brentq
+from scipy.stats import binom, binomtest, norm
+
+from robustbench_cure.stats import CONFIDENCE
 
 #: Sizes beyond which no answer is worth having.
 LARGEST = 10_000_000
+#: Chance with which a run of the size that is asked for decides.
+POWER = 0.9
+#: Share of the samples that another seed or rounding is expected to flip each way; measured in docs/gate.md.
+NOISE = 0.005
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,7 @@ class Flips:
     """How a yes-or-no of each sample changed between two runs.
 
     Attributes:
-        n: samples both runs have.
+        n: samples that both runs have.
         before: samples that held in the baseline.
         after: samples that hold now.
         lost: held before, not now.
@@ -51,6 +64,18 @@ class Flips:
         return (self.gained - self.lost) / self.n if self.n else 0.0
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """95 % score interval of the change (Tango 1998), in [-1, 1]; all of it without samples.
+
+        Not a point even where nothing flipped: then it is plus and minus z² / (n + z²).
+        """
+        if not self.n:
+            return (-1.0, 1.0)
+        z = float(norm.isf((1 - CONFIDENCE) / 2))
+        low = 0.0 - _end(self.lost, self.gained, self.n, z)
+        return (low, _end(self.gained, self.lost, self.n, z))
+
+    @property
     def p_fall(self) -> float:
         """Exact one-sided p-value of a fall."""
         return tail(self.lost, self.gained)
@@ -60,63 +85,117 @@ class Flips:
         """Exact one-sided p-value of a rise."""
         return tail(self.gained, self.lost)
 
-    def deciding_n(self, level: float) -> int | None:
-        """Samples after which flips in these proportions would be beyond chance.
+    def fell_beyond(self, tolerance: Fraction) -> bool:
+        """Whether more was lost, net, than the tolerance allows; exact arithmetic."""
+        return self.lost - self.gained > tolerance * self.n
+
+    def rose_beyond(self, tolerance: Fraction) -> bool:
+        """Whether more was gained, net, than the tolerance; exact arithmetic."""
+        return self.gained - self.lost > tolerance * self.n
+
+    def decides_at(self, tolerance: Fraction, level: float) -> int | None:
+        """Samples with which flips at these rates would be judged, and not be called inconclusive.
 
         Args:
+            tolerance: of the accuracy, a share.
             level: of the test.
 
         Returns:
-            The number, at least n; None: not even `LARGEST` would do, or nothing flipped.
+            The number, more than n: the gate decides with a chance of `POWER`. None: not even with `LARGEST`.
         """
-        more, fewer = max(self.lost, self.gained), min(self.lost, self.gained)
-        if more == fewer:
-            return None
-
-        def decided(n: int) -> bool:
-            scale = n / self.n
-            return tail(round(more * scale), round(fewer * scale)) < level
-
-        low, high = self.n, 2 * self.n
-        if decided(low):
-            return low
-        while not decided(high):
-            low, high = high, 2 * high
-            if high > LARGEST:
-                return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if decided(middle) else (middle, high)
-        return high
+        lose, gain = self.lost / self.n, self.gained / self.n
+        return _smallest(lambda n: chances(n, lose, gain, tolerance, level).unclear <= 1 - POWER, self.n + 1)
 
 
+class Chances(NamedTuple):
+    """Chances that a fall is not seen, not decided, or called a regression; they add up to 1."""
+
+    held: float
+    unclear: float
+    fell: float
+
+
+@lru_cache(maxsize=100_000)
 def tail(more: int, fewer: int) -> float:
     """Chance of at least ``more`` heads among ``more + fewer`` even tosses; 1 without any."""
     pairs = more + fewer
     return float(binomtest(more, pairs, alternative="greater").pvalue) if pairs else 1.0
 
 
-def sample_size(tolerance: float, level: float, power: float = 0.9) -> int:
-    """Samples with which a fall of twice the tolerance is noticed.
+def chances(n: int, lose: float, gain: float, tolerance: Fraction, level: float) -> Chances:
+    """What the gate says of a fall, exactly, when every sample is lost or gained by a chance of its own.
 
     Args:
-        tolerance: share of the samples, in (0, 0.5).
+        n: samples.
+        lose: chance that a sample is lost.
+        gain: chance that a sample is gained; the true change is gain - lose.
+        tolerance: share of the samples whose net loss is tolerated.
         level: of the test.
-        power: chance of noticing.
+    """
+    flip = lose + gain
+    if not flip:
+        return Chances(1.0, 0.0, 0.0)
+    flips = np.arange(max(0, int(binom.ppf(1e-10, n, flip))), min(n, int(binom.isf(1e-10, n, flip))) + 1)
+    weight = binom.pmf(flips, n, flip)
+    # Of so many flips, this many losses are a net loss beyond the tolerance, and this many are beyond chance.
+    slack, unit = int(tolerance * n * tolerance.denominator), tolerance.denominator
+    beyond = (slack + flips * unit) // (2 * unit) + 1
+    sure = binom.isf(level, flips, 0.5).astype(int) + 1
+    seen = float(weight @ binom.sf(beyond - 1, flips, lose / flip))
+    fell = float(weight @ binom.sf(np.maximum(beyond, sure) - 1, flips, lose / flip))
+    return Chances(1 - seen, seen - fell, fell)
+
+
+def sample_size(tolerance: Fraction, level: float) -> int:
+    """Samples with which a fall of twice the tolerance is called a regression, with a chance of `POWER`.
+
+    Args:
+        tolerance: share of the samples, in (0, 0.25).
+        level: of the test.
 
     Returns:
-        The smallest n at which a network that loses every sample with chance 2 * tolerance, and gains none,
-        loses more than the tolerance and enough for the test, with at least that power.
+        The number, for a network that loses 2 * tolerance and on top flips `NOISE` of its samples each way.
+
+    Raises:
+        ValueError: it would take more than `LARGEST`.
     """
-    fewest = next(k for k in range(1, 200) if 0.5**k < level)
-
-    def noticed(n: int) -> bool:
-        needed = max(fewest, int(np.floor(tolerance * n)) + 1)
-        return float(binom.sf(needed - 1, n, 2 * tolerance)) >= power
-
-    n = fewest
-    while not noticed(n):
-        n = max(n + 1, int(n * 1.01))
-        if n > LARGEST:
-            raise ValueError(f"a tolerance of {tolerance:g} would take more than {LARGEST:,} samples")
+    lose = 2 * float(tolerance) + NOISE
+    n = _smallest(lambda n: chances(n, lose, NOISE, tolerance, level).fell >= POWER, 1)
+    if n is None:
+        raise ValueError(
+            f"a tolerance of {100 * float(tolerance):g} points would take over {LARGEST:,} samples"
+        )
     return n
+
+
+def _smallest(enough: Callable[[int], bool], start: int) -> int | None:
+    """A number that is enough while the one before is not, by doubling and halving; None beyond `LARGEST`."""
+    low, high = start - 1, start
+    while not enough(high):
+        low, high = high, 2 * high
+        if low >= LARGEST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _end(up: int, down: int, n: int, z: float) -> float:
+    """Upper end of the score interval of (up - down) / n: the difference that is z standard errors away.
+
+    The standard error is that of the likeliest probabilities with this difference; `share` is the one of
+    a step down, the root of Tango's equation 4.
+    """
+
+    def score(difference: float) -> float:
+        b = (2 * n - up + down) * difference - up - down
+        root = b * b + 8 * n * down * difference * (1 - difference)
+        share = (sqrt(max(root, 0.0)) - b) / (4 * n)
+        spread = n * (2 * share + difference * (1 - difference))
+        return (n * difference - up + down) / sqrt(max(spread, 1e-300)) - z
+
+    estimate = (up - down) / n
+    if estimate == 1:
+        return 1.0
+    return float(brentq(score, max(estimate, -1 + 1e-12), 1 - 1e-12))

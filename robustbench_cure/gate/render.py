@@ -8,183 +8,216 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any
 
-from robustbench_cure.gate.compare import Comparison
-from robustbench_cure.gate.verdict import ORDER, Row, Rules
+from robustbench_cure.gate.compare import Comparison, Difference
+from robustbench_cure.gate.verdict import VERDICTS, Finding, Row, Rules, Verdict, conclude
+from robustbench_cure.gate.wording import (
+    difference,
+    headline,
+    interval,
+    rate,
+    reason,
+    rules_in_words,
+    sentences,
+)
+from robustbench_cure.record import Record
 from robustbench_cure.report.export import markdown
 from robustbench_cure.report.terminal import WIDTH, clean_text
-from robustbench_cure.stats import Rate
+from robustbench_cure.report.wording import count, points
 
 SCHEMA_VERSION = 1
-SIGNS = {"pass": "ok", "inconclusive": "?", "suspicious rise": "!", "regression": "!"}
+#: What stands beside a row of the table.
+MARKS = {"fell": "fell", "rose": "rose", "may have fallen": "fell?", "below the minimum": "low"}
+NAME = 18
 
 
-def overall(comparisons: Sequence[Comparison]) -> str:
-    """The worst verdict of several models."""
-    return max((c.verdict.kind for c in comparisons), key=ORDER.index)
+def overall(comparisons: Sequence[Comparison], rules: Rules) -> Verdict:
+    """Verdict and exit code of all models together."""
+    findings: list[Finding] = [row.finding for c in comparisons for row in c.rows]
+    findings += ["not comparable" for c in comparisons if c.hindrances]
+    return conclude(findings, rules)
 
 
-def exit_code(comparisons: Sequence[Comparison]) -> int:
-    """The exit code of several models: that of the worst."""
-    return max(c.verdict.exit_code for c in comparisons)
-
-
-def terminal(comparisons: Sequence[Comparison]) -> str:
-    """Tables and reasons that fit 80 columns."""
+def terminal(comparisons: Sequence[Comparison], rules: Rules) -> str:
+    """Tables and reasons; no line is longer than 80 columns."""
     blocks = []
     for c in comparisons:
-        lines = [f"{clean_text(c.model)}: {c.verdict.kind.upper()}"]
+        lines = _wrapped(headline(c), "")
         if c.rows:
-            lines.append(f"  {'in %':<24} {'before':>7} {'now':>7} {'change':>7}  {'lost':>5} {'gained':>6}")
-            lines += [_line(row) for row in c.rows]
-        if c.verdict.kind != "pass":
-            for words in c.verdict.words:
-                lines += textwrap.wrap(
-                    clean_text(words), WIDTH, initial_indent="  - ", subsequent_indent="    "
-                )
-        for note in c.notes:
-            lines += textwrap.wrap(clean_text(note), WIDTH, initial_indent="  (", subsequent_indent="   ")
-            lines[-1] += ")" if len(lines[-1]) < WIDTH else ""
+            lines += ["", *_table(c), ""]
+        for text in sentences(c, rules):
+            lines += _wrapped(text, "  - ")
+        if c.notes:
+            lines += _wrapped("; ".join(map(difference, c.notes)), "  other: ")
         blocks.append("\n".join(lines))
+    if len(comparisons) > 1:
+        blocks.append(f"together: {overall(comparisons, rules).kind.upper()}")
     return "\n\n".join(blocks)
 
 
 def to_markdown(comparisons: Sequence[Comparison], rules: Rules) -> str:
-    """For a job summary or a comment."""
-    parts = [f"## Robustness gate: {overall(comparisons)}", "", _rules_in_words(rules), ""]
+    """For a job's summary or a comment."""
+    parts = [f"## Robustness gate: {overall(comparisons, rules).kind}", "", rules_in_words(rules), ""]
     for c in comparisons:
         parts += [f"### {_md(c.model)}: {c.verdict.kind}", ""]
-        if c.verdict.kind != "pass":
-            parts += [*(f"- {_md(words)}" for words in c.verdict.words), ""]
+        parts += [*(f"- {_md(text)}" for text in sentences(c, rules)), ""]
         if c.rows:
-            parts += ["| in % | before | now | change | lost | gained | |", "|---|--:|--:|--:|--:|--:|---|"]
             parts += [
-                f"| {_md(row.name)} | {_rate(row, row.flips.before)} | {_rate(row, row.flips.after)} | "
-                f"{100 * row.flips.change:+.1f} | {row.flips.lost} | {row.flips.gained} | {row.verdict} |"
-                for row in c.rows
+                f"| n = {count(c.n)}, in % | before | now | change | 95 % interval | lost | gained | |",
+                "|:---|---:|---:|---:|:---:|---:|---:|:---|",
             ]
+            for row in c.rows:
+                f = row.accuracy.flips
+                cells = [_md(_name(row, c)), rate(f, f.before), rate(f, f.after), points(f.change)]
+                cells += [interval(f), str(f.lost), str(f.gained), MARKS.get(row.finding, "")]
+                parts.append(f"| {' | '.join(cells)} |")
             parts.append("")
-        parts += [*(f"- {_md(note)}" for note in c.notes), *([""] if c.notes else [])]
+        if c.notes:
+            parts += [f"Other differences: {_md('; '.join(map(difference, c.notes)))}.", ""]
     return "\n".join(parts)
 
 
-def to_junit(comparisons: Sequence[Comparison]) -> str:
-    """A suite a model, a case an accuracy; errors are what cannot be compared."""
+def to_junit(comparisons: Sequence[Comparison], rules: Rules) -> str:
+    """A suite a model, a case an accuracy. What fails the gate is a failure, what hinders it an error."""
     root = ET.Element("testsuites", name="cure-bench compare")
     for c in comparisons:
-        cases: list[tuple[str, str, str]] = [(row.name, row.verdict, row.words) for row in c.rows]
-        if not cases:
-            cases = [("comparison", c.verdict.kind, "; ".join(c.verdict.words))]
-        failing = c.verdict.exit_code != 0
-        bad = [
-            case for case in cases if failing and case[1] in ("regression", "suspicious rise", "inconclusive")
-        ]
-        broken = [case for case in cases if case[1] == "not comparable"]
-        suite = ET.SubElement(
-            root,
-            "testsuite",
-            name=_xml(c.model),
-            tests=str(len(cases)),
-            failures=str(len(bad)),
-            errors=str(len(broken)),
-        )
-        for name, verdict, words in cases:
-            case = ET.SubElement(suite, "testcase", classname=_xml(c.model), name=_xml(name))
-            if (name, verdict, words) in bad:
-                ET.SubElement(case, "failure", type=verdict, message=_xml(words))
-            elif (name, verdict, words) in broken:
-                ET.SubElement(case, "error", type=verdict, message=_xml(words))
+        suite = ET.SubElement(root, "testsuite", name=clean_text(c.model))
+        if c.hindrances:
+            case = ET.SubElement(suite, "testcase", classname=clean_text(c.model), name="comparison")
+            message = clean_text("; ".join(sentences(c, rules)))
+            ET.SubElement(case, "error", type="not comparable", message=message)
+        for row in c.rows:
+            case = ET.SubElement(
+                suite, "testcase", classname=clean_text(c.model), name=clean_text(row.accuracy.name)
+            )
+            text = clean_text(reason(row, c, rules))
+            if conclude([row.finding], rules).exit_code:
+                ET.SubElement(case, "failure", type=VERDICTS[row.finding], message=text)
+            else:
+                ET.SubElement(case, "system-out").text = text
+    for element in (root, *root):
+        for key, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error")):
+            element.set(key, str(len(list(element.iter(tag)))))
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def to_annotations(comparisons: Sequence[Comparison]) -> list[str]:
-    """Workflow commands that GitHub shows beside a change."""
+def to_annotations(comparisons: Sequence[Comparison], rules: Rules) -> list[str]:
+    """Workflow commands, which GitHub shows beside a change: one a model."""
     lines = []
     for c in comparisons:
-        level = "error" if c.verdict.exit_code else ("notice" if c.verdict.kind == "pass" else "warning")
-        text = "; ".join(c.verdict.words) if c.verdict.kind != "pass" else "no accuracy fell or rose"
-        title = f"{c.model}: {c.verdict.kind}"
-        lines.append(f"::{level} title={_property(title)}::{_escaped(text)}")
+        good = "notice" if c.verdict.kind == "pass" else "warning"
+        level = "error" if c.verdict.exit_code else good
+        title, text = f"{c.model}: {c.verdict.kind}", "; ".join(sentences(c, rules))
+        lines.append(f"::{level} title={_property(title)}::{_data(text)}")
     return lines
 
 
 def to_json(comparisons: Sequence[Comparison], rules: Rules) -> str:
-    """Everything, for machines."""
+    """Everything, for machines. Rates and tolerances are shares, not per cent."""
+    verdict = overall(comparisons, rules)
     content = {
         "schema_version": SCHEMA_VERSION,
-        "verdict": overall(comparisons),
-        "exit_code": exit_code(comparisons),
+        "verdict": verdict.kind,
+        "exit_code": verdict.exit_code,
         "rules": {
-            "tolerance": rules.tolerance,
-            "floor": rules.floor,
+            "tolerance": float(rules.tolerance),
+            "min_robust": None if rules.min_robust is None else float(rules.min_robust),
             "level": rules.level,
             "accept": list(rules.accept),
         },
-        "models": [_as_json(c) for c in comparisons],
+        "models": [_model(c, rules) for c in comparisons],
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def _as_json(c: Comparison) -> dict[str, Any]:
+def _model(c: Comparison, rules: Rules) -> dict[str, Any]:
     return {
         "model": c.model,
         "verdict": c.verdict.kind,
         "exit_code": c.verdict.exit_code,
-        "reasons": list(c.verdict.words) if c.verdict.kind != "pass" else [],
-        "notes": list(c.notes),
-        "rows": [
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "n": row.flips.n,
-                "before": row.flips.before,
-                "now": row.flips.after,
-                "lost": row.flips.lost,
-                "gained": row.flips.gained,
-                "p_fall": row.flips.p_fall,
-                "p_rise": row.flips.p_rise,
-                "verdict": row.verdict,
-                "words": row.words,
-            }
-            for row in c.rows
-        ],
+        "reasons": sentences(c, rules),
+        "hindrances": [_difference(d) for d in c.hindrances],
+        "other_differences": [_difference(d) for d in c.notes],
+        "new": _run(c.new),
+        "baseline": _run(c.baseline),
+        "accuracies": [_accuracy(row, c, rules) for row in c.rows],
     }
 
 
-def _line(row: Row) -> str:
-    f = row.flips
-    name = clean_text(row.name)
-    name = name if len(name) <= 24 else name[:23] + "…"
-    word = "" if row.verdict == "pass" else row.verdict
-    return (
-        f"  {name:<24} {_rate(row, f.before):>7} {_rate(row, f.after):>7} {100 * f.change:>+7.1f}  "
-        f"{f.lost:>5} {f.gained:>6}  {word}"
-    ).rstrip()
+def _accuracy(row: Row, c: Comparison, rules: Rules) -> dict[str, Any]:
+    f = row.accuracy.flips
+    unclear = row.finding == "may have fallen"
+    return {
+        "id": row.accuracy.id,
+        "name": row.accuracy.name,
+        "finding": row.finding,
+        "n": f.n,
+        "before": f.before,
+        "now": f.after,
+        "lost": f.lost,
+        "gained": f.gained,
+        "change": f.change,
+        "change_low": f.interval[0],
+        "change_high": f.interval[1],
+        "p_fall": f.p_fall,
+        "p_rise": f.p_rise,
+        "level": row.level,
+        "decides_at": f.decides_at(rules.tolerance, rules.level) if unclear else None,
+        "reason": reason(row, c, rules),
+    }
 
 
-def _rate(row: Row, count: int) -> str:
-    value = Rate(count, row.flips.n).value
-    return "n/a" if value != value else f"{100 * value:.1f}"
+def _difference(found: Difference) -> dict[str, str]:
+    return {"what": found.what, "now": found.now, "before": found.before}
 
 
-def _rules_in_words(rules: Rules) -> str:
-    floor = "" if rules.floor is None else f", floor {100 * rules.floor:g} %"
-    return (
-        f"Tolerance {100 * rules.tolerance:g} points{floor}, exact McNemar test at {100 * rules.level:g} %."
-    )
+def _run(record: Record | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    m = record.manifest
+    return {
+        "path": str(record.path) if record.path else None,
+        "model": m.model.id,
+        "weights_sha256": m.model.weights_sha256,
+        "battery": m.battery.id,
+        "battery_digest": m.battery_digest,
+        "data_digest": m.data.digest,
+        "n": record.n,
+        "started": m.started,
+        "git_commit": m.environment.git_commit,
+    }
+
+
+def _table(c: Comparison) -> list[str]:
+    head = f"  {f'n = {count(c.n)}, in %':<{NAME}} before   now  change  95 % interval   lost gained"
+    lines = [head]
+    for row in c.rows:
+        f = row.accuracy.flips
+        name = clean_text(_name(row, c))
+        name = name if len(name) <= NAME else name[: NAME - 1] + "…"
+        lines.append(
+            f"  {name:<{NAME}}  {rate(f, f.before):>5} {rate(f, f.after):>5}  {points(f.change):>6}  "
+            f"{interval(f):<14} {f.lost:>5} {f.gained:>6}  {MARKS.get(row.finding, '')}".rstrip()
+        )
+    return lines
+
+
+def _name(row: Row, c: Comparison) -> str:
+    n = row.accuracy.flips.n
+    return row.accuracy.name if n == c.n else f"{row.accuracy.name} (n = {count(n)})"
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    return textwrap.wrap(clean_text(text), WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 def _md(text: str) -> str:
     return markdown(clean_text(text))
 
 
-def _xml(text: str) -> str:
-    return clean_text(text)
-
-
-def _escaped(text: str) -> str:
+def _data(text: str) -> str:
     return clean_text(text).replace("%", "%25")
 
 
 def _property(text: str) -> str:
-    return _escaped(text).replace(":", "%3A").replace(",", "%2C")
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

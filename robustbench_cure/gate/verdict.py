@@ -1,16 +1,35 @@
-"""One function says what a comparison comes to, in words and as an exit code."""
+"""What a comparison comes to: one function gives the verdict and the exit code.
+
+The rule: a change is an alarm when it is larger than the tolerance *and* chance would hardly do it. So what
+is too small to matter fails no build, however many samples show it, and what few samples cannot tell
+from chance is called inconclusive, not good. docs/gate.md says why, and how often this is wrong.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, NamedTuple
 
 from robustbench_cure.gate.paired import Flips
 
 Kind = Literal["pass", "inconclusive", "suspicious rise", "regression", "not comparable"]
+Finding = Literal[
+    "held", "may have fallen", "rose", "rose with the network", "fell", "below the minimum", "not comparable"
+]
 
-#: From the best to the worst; a comparison of several things is as bad as its worst part.
+#: What a finding on one accuracy makes of the whole.
+VERDICTS: dict[Finding, Kind] = {
+    "held": "pass",
+    "rose with the network": "pass",
+    "may have fallen": "inconclusive",
+    "rose": "suspicious rise",
+    "fell": "regression",
+    "below the minimum": "regression",
+    "not comparable": "not comparable",
+}
+#: From the best to the worst.
 ORDER: tuple[Kind, ...] = ("pass", "inconclusive", "suspicious rise", "regression", "not comparable")
 EXIT_CODES: dict[Kind, int] = {
     "pass": 0,
@@ -19,125 +38,122 @@ EXIT_CODES: dict[Kind, int] = {
     "regression": 1,
     "not comparable": 2,
 }
+Of = Literal["clean", "attack", "worst"]
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """What the gate tolerates.
 
     Attributes:
-        tolerance: change of an accuracy that is not worth a word, as a share.
-        floor: worst-case robust accuracy that must be reached, as a share; None: any.
-        level: of the exact tests.
-        accept: kinds of verdict whose exit code is 0 all the same: ``inconclusive``, ``suspicious rise``.
+        tolerance: change of an accuracy that does not matter, a share in [0, 1).
+        min_robust: worst-case robust accuracy that must be reached, a share; None: any.
+        level: of each exact one-sided test, in (0, 1).
+        accept: verdicts whose exit code is 0 all the same: ``inconclusive``, ``suspicious rise``.
     """
 
-    tolerance: float = 0.01
-    floor: float | None = None
+    tolerance: Fraction = Fraction(1, 100)
+    min_robust: Fraction | None = None
     level: float = 0.01
     accept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One accuracy, before and now.
+class Accuracy:
+    """One accuracy of two runs.
 
     Attributes:
-        name: ``clean``, an attack's name, or ``worst case``.
-        kind: of the row: clean, attack, worst.
-        flips: of its samples.
-        verdict: on this row alone.
-        words: why.
+        id: ``clean``, ``worst_case``, or the attack's.
+        name: for people.
+        of: what it is the accuracy of.
+        flips: of the samples that both runs have.
     """
 
+    id: str
     name: str
-    kind: Literal["clean", "attack", "worst"]
+    of: Of
     flips: Flips
-    verdict: Kind
-    words: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """An accuracy, and what is found on it.
+
+    Attributes:
+        accuracy: before and now.
+        finding: on it alone.
+        level: of its tests.
+    """
+
+    accuracy: Accuracy
+    finding: Finding
+    level: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all rows come to.
+    """What a comparison comes to.
 
     Attributes:
-        kind: the worst of the rows'.
-        words: what decided, one sentence a reason.
+        kind: in a word.
         exit_code: 0 good, 1 failed, 2 not comparable.
     """
 
     kind: Kind
-    words: tuple[str, ...]
     exit_code: int
 
 
-def judge_rows(
-    named: Sequence[tuple[str, Literal["clean", "attack", "worst"], Flips]], rules: Rules
-) -> list[Row]:
-    """A verdict on every accuracy.
+def judge(accuracies: Sequence[Accuracy], rules: Rules, *, same_weights: bool) -> tuple[Row, ...]:
+    """What is found on every accuracy.
 
     Args:
-        named: name, kind and flips; one is the clean accuracy, one the worst case.
+        accuracies: one is the clean one.
         rules: what is tolerated.
+        same_weights: whether both runs judged the very same weights.
 
-    A fall of the clean accuracy or the worst case beyond the tolerance is a regression where chance would
-    hardly do it, else inconclusive. An attack alone raises an alarm only where it is sure, at a level
-    divided by the number of attacks. A rise beyond the tolerance and chance is suspicious while the clean
-    accuracy stays: the attack, not the network, has changed. Where the clean accuracy moves as well, the
-    network did, and the rise is an improvement.
+    A fall beyond the tolerance is a fall where chance would hardly do it. Where chance might, the clean
+    accuracy and the worst case *may* have fallen; a single attack, of which there are many, has held. Attacks
+    are tested at the level divided by their number. A rise of robust accuracy is explained where the
+    network changed, which only other weights and another clean accuracy together show.
     """
-    clean = next(flips for _, kind, flips in named if kind == "clean")
-    moved = abs(clean.change) > rules.tolerance and min(clean.p_fall, clean.p_rise) < rules.level
-    attacks = max(1, sum(kind == "attack" for _, kind, _ in named))
+    clean = next(a.flips for a in accuracies if a.of == "clean")
+    moved = _fell(clean, rules, rules.level) or _rose(clean, rules, rules.level)
+    attacks = sum(a.of == "attack" for a in accuracies)
     rows = []
-    for name, kind, flips in named:
-        level = rules.level / attacks if kind == "attack" else rules.level
-        verdict, words = _judge(name, kind, flips, rules, level, moved)
-        rows.append(Row(name, kind, flips, verdict, words))
-    return rows
+    for accuracy in accuracies:
+        level = rules.level / attacks if accuracy.of == "attack" else rules.level
+        rows.append(Row(accuracy, _find(accuracy, rules, level, moved and not same_weights), level))
+    return tuple(rows)
 
 
-def conclude(rows: Sequence[Row], rules: Rules, reasons: Sequence[str] = ()) -> Verdict:
-    """Verdict and exit code of a comparison.
+def conclude(findings: Sequence[Finding], rules: Rules) -> Verdict:
+    """Verdict and exit code of any number of findings, on one model or on several: those of the worst.
 
     Args:
-        rows: of `judge_rows`; empty where the runs cannot be compared.
-        rules: what is tolerated.
-        reasons: why they cannot be compared.
+        findings: at least one.
+        rules: which verdicts are accepted. An accepted one counts less than any that is not.
     """
-    if reasons:
-        return Verdict("not comparable", tuple(reasons), EXIT_CODES["not comparable"])
-    kind = max((row.verdict for row in rows), key=ORDER.index)
-    words = tuple(row.words for row in rows if row.verdict == kind)
-    return Verdict(kind, words, 0 if kind in rules.accept else EXIT_CODES[kind])
+    verdicts = []
+    for kind in (VERDICTS[finding] for finding in findings):
+        verdicts.append(Verdict(kind, 0 if kind in rules.accept else EXIT_CODES[kind]))
+    return max(verdicts, key=lambda verdict: (verdict.exit_code, ORDER.index(verdict.kind)))
 
 
-def _judge(name: str, kind: str, flips: Flips, rules: Rules, level: float, moved: bool) -> tuple[Kind, str]:
-    points = f"{100 * abs(flips.change):.1f} points"
-    counts = f"{flips.lost} of {flips.n} samples lost, {flips.gained} gained"
-    if kind == "worst" and rules.floor is not None and flips.after < rules.floor * flips.n:
-        rate = 100 * flips.after / flips.n
-        return "regression", f"{name} is {rate:.1f} %, below the floor of {100 * rules.floor:g} %"
-    if -flips.change > rules.tolerance:
-        if flips.p_fall < level:
-            return "regression", f"{name} fell by {points}: {counts}, p = {flips.p_fall:.2g}"
-        if kind == "attack":
-            return "pass", f"{name}: {counts}, within chance"
-        return "inconclusive", f"{name} is lower by {points}, which may be chance: {counts}, p = " + (
-            f"{flips.p_fall:.2g}{_more(flips, rules.level)}"
-        )
-    if kind != "clean" and flips.change > rules.tolerance and flips.p_rise < level:
-        why = f"{counts}, p = {flips.p_rise:.2g}"
-        if moved:
-            return "pass", f"{name} rose by {points} with the clean accuracy: {why}"
-        return (
-            "suspicious rise",
-            f"{name} rose by {points} while the clean accuracy stayed: {why}; did an attack get weaker?",
-        )
-    return "pass", f"{name}: {counts}, within the tolerance or chance"
+def _find(accuracy: Accuracy, rules: Rules, level: float, other_network: bool) -> Finding:
+    flips = accuracy.flips
+    if accuracy.of == "worst" and rules.min_robust is not None and flips.after < rules.min_robust * flips.n:
+        return "below the minimum"
+    if _fell(flips, rules, level):
+        return "fell"
+    if flips.fell_beyond(rules.tolerance) and accuracy.of != "attack":
+        return "may have fallen"
+    if accuracy.of != "clean" and _rose(flips, rules, level):
+        return "rose with the network" if other_network else "rose"
+    return "held"
 
 
-def _more(flips: Flips, level: float) -> str:
-    n = flips.deciding_n(level)
-    return "" if n is None else f"; about {n:,} samples would decide"
+def _fell(flips: Flips, rules: Rules, level: float) -> bool:
+    return flips.fell_beyond(rules.tolerance) and flips.p_fall <= level
+
+
+def _rose(flips: Flips, rules: Rules, level: float) -> bool:
+    return flips.rose_beyond(rules.tolerance) and flips.p_rise <= level
