@@ -86,7 +86,8 @@ def lines(
         axes.set_ylabel(ylabel)
         if ylim:
             axes.set_ylim(*ylim)
-        axes.legend()
+        # Above the axes: curves of distributions leave no corner free.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, borderaxespad=0)
         return figure
 
 
