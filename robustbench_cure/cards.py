@@ -305,6 +305,10 @@ class PublishedRow(Strict):
     id: str
     name: str
     group: str
+    #: Training data beyond the data set's own, "none" where there are none; empty: not stated.
+    extra_data: str = ""
+    #: What to know of the row, as its source says it.
+    note: str = ""
 
 
 class PublishedTable(Strict):

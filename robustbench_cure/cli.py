@@ -152,6 +152,24 @@ def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
     write(run, out, said, cards)
 
 
+@cli.command("import")
+@click.option(
+    "--robustbench",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="model_info folder of a clone of RobustBench.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of cards, for --cards of `site`."
+)
+def import_numbers(folder: Path, out: Path) -> None:
+    """Read the numbers of other benchmarks as published rows."""
+    from robustbench_cure.interop.published_models import import_model_info
+
+    import_model_info(folder, out)
+
+
 @cli.command("verify-adv")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", required=True, metavar="ID", help="Card id, or package.module:factory.")

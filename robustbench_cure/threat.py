@@ -8,6 +8,7 @@ levels and ``0.031`` is another budget. This module does not import torch at run
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -105,9 +106,11 @@ def distance(norm: Norm, x: Tensor, x_adv: Tensor) -> Tensor:
 
 
 def format_eps(eps: Fraction) -> str:
-    """Print as n/255 where that is exact, else as the fraction itself: ``8/255``, ``1/2``."""
+    """Print n/255 where that is exact, else a short decimal or a fraction: ``8/255``, ``0.031``, ``1/2``."""
     if eps != 0 and (eps * 255).denominator == 1 and eps < 1:
         return f"{(eps * 255).numerator}/255"
+    if eps.denominator > 10 and 10_000 % eps.denominator == 0:
+        return str(Decimal(eps.numerator) / eps.denominator)
     return str(eps)
 
 

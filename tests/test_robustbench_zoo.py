@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from robustbench_cure import load_model
+from robustbench_cure.cards import ModelCard
+from robustbench_cure.catalog import find
 from robustbench_cure.errors import UsageError
 from robustbench_cure.interop import robustbench_zoo
 from robustbench_cure.interop.robustbench import import_robustbench
+from robustbench_cure.zoo import build
+from robustbench_cure.zoo.loading import build_from_card
 
 NAME = "robustbench:Wong2020Fast"
 
@@ -103,3 +107,61 @@ def test_bad_names_are_one_line(name, words):
 def test_its_own_weights_are_enough():
     with pytest.raises(UsageError, match="brings its own weights"):
         load_model(NAME, weights="x.pt", device="cpu")
+
+
+# --- architectures of cards ------------------------------------------------------------------------------
+
+
+def test_a_card_may_have_a_network_of_robustbench():
+    import_robustbench()
+    from robustbench.model_zoo.architectures.wide_resnet import WideResNet
+
+    card = find(ModelCard, "resnet18s_normal").card.model_copy(
+        update={
+            "architecture": "robustbench:wide_resnet.WideResNet",
+            "architecture_args": {"depth": 10, "widen_factor": 2},
+            "num_classes": 7,
+        }
+    )
+    module = build_from_card(card)
+    theirs = WideResNet(depth=10, widen_factor=2, num_classes=7)
+    assert {k: v.shape for k, v in module.net.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(module.net.state_dict())
+    x = torch.rand((2, 3, 32, 32))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (card.mean, card.std))
+    assert torch.equal(module.eval()(x), theirs.eval()((x - mean) / std))
+
+
+def test_an_entry_is_an_architecture_too():
+    net = build("robustbench:Wong2020Fast", 10, 3, {})
+    assert type(net) is type(robustbench_zoo.known("cifar10", "Linf")["Wong2020Fast"]["model"]())
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("wide_resnet.WideResnet", {}, "wide_resnet has no 'WideResnet' (did you mean 'WideResNet'?)"),
+        ("wide_resnet.torch", {}, "wide_resnet has no 'torch'"),
+        ("wide_resnet.math.inf", {}, "wide_resnet has no 'math.inf'"),
+        ("no_such_file.Net", {}, "cannot be imported"),
+        ("wide_resnet.WideResNet", {"width": 2}, "unknown argument 'width'"),
+        ("wide_resnet.WideResNet", {"num_classes": 9}, "unknown argument 'num_classes'"),
+        ("wide_resnet.WideResNet", {"depth": "28"}, "argument 'depth' must be int, not '28'"),
+        ("wide_resnet.WideResNet", {"depth": 11}, "AssertionError for {'depth': 11}"),
+        ("Wong2020Fats", {}, "no such entry (did you mean 'Wong2020Fast'?)"),
+        ("Wong2020Fast", {"depth": 3}, "an entry takes no arguments"),
+        ("cifar10/L7/x", {}, "has no threat model 'L7'"),
+    ],
+)
+def test_a_wrong_architecture_is_one_line(name, args, words):
+    with pytest.raises(UsageError) as caught:
+        build(f"robustbench:{name}", 10, 3, args)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_its_architectures_take_three_channels():
+    with pytest.raises(UsageError, match="takes 3 channels, not 1"):
+        build("robustbench:wide_resnet.WideResNet", 10, 1, {})

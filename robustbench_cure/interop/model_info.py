@@ -25,10 +25,10 @@ from robustbench_cure.site.beside import card_of
 from robustbench_cure.site.found import Found, scan
 from robustbench_cure.site.standings import Board, Standing, boards
 from robustbench_cure.stats import Rate
-from robustbench_cure.threat import format_eps
+from robustbench_cure.threat import Norm, format_eps
 
 DATASETS = ("cifar10", "cifar100", "imagenet")
-THREATS = {"linf": "Linf", "l2": "L2"}
+THREATS: dict[Norm, str] = {"linf": "Linf", "l2": "L2"}
 #: What a record does not know and a claim has.
 BY_HAND = ("link", "name", "authors", "venue")
 

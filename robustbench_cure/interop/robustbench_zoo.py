@@ -111,6 +111,7 @@ def load(name: str) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
         parameters=sum(p.numel() for p in module.parameters()),
         weights_sha256=_record(place, model),
         training="RobustBench",
+        published_row=f"robustbench/{model.lower()}",
     )
     return module, info, classes, shape
 

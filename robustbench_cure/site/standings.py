@@ -238,11 +238,12 @@ def _printed(found: list[tuple[PublishedTable, PublishedRow]]) -> Standing:
         robust=Accuracy(printed=lowest.value / 100, reason="")
         if lowest
         else Accuracy(reason="none is printed"),
-        how=_how(len(attacked), quoted),
+        how="; ".join(part for part in (_how(len(attacked), quoted), row.note) if part),
         clean=Accuracy(printed=clean.value / 100) if clean else Accuracy(reason="none is printed"),
         n=table.n,
         decided=name,
         architecture=row.group,
+        extra_data=row.extra_data,
         tables=tuple(dict.fromkeys(t.id for t, _ in found)),
         unranked="published, not measured here",
     )

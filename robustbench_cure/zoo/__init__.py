@@ -32,7 +32,7 @@ def build(
     """A freshly initialised network that maps normalised images to logits.
 
     Args:
-        architecture: key of `ARCHITECTURES`.
+        architecture: key of `ARCHITECTURES`, or ``robustbench:`` and a network of RobustBench.
         num_classes: width of the last layer.
         in_channels: channels of one image.
         args: options of the builder; each must have the type of the option's default.
@@ -40,6 +40,12 @@ def build(
     Raises:
         UsageError: unknown architecture or option, wrong type, or a value the builder refuses.
     """
+    if architecture.startswith("robustbench:"):
+        from robustbench_cure.interop.architectures import network  # slow to import, and rarely asked for
+
+        if in_channels != 3:
+            raise UsageError(f"architecture {architecture!r}: takes 3 channels, not {in_channels}")
+        return network(architecture.removeprefix("robustbench:"), num_classes, args)
     if architecture not in ARCHITECTURES:
         hint = did_you_mean(architecture, ARCHITECTURES) or f"; known: {', '.join(ARCHITECTURES)}"
         raise UsageError(f"unknown architecture {architecture!r}{hint}")
