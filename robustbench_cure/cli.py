@@ -232,6 +232,7 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
 @click.option(
     "--smoke", is_flag=True, help="Three steps on 64 images, nothing kept; without MODEL: all cards."
 )
+@click.option("--half", is_flag=True, help="Store the weights in half precision, half the size.")
 @DEVICE
 @CARDS
 def train(model: str | None, **options: object) -> None:

@@ -28,6 +28,7 @@ from robustbench_cure.training.cure import curvature_penalty
 from robustbench_cure.training.loop import Trainer
 from robustbench_cure.training.monitor import DIRECTIONS, SCALES, Scale, measure
 from robustbench_cure.training.parallel import World, split
+from robustbench_cure.training.result import halved
 from robustbench_cure.training.stopping import Stopper, seconds
 from robustbench_cure.training.train import train
 from robustbench_cure.zoo import build
@@ -97,6 +98,26 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_one_that_was_not(digits, method, 
         assert same == {k: v for k, v in vars(b).items() if k != "seconds"}
     rows = read_log(tmp_path / "parts.csv")
     assert [int(row["epoch"]) for row in rows] == [1, 2]
+
+
+def test_half_precision_is_stored_and_loaded_as_float32(digits, tmp_path):
+    tiny = card("standard", epochs=1)
+    full = train(tiny, digits, start_module=None, out_path=tmp_path / "full.safetensors")
+    half = train(tiny, digits, start_module=None, out_path=tmp_path / "half.safetensors", half=True)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.6 * sizes[1]
+    net = build(tiny.architecture, 10, 1, tiny.architecture_args)
+    assert load_weights(net, tmp_path / "half.safetensors") == half.sha256
+    for key, value in net.state_dict().items():
+        wanted = full.state_dict[key]
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value, wanted.half().to(wanted.dtype))
+
+
+def test_a_weight_too_large_for_half_precision_is_refused():
+    assert halved({"steps": torch.tensor(70_000)})["steps"] == 70_000
+    with pytest.raises(RunError, match="big: does not fit into half precision"):
+        halved({"big": torch.tensor([1.0, 7e4])})
 
 
 def test_a_checkpoint_is_asked_for_and_belongs_to_its_run(digits, tmp_path):

@@ -42,6 +42,7 @@ def train_model(
     resume: bool,
     time_budget: str | None,
     smoke: bool,
+    half: bool,
     device: str,
     cards: tuple[str, ...],
 ) -> None:
@@ -79,6 +80,7 @@ def train_model(
             resume=resume,
             stop=stopper,
             world=processes,
+            half=half,
         )
     if processes.rank > 0:
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
+from robustbench_cure.errors import RunError
 from robustbench_cure.files import write_atomically
 
 
@@ -71,6 +72,19 @@ class TrainingResult:
 def portable_state(net: nn.Module) -> dict[str, Tensor]:
     """The state dict on the CPU, contiguous, sharing no memory with the network."""
     return {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights in half precision, float16; counters stay as they are.
+
+    Raises:
+        RunError: a weight is too large for it.
+    """
+    small = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in small.items():
+        if not bool(value.isfinite().all()):
+            raise RunError(f"{key}: does not fit into half precision; train without --half")
+    return small
 
 
 def save_weights(state: dict[str, Tensor], path: Path, recipe_json: str) -> str:

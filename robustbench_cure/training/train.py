@@ -18,7 +18,7 @@ from robustbench_cure.training.journal import Journal
 from robustbench_cure.training.loop import Progress, Trainer
 from robustbench_cure.training.monitor import SCALES
 from robustbench_cure.training.parallel import World
-from robustbench_cure.training.result import TrainingResult, portable_state, save_weights
+from robustbench_cure.training.result import TrainingResult, halved, portable_state, save_weights
 from robustbench_cure.zoo.loading import build_from_card, load_card_module
 
 
@@ -71,6 +71,7 @@ def train(
     stop: Callable[[], str] = lambda: "",
     world: World | None = None,
     steps_per_epoch: int | None = None,
+    half: bool = False,
 ) -> TrainingResult:
     """Train the network of a card by its recipe.
 
@@ -91,6 +92,7 @@ def train(
         stop: asked before every step; a reason to stop, or nothing.
         world: the processes that train together; the first of them writes.
         steps_per_epoch: fewer steps an epoch than the data give.
+        half: hand back and store the weights in half precision; loading them makes them float32 again.
 
     Returns:
         The network as it is at the end, or where the run was stopped.
@@ -131,6 +133,8 @@ def train(
         trainer.restore(saved)
     reason = _run(trainer, out_path, identity, stop, progress)
     state, digest = portable_state(trainer.result.net), ""
+    if half and not reason:
+        state = halved(state)
     if out_path is not None and not reason and world.rank == 0:
         digest = save_weights(state, out_path, recipe.model_dump_json(exclude_defaults=True))
         checkpoint.path_for(out_path).unlink(missing_ok=True)
