@@ -112,6 +112,7 @@ def main() -> None:
         if options.autoattack:
             race_autoattack(bench, options, rows)
         table(rows, name)
+    together(rows, options.model)
     if options.out:
         draw(rows.all, options.out)
 
@@ -343,6 +344,18 @@ def table(rows: Rows, model: str) -> None:
     print()
 
 
+def together(rows: Rows, models: list[str]) -> None:
+    """Print the whole battery over all networks."""
+    wholes = [[c for c in compared(rows.all, model) if c.mine.attack == WHOLE] for model in models]
+    for name in dict.fromkeys(each.who for whole in wholes for each in whole):
+        found = [each for whole in wholes for each in whole if each.who == name]
+        if len(found) == len(models) > 1:
+            mine, theirs = sum(c.mine.seconds for c in found), sum(c.seconds for c in found)
+            print(
+                f"all {len(models)} networks: {mine:.1f} s, {name} {theirs:.1f} s, {theirs / mine:.1f} times"
+            )
+
+
 @dataclass
 class Compared:
     """One attack: ours, the peers that have it, and the fastest of them."""
@@ -406,6 +419,7 @@ def draw(rows: list[Row], out: Path) -> None:
                     seconds, place, s=46 if library == OURS else 26, color=colours[library], zorder=2
                 )
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_title(model, fontsize=10)
         axis.set_xlabel("seconds")
         axis.grid(axis="x", color="#eeeeee")
@@ -418,8 +432,8 @@ def draw(rows: list[Row], out: Path) -> None:
     marks = [
         pyplot.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in names
     ]
-    figure.legend(handles=marks, loc="upper center", ncols=len(names), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.legend(handles=marks, loc="upper center", ncols=2 * len(models), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
     for suffix in ("png", "svg"):
         figure.savefig(out / f"peers.{suffix}", dpi=160)
 
