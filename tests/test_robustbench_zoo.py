@@ -90,7 +90,7 @@ def test_a_pickle_with_code_is_refused(offline, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("robustbench:Wong2020Fats", "did you mean Wong2020Fast"),
+        ("robustbench:Wong2020Fats", "for cifar10 Linf (did you mean 'Wong2020Fast'?)"),
         ("robustbench:svhn/Linf/x", "unknown data set 'svhn'; there are cifar10, cifar100, imagenet"),
         ("robustbench:cifar10/L7/x", "has no threat model 'L7'; it has Linf, L2"),
         ("robustbench:", "write robustbench:NAME"),
@@ -150,7 +150,7 @@ def test_an_entry_is_an_architecture_too():
         ("wide_resnet.WideResNet", {"num_classes": 9}, "unknown argument 'num_classes'"),
         ("wide_resnet.WideResNet", {"depth": "28"}, "argument 'depth' must be int, not '28'"),
         ("wide_resnet.WideResNet", {"depth": 11}, "AssertionError for {'depth': 11}"),
-        ("Wong2020Fats", {}, "no such entry (did you mean 'Wong2020Fast'?)"),
+        ("Wong2020Fats", {}, "no such model for cifar10 Linf (did you mean 'Wong2020Fast'?)"),
         ("Wong2020Fast", {"depth": 3}, "an entry takes no arguments"),
         ("cifar10/L7/x", {}, "has no threat model 'L7'"),
     ],

@@ -16,7 +16,7 @@ from torch import nn
 from robustbench_cure.catalog import did_you_mean
 from robustbench_cure.errors import UsageError
 from robustbench_cure.interop.robustbench import import_robustbench
-from robustbench_cure.interop.robustbench_zoo import PREFIX, known, parts
+from robustbench_cure.interop.robustbench_zoo import PREFIX, entry
 
 #: What a card can write as an option.
 Scalar: TypeAlias = int | float | str | bool
@@ -42,13 +42,10 @@ def network(name: str, num_classes: int, args: Mapping[str, Scalar]) -> nn.Modul
 
 
 def _entry(name: str, args: Mapping[str, Scalar]) -> nn.Module:
-    dataset, threat, model = parts(name)
-    entries = known(dataset, threat)
-    if model not in entries:
-        raise UsageError(f"no such entry{did_you_mean(model, entries)}")
+    _, _, _, found = entry(name)
     if args:
         raise UsageError("an entry takes no arguments")
-    module: nn.Module = entries[model]["model"]()
+    module: nn.Module = found["model"]()
     return module
 
 

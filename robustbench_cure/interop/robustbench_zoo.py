@@ -8,7 +8,6 @@ changes afterwards is refused.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from robustbench_cure.catalog import cache_dir
+from robustbench_cure.catalog import cache_dir, did_you_mean
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.interop.robustbench import import_robustbench
@@ -69,6 +68,20 @@ def known(dataset: str, threat: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def entry(name: str) -> tuple[str, str, str, dict[str, Any]]:
+    """Data set, threat model, model and RobustBench's entry of a name, see `parts`.
+
+    Raises:
+        UsageError: there is no such entry.
+    """
+    dataset, threat, model = parts(name)
+    entries = known(dataset, threat)
+    if model not in entries:
+        hint = did_you_mean(model, entries)
+        raise UsageError(f"{name}: RobustBench has no such model for {dataset} {threat}{hint}")
+    return dataset, threat, model, entries[model]
+
+
 def load(name: str) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
     """A RobustBench model with its weights.
 
@@ -81,12 +94,7 @@ def load(name: str) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
     Raises:
         UsageError: unknown, neither here nor to be downloaded, changed since then, or not tensors alone.
     """
-    dataset, threat, model = parts(name)
-    entries = known(dataset, threat)
-    if model not in entries:
-        close = difflib.get_close_matches(model, entries, n=3, cutoff=0.4)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise UsageError(f"{name}: RobustBench has no such model for {dataset} {threat}{hint}")
+    dataset, threat, model, _ = entry(name)
     folder = cache_dir() / "robustbench"
     place = folder / dataset / threat
     _verify(place, model)
