@@ -2,6 +2,7 @@
 
 Source: Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572; l2 form: the normalised gradient.
 One step of length eps from the image itself, on cross-entropy with the true label, cut to the box.
+The gradient is that of the reference form: no later step mends what reduced precision spoils in a single one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def fgsm(
     proposal = Proposal.start(x)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         clean, labels = x[rows], y[rows]
-        _, gradient = classifier.value_and_gradient(clean, lambda z, labels=labels: cross_entropy(z, labels))  # type: ignore[misc]
+
+        def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
+            return cross_entropy(logits, labels)
+
+        _, gradient = classifier.value_and_gradient(clean, loss, reference=True)
         proposal.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))
     proposal.steps += 1
     proposal.forwards += 1
