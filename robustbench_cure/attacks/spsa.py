@@ -124,8 +124,8 @@ def gradient_estimate(
     size = math.prod(shape)
     signs = noise.signs((samples, size), stream)
     total = x.new_zeros((len(x), size))
-    chunk = max(1, classifier.batch_size // (2 * len(x)))
-    for part in torch.split(signs, chunk, dim=1):
+    passes = min(samples, math.ceil(2 * samples * len(x) / classifier.batch_size))
+    for part in torch.split(signs, math.ceil(samples / passes), dim=1):  # of equal size: none runs half empty
         shift = delta * part.view(len(x), -1, *shape)
         queries = torch.cat((x[:, None] + shift, x[:, None] - shift), 1).flatten(0, 1)
         labels = y.repeat_interleave(2 * part.shape[1])
