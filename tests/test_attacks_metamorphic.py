@@ -427,6 +427,52 @@ def test_bf16_search_changes_few_verdicts_and_no_claim(make, digits_test, judge,
     assert abs(int(sets[0].sum()) - int(sets[1].sum())) <= 3
 
 
+def test_a_single_step_does_not_depend_on_the_precision(make, data):
+    x, y = data
+    exact, coarse = (fgsm(make(precision=p), x, y, threat=threat_of("linf")) for p in ("fp32", "bf16"))
+    assert torch.equal(exact.x_adv, coarse.x_adv)
+
+
+class TooFine(nn.Module):
+    """Two classes whose weights bfloat16 cannot tell apart, one far below; one pixel speaks for 0."""
+
+    SLOPE, REACH = 2.0**-10, 2.0**-10 * 63 * 0.1  # of z_1 - z_0 in each pixel; what a ball of 0.1 gains
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([1.0, 1.0 + self.SLOPE, 0.0])[:, None])
+            self.head.weight[:, 0] = torch.tensor([8.0, 0.0, 0.0])
+            self.head.bias.copy_(torch.tensor([self.SLOPE * 63 * 0.5 + self.REACH / 2, 0.0, -50.0]))
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("stop", ["first-success", "never"])
+@pytest.mark.parametrize("rungs", [(8,), (4, 8)])
+def test_rows_that_stand_by_a_hair_in_bf16_are_searched_again(stop, rungs):
+    x = torch.full((4, 1, 8, 8), 0.5)
+    x[:, 0, 0, 0] = 0
+    x[1], x[2] = x[1] - 0.03, x[2] - 0.1  # margins: half, 0.8 and 1.5 times what the ball gains
+    x[3, 0, 0, 0] = 1  # and one that is nowhere near
+    x, y = x.clamp(0, 1), torch.zeros(4, dtype=torch.int64)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        classifier = Classifier(TooFine(), num_classes=3, input_shape=SHAPE, precision=precision)
+        proposals = pgd_ladder(
+            classifier, x, y, threat=ThreatModel("linf", Fraction(1, 10)), rungs=rungs, step_size=0.025,
+            random_start=False, loss="margin", stop=stop,
+        )  # fmt: skip
+        broken = [(classifier.logits(each.x_adv).argmax(1) != y).tolist() for each in proposals]
+        found[precision] = broken, proposals[-1].backwards.tolist()
+    assert found["fp32"][0] == [[True, True, False, False]] * len(rungs)
+    assert found["bf16"][0] == found["fp32"][0]
+    assert found["bf16"][1][2:] == [2 * 8, 8]  # the second look is for doubtful rows alone
+    assert found["fp32"][1][2:] == [8, 8]
+
+
 # --- models without a gradient -----------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ Deviations. (1) ``stop = "first-success"``: a row leaves at its first iterate th
 misclassifies, instead of always returning the last one; that can only be stronger, makes robust
 accuracy monotone in steps, and frees the batch. (2) ``stop = "never"``: the iterate of lowest margin is
 returned, not the last. (3) PGD(7), PGD(20), ... with equal parameters are prefixes of one trajectory and
-are computed together: `pgd_ladder`.
+are computed together: `pgd_ladder`. (4) A row that stands by a `HAIR` after a search in bfloat16 is
+searched once more in the reference form, from the same starts: a number does not depend on the precision.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
 Stop = Literal["first-success", "never"]
+
+#: A margin below this share of the range of the logits is within one rounding of bfloat16 (2^-7).
+HAIR = torch.finfo(torch.bfloat16).eps
 
 
 def pgd(
@@ -127,18 +131,39 @@ class _Ladder:
         self.current = x.clone()
         self.taken = torch.zeros(n, dtype=torch.int64, device=device)  # steps of the current restart
         self.restart = torch.zeros_like(self.taken)
-        #: The largest rung not broken yet: where a restart ends.
+        self.by_a_hair = torch.zeros_like(self.broken)  # proposals whose verdict a rounding may decide
+        self.wanted = torch.ones_like(self.broken)  # rungs worked for
+        #: The largest of them not broken yet: where a restart ends.
         self.horizon = torch.full_like(self.taken, rungs[-1])
+        self.reference = False  # form whose gradients are followed
 
     def run(self) -> list[Proposal]:
-        everything = torch.arange(len(self.x), device=self.x.device)
-        for rows in torch.split(everything, self.classifier.batch_size):
-            self._begin(rows)
-        pool = Pool(len(self.x), self.classifier.batch_size, self.x.device)
-        for rows in pool:
-            finished = self._visit(rows)
-            pool.retire(finished)
+        self._search(torch.arange(len(self.x), device=self.x.device))
+        if self.classifier.precision == "bf16":
+            self._look_again()
         return self.proposals
+
+    def _search(self, chosen: Tensor) -> None:
+        """Every restart of the chosen rows."""
+        for rows in torch.split(chosen, self.classifier.batch_size):
+            self._begin(rows)
+        pool = Pool(len(self.x), self.classifier.batch_size, self.x.device, among=chosen)
+        for rows in pool:
+            pool.retire(self._visit(rows))
+
+    def _look_again(self) -> None:
+        """Search rows that stand by a hair once more, with gradients of the reference form."""
+        self.reference = True
+        self.wanted = self.by_a_hair & ~self.broken
+        chosen = self.wanted.any(0).nonzero().squeeze(1)
+        self._aim(chosen)
+        self.restart[chosen] = 0
+        self._search(chosen)
+
+    def _aim(self, rows: Tensor) -> None:
+        """Set where restarts of these rows end; 0: nowhere, they need no further work."""
+        ladder = torch.tensor(self.rungs, device=rows.device)[:, None]
+        self.horizon[rows] = (ladder * (self.wanted & ~self.broken)[:, rows]).amax(0)
 
     def _begin(self, rows: Tensor) -> None:
         """Put rows at the start of their current restart."""
@@ -151,9 +176,11 @@ class _Ladder:
     def _visit(self, rows: Tensor) -> Tensor:
         """One step of each row; returns the rows that are done for good."""
         labels, here = self.y[rows], self.current[rows]
-        logits, gradient = self.classifier.value_and_gradient(here, lambda z: self.loss(z, labels))
+        logits, gradient = self.classifier.value_and_gradient(
+            here, lambda z: self.loss(z, labels), reference=self.reference
+        )
         self._count(rows, backward=True)
-        self._judge(rows, here, margins(logits, labels))
+        self._judge(rows, here, logits)
         ahead = rows[self.taken[rows] < self.horizon[rows]]
         moved = self.threat.project(self.x[rows], here + self.step_size * self.threat.steepest(gradient))
         self.current[rows] = moved
@@ -165,31 +192,36 @@ class _Ladder:
         self._begin(ended[~over])
         return ended[over]
 
-    def _judge(self, rows: Tensor, here: Tensor, margin: Tensor) -> None:
-        """Take note of iterates the search form has just seen for free."""
+    def _judge(self, rows: Tensor, here: Tensor, logits: Tensor) -> None:
+        """Take note of iterates that a forward pass has just seen for free."""
         if self.stop == "never":
-            self._offer(rows, here, margin)
+            self._offer(rows, here, logits)
             return
-        hit = margin < 0
+        hit = margins(logits, self.y[rows]) < 0
         if bool(hit.any()):
             self._verify(rows[hit], here[hit])
 
     def _land(self, rows: Tensor) -> None:
         """Rows that have just reached a rung: their iterate is that rung's proposal."""
+        # Where nothing follows, the evaluator's is the only look that is needed.
+        last_word = (
+            self.stop == "first-success" and self.restarts == 1 and self.classifier.precision == "fp32"
+        )
         for index, rung in enumerate(self.rungs):
             arrived = rows[(self.taken[rows] == rung) & ~self.broken[index, rows]]
             if len(arrived) == 0:
                 continue
             here = self.current[arrived]
-            if self.stop == "first-success" and self.restarts == 1 and rung == self.rungs[-1]:
-                self._propose(index, arrived, here)  # the last word anyway; the evaluator judges it
+            if last_word and rung == self.rungs[-1]:
+                self._propose(index, arrived, here)
             else:
                 # In the reference form, so that a rung inside the ladder is judged as it would be alone.
-                margin = margins(self.classifier.logits(here), self.y[arrived])
+                logits = self.classifier.logits(here)
                 self._count(arrived)
                 if self.stop == "first-success":
-                    self._break(arrived[margin < 0], here[margin < 0])
-                self._offer(arrived, here, margin, only=index)
+                    hit = margins(logits, self.y[arrived]) < 0
+                    self._break(arrived[hit], here[hit])
+                self._offer(arrived, here, logits, only=index)
 
     def _verify(self, rows: Tensor, here: Tensor) -> None:
         margin = margins(self.classifier.logits(here), self.y[rows])
@@ -204,17 +236,19 @@ class _Ladder:
             reached = (self.taken[rows] <= rung) & ~self.broken[index, rows]
             self._propose(index, rows[reached], here[reached])
             self.broken[index, rows[reached]] = True
-        ladder = torch.tensor(self.rungs, device=rows.device)[:, None]
-        self.horizon[rows] = (ladder * ~self.broken[:, rows]).amax(0)
+        self._aim(rows)
 
-    def _offer(self, rows: Tensor, here: Tensor, margin: Tensor, only: int | None = None) -> None:
+    def _offer(self, rows: Tensor, here: Tensor, logits: Tensor, only: int | None = None) -> None:
         """Keep an iterate where its margin is the lowest of its rung (or of every rung) so far."""
+        margin = margins(logits, self.y[rows])
+        close = margin.abs() < HAIR * (logits.amax(1) - logits.amin(1))
         for index, rung in enumerate(self.rungs):
             if only is not None and index != only:
                 continue
             unbroken = (self.taken[rows] <= rung) & ~self.broken[index, rows]
             better = unbroken & (margin < self.best[index, rows])
             self.best[index, rows[better]] = margin[better]
+            self.by_a_hair[index, rows[better]] = close[better]
             self._propose(index, rows[better], here[better])
 
     def _propose(self, index: int, rows: Tensor, here: Tensor) -> None:
@@ -225,6 +259,6 @@ class _Ladder:
         """Charge a pass to every rung that the row is still working for."""
         for index, rung in enumerate(self.rungs):
             needed = self.taken[rows] < rung if backward else self.taken[rows] <= rung
-            working = rows[needed & ~self.broken[index, rows]]
+            working = rows[needed & (self.wanted & ~self.broken)[index, rows]]
             self.proposals[index].forwards[working] += 1
             self.proposals[index].backwards[working] += int(backward)

@@ -21,13 +21,18 @@ class Pool:
         n: rows.
         size: rows visited at a time.
         device: of the index tensors.
+        among: int64 indices of the rows that live at first; default: all.
 
     Usage: ``for rows in pool: ...; pool.retire(rows[done])``.
     """
 
-    def __init__(self, n: int, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, n: int, size: int, device: torch.device | str = "cpu", *, among: Tensor | None = None
+    ) -> None:
         self.size = max(1, size)
-        self.living = torch.ones(n, dtype=torch.bool, device=device)
+        self.living = torch.full((n,), among is None, device=device)
+        if among is not None:
+            self.living[among] = True
 
     def retire(self, rows: Tensor) -> None:
         """Take rows out for good."""
