@@ -885,7 +885,8 @@ def test_what_nobody_foresaw_is_one_line_too_and_can_be_looked_into(bench, capsy
     ("passes", "message"),
     [
         (13, "the model failed during the clean pass: tired"),
-        (14, "the model failed during the check of attack 'fgsm': tired"),
+        (14, "attack 'fgsm' failed: tired"),
+        (15, "the model failed during the check of attack 'fgsm': tired"),
     ],
 )
 def test_a_model_that_fails_later_is_a_failed_run(bench, capsys, passes, message):
