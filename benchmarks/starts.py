@@ -31,11 +31,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--steps", type=int, nargs="+", default=[7, 10, 20])
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of our search")
     options = parser.parse_args()
     threat = ThreatModel.parse("linf", "8/255")
     print("| images that stand | here | torchattacks |\n|:---|---:|---:|", flush=True)
     for name in options.model:
-        classifier = load_model(name, device="cpu")
+        classifier = load_model(name, device="cpu", precision=options.precision)
         data = load_dataset("npz", "test", options.data).subset(options.n)
         right = margins(classifier.logits(data.images), data.labels) >= 0
         x, y = data.images[right], data.labels[right]

@@ -7,6 +7,8 @@ The gradient is that of the reference form: no later step mends what reduced pre
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,7 @@ def fgsm(
     proposal = Proposal.start(x)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         clean, labels = x[rows], y[rows]
-
-        def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
-            return cross_entropy(logits, labels)
-
+        loss = partial(cross_entropy, labels=labels)
         _, gradient = classifier.value_and_gradient(clean, loss, reference=True)
         proposal.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))
     proposal.steps += 1

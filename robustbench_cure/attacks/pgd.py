@@ -9,7 +9,7 @@ misclassifies, instead of always returning the last one; that can only be strong
 accuracy monotone in steps, and frees the batch. (2) ``stop = "never"``: the iterate of lowest margin is
 returned, not the last. (3) PGD(7), PGD(20), ... with equal parameters are prefixes of one trajectory and
 are computed together: `pgd_ladder`. (4) A row that stands by a `HAIR` after a search in bfloat16 is
-searched once more in the reference form, from the same starts: a number does not depend on the precision.
+searched once more in the reference form, from the same starts: reduced precision shall not raise a number.
 """
 
 from __future__ import annotations
