@@ -39,7 +39,7 @@ def roots(extra: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
         extra: directories given with ``--cards``; ``CURE_BENCH_CARDS`` (os.pathsep-separated) follows.
 
     Raises:
-        UsageError: a given directory does not exist, or no root was found at all.
+        UsageError: a given directory does not exist or has no folder of cards, or no root was found at all.
     """
     result: list[tuple[str, Path]] = []
     given = [("--cards", text) for text in extra]
@@ -48,6 +48,8 @@ def roots(extra: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
         path = Path(text).expanduser()
         if not path.is_dir():
             raise UsageError(f"{reason}: no such directory: {text}")
+        if not any((path / folder).is_dir() for folder in FOLDERS.values()):
+            raise UsageError(f"{reason}: no cards in {text}: they lie in its {', '.join(FOLDERS.values())}")
         if not any(path.samefile(other) for _, other in result):
             result.append((reason, path))
     package = Path(__file__).parent

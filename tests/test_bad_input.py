@@ -235,6 +235,14 @@ simple("unknown split", "--split val", "--split", "'val'", "test")
 simple("models of different batteries", "--model digits_cure --model wrn_cure", "digits, table2", "--battery")
 simple("the same model twice", "--model digits_cure --model digits_cure", "digits_cure is given twice")
 simple("cards folder missing", "--cards nowhere", "--cards", "no such directory", "nowhere")
+
+
+@case("cards without their folders", "--cards", "no cards in flat", "models, attacks, reports/published")
+def _(bench):
+    bench.file("flat/mine.toml", 'id = "mine"\n')
+    return "--model digits_cure --cards flat"
+
+
 simple("train unknown model", "train digits_cur", "unknown model 'digits_cur'", "did you mean")
 simple("train for no epochs", "train digits_normal --epochs 0", "--epochs", "0 is not in the range")
 simple(
