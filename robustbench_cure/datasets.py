@@ -206,7 +206,7 @@ def _folder(split: Split, data_dir: Path | None) -> EvalSet:
         raise UsageError(
             f"{base}: {len(classes)} class folder{'s' * (len(classes) != 1)}; a classifier needs at least 2"
         )
-    arrays, labels, ids, suffixes, shape = [], [], [], set[str](), None
+    arrays, labels, ids, suffixes, shape = [], [], [], [], None
     for label, name in enumerate(classes):
         files = sorted(f for f in (base / name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
@@ -230,9 +230,11 @@ def _folder(split: Split, data_dir: Path | None) -> EvalSet:
             arrays.append(pixels)
             labels.append(label)
             ids.append(f"{split}/{name}/{file.name}")
-            suffixes.add(file.suffix.lower())
-    lossy = sorted(suffixes & LOSSY_SUFFIXES)
-    notes = f"read from {', '.join(lossy)} files: lossy compression, not the original pixels" if lossy else ""
+            suffixes.append(file.suffix.lower())
+    lossy = [suffix for suffix in suffixes if suffix in LOSSY_SUFFIXES]
+    share = "" if len(lossy) == len(suffixes) else f"{len(lossy)} of the split's {len(suffixes)} images "
+    kinds = ", ".join(sorted(set(lossy)))
+    notes = f"{share}read from {kinds} files: lossy compression, not the original pixels" if lossy else ""
     return from_arrays(
         f"folder:{root.resolve().name}",
         split,

@@ -212,10 +212,13 @@ def test_palettes_are_resolved(tmp_path):
 def test_lossy_image_files_are_noted_and_flagged(tmp_path):
     images = {name: grey_levels(16, 16, 3, seed=k) for k, name in enumerate(("a/0.jpg", "b/0.png"))}
     data = load_dataset("folder", "test", pictures(tmp_path, images))
-    assert data.notes.startswith("read from .jpg files: lossy")
+    assert data.notes.startswith("1 of the split's 2 images read from .jpg files: lossy")
     assert data.subset(1).notes == data.notes
     assert data.hashes[0] != sha256(images["a/0.jpg"].transpose(2, 0, 1))
     assert data.hashes[1] == sha256(images["b/0.png"].transpose(2, 0, 1))
+    lossy = {"a/0.jpg": images["a/0.jpg"], "b/0.webp": images["b/0.png"]}
+    notes = load_dataset("folder", "test", pictures(tmp_path / "all", lossy)).notes
+    assert notes.startswith("read from .jpg, .webp files: lossy")
 
 
 def test_a_folder_named_by_its_place_has_its_real_name(tmp_path, monkeypatch):
