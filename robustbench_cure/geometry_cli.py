@@ -168,6 +168,68 @@ def gallery(words: list[str] | None, /, **options: Any) -> None:
 
 
 @click.command()
+@study_options
+@click.option(
+    "--subspaces", "kind", type=click.Choice(["random", "dct"]), default="random", show_default=True
+)
+@click.option("--dimensions", metavar="M,M", help="Of random subspaces; default: d/4 to d/100, and 1.")
+@click.option(
+    "--width", type=click.IntRange(1), help="Side of a band's block; default: an eighth of the image."
+)
+def subspace(words: list[str] | None, /, **options: Any) -> None:
+    """Smallest perturbations inside random or frequency subspaces.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.subspace_study import subspace as run
+
+    kind, text, width = (options.pop(key) for key in ("kind", "dimensions", "width"))
+    if kind == "random" and width is not None:
+        raise UsageError("--width belongs to --subspaces dct")
+    if kind == "dct" and text is not None:
+        raise UsageError("--dimensions belongs to --subspaces random")
+    dimensions = None if text is None else _dimensions(text)
+    run(study_of("subspace", words, options, 100), kind=kind, dimensions=dimensions, width=width)
+
+
+@click.command()
+@study_options
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--xi", help="Largest length; default: 10/255, digits 51/255, l2: 4 % of an image's.")
+@click.option(
+    "--method",
+    type=click.Choice(["deepfool", "gradient"]),
+    default="deepfool",
+    show_default=True,
+    help="Image after image as in the thesis, or ascent on batches.",
+)
+@click.option(
+    "--delta",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.2,
+    show_default=True,
+    help="Share of images that may keep their label.",
+)
+@click.option("--passes", type=click.IntRange(1), default=10, show_default=True, help="Over the images.")
+def universal(words: list[str] | None, /, **options: Any) -> None:
+    """One perturbation that changes the label of most images.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.universal_study import universal_perturbations as run
+
+    own = {key: options.pop(key) for key in ("norm", "xi", "method", "delta", "passes")}
+    if own["xi"] is not None:
+        try:
+            radius = parse_fraction(own["xi"])
+        except ValueError as error:
+            raise UsageError(f"--xi {own['xi']}: {error}") from None
+        if radius <= 0:
+            raise UsageError(f"--xi {own['xi']}: must be positive")
+    run(study_of("universal", words, options, 1000), **own)
+
+
+@click.command()
 @click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/evolution-<time>.")
 @click.pass_obj
@@ -188,4 +250,14 @@ def _radii(text: str) -> list[Fraction]:
     return radii
 
 
-VERBS = (curvature, bounds, curve, section, surface, gallery, evolution)
+def _dimensions(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--dimensions {text}: whole numbers, separated by commas") from None
+    if found != sorted(set(found)) or found[0] < 1:
+        raise UsageError(f"--dimensions {text}: must ascend from 1 or more")
+    return found
+
+
+VERBS = (curvature, bounds, curve, section, surface, gallery, subspace, universal, evolution)

@@ -77,10 +77,14 @@ class ThreatModel:
         """
         if self.norm == "linf":
             return x_adv.clamp(x - self.radius, x + self.radius).clamp(0.0, 1.0)
-        delta = x_adv - x
-        length = _row_norm(delta, 2)
-        scale = (self.radius / length.clamp_min(1e-30)).clamp_max(1.0)
-        return (x + delta * scale.view(-1, *[1] * (x.dim() - 1))).clamp(0.0, 1.0)
+        return (x + self.shorten(x_adv - x)).clamp(0.0, 1.0)
+
+    def shorten(self, delta: Tensor) -> Tensor:
+        """Nearest perturbation of length eps or less for each row, whatever the box; same shape."""
+        if self.norm == "linf":
+            return delta.clamp(-self.radius, self.radius)
+        scale = (self.radius / _row_norm(delta, 2).clamp_min(1e-30)).clamp_max(1.0)
+        return delta * scale.view(-1, *[1] * (delta.dim() - 1))
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether each row lies in the ball, up to `TOLERANCE`; bool, shape (B,). NaN is outside."""

@@ -11,7 +11,8 @@ Gaps and labels are those of the reference form, slopes those of the search form
 longer falls: a distance depends on reduced precision only through the sum of many slopes.
 ``mode = "minimal"`` runs until the label changes: its product is a distance. ``mode = "bounded"`` cuts
 the overshot vector to the ball after every step (the form of the CURE paper's Table 1, whose caption
-constrains the perturbations) and needs only a verdict.
+constrains the perturbations) and needs only a verdict. With a ``basis`` the slopes are projected onto its
+span, and so is the perturbation (thesis, algorithm 3).
 
 Deviations. (1) The label is tested, and the model linearised, at the overshot point, as the authors' own
 code does: on an affine model the algorithm as printed stops exactly on the boundary. (2) No absolute
@@ -59,6 +60,7 @@ def deepfool(
     overshoot: float = 0.02,
     candidates: int = 10,
     clip: bool = True,
+    basis: Tensor | None = None,
 ) -> Proposal:
     """Perturb each image towards the nearest linearised boundary until its label changes.
 
@@ -73,14 +75,25 @@ def deepfool(
         overshoot: the perturbation is lengthened by this share to cross the boundary.
         candidates: classes considered, the highest-ranked at x including the label's own.
         clip: keep iterates in [0, 1]; off for geometry, where r must stay normal to the boundary.
+        basis: orthonormal vectors whose span each perturbation lies in, float32 (B, m, C, H, W), or
+            (1, m, C, H, W) for all rows; only ``minimal``, in l2 and without ``clip``: box and ball cut
+            a perturbation out of the span.
 
     Returns:
         A proposal; ``converged`` says whether the reference form changed its label at ``x_adv``
         (``bounded`` proposals lie in ball and box, ``minimal`` ones anywhere, in the box if ``clip``).
         Rows already past the boundary are returned as they are, with zero steps.
+
+    Raises:
+        ValueError: a ``basis`` where a perturbation would not stay in its span, or of another shape.
     """
     del noise
-    search = _Search(classifier, x, y, threat, mode == "bounded", overshoot, candidates, clip)
+    if basis is not None:
+        if mode != "minimal" or threat.norm != "l2" or clip:
+            raise ValueError("a basis needs mode 'minimal', the l2 norm and clip=False")
+        if basis.dim() != 5 or len(basis) not in (1, len(x)) or basis.shape[2:] != x.shape[1:]:
+            raise ValueError(f"basis of shape {tuple(basis.shape)} for images of shape {tuple(x.shape)}")
+    search = _Search(classifier, x, y, threat, mode == "bounded", overshoot, candidates, clip, basis)
     pool = Pool(len(x), classifier.batch_size, x.device)
     for rows in pool:
         pool.retire(search.visit(rows, steps))
@@ -100,9 +113,10 @@ class _Search:
         overshoot: float,
         candidates: int,
         clip: bool,
+        basis: Tensor | None,
     ) -> None:
         self.classifier, self.x, self.y, self.threat = classifier, x, y, threat
-        self.bounded, self.overshoot, self.clip = bounded, overshoot, clip
+        self.bounded, self.overshoot, self.clip, self.basis = bounded, overshoot, clip, basis
         self.proposal = Proposal.start(x)
         self.proposal.converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.lowest = x.new_full((len(x),), torch.inf)  # margin so far
@@ -122,7 +136,7 @@ class _Search:
         if len(going) == 0:
             return rows
         here, labels, classes = self.proposal.x_adv[going], self.y[going], self.classes[going]
-        slopes = self._slopes(going, here, labels, classes)
+        slopes = self._within(going, self._slopes(going, here, labels, classes))
         self.proposal.forwards[going] += 1
         self.proposal.backwards[going] += self.others
 
@@ -181,6 +195,13 @@ class _Search:
                 given = here[part], labels[part], classes[part]
                 slopes[part] = self.classifier.value_and_jacobian(*given, reference=reference)[1]
         return slopes
+
+    def _within(self, rows: Tensor, slopes: Tensor) -> Tensor:
+        """The slopes, (B, k, C, H, W), projected onto the span of the basis."""
+        if self.basis is None:
+            return slopes
+        basis = (self.basis if len(self.basis) == 1 else self.basis[rows]).flatten(2)
+        return (slopes.flatten(2) @ basis.transpose(1, 2) @ basis).view_as(slopes)
 
     def _free(self, x: Tensor, here: Tensor, slopes: Tensor) -> Tensor:
         """The slopes, (B, m, C, H, W), with zeros where the way up leads out of the box or the linf ball."""

@@ -208,6 +208,33 @@ def gallery(rows: Sequence[tuple[str, NDArray[np.float32], Sequence[str]]], titl
         return figure
 
 
+def matrix(values: NDArray[np.float64], names: Sequence[str], *, xlabel: str, ylabel: str) -> Figure:
+    """A square of numbers in [0, 100], each written in its field.
+
+    Args:
+        values: (k, k), rows downward.
+        names: of rows and columns.
+        xlabel: what the columns are.
+        ylabel: what the rows are.
+    """
+    with style():
+        side = 1.6 + 0.75 * len(names)
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=100)
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                ink = "white" if value > 60 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        return figure
+
+
 def scatter_bounds(
     panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]],
 ) -> Figure:

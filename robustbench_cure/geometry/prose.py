@@ -56,3 +56,30 @@ Height is the negative cross-entropy of the true label over the plane of the nea
 and a random direction v; the dot is the image. A cliff close to the dot is what an attack walks over;
 the CURE paper finds it gone, and the surface nearly linear, after its training.
 """)
+
+SUBSPACE = _paragraphs("""
+How much longer a perturbation must be when it may use a random subspace of m of the d inputs only: on the
+way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew.
+
+beta = sqrt(m/d) x (shortest in the subspace) / (shortest of all), averaged over the images. Flat boundaries
+give 1, and the thesis finds real networks near it, down to m = d/100. Above 1, boundaries curve away.
+""")
+
+FREQUENCY = _paragraphs("""
+The shortest perturbation made of one band of frequencies alone (blocks along the diagonal of the discrete
+cosine transform), beside the shortest of all.
+
+beta = sqrt(m/d) x (shortest in the band) / (shortest of all), averaged over the images: 1 is what a random
+subspace of the same dimension gives. Below 1 the network reacts to this band more than to noise.
+""")
+
+UNIVERSAL = _paragraphs("""
+One perturbation added to every image, sought on half of the images (by DeepFool on one after the other, or by
+the gradient of batches; kept short) and judged on the other half. "Sought" and "fooled" are the shares of
+images, in per cent, whose predicted label changes on the one and on the other; "random" is that of noise of
+the same l2 length.
+
+The thesis finds such perturbations for all networks it looks at; they carry over to other networks,
+and most images end at the same few labels. What is counted is the change of the prediction, right or wrong:
+robust accuracy is another number.
+""")

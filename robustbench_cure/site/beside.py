@@ -31,6 +31,8 @@ STUDIES = {
     "section": ("Decision regions", "Planes through an image and its nearest boundary."),
     "surface": ("Loss surface", "The loss along the gradient and a random direction."),
     "gallery": ("Gallery", "Images, the perturbations that break them, and what the model sees."),
+    "subspace": ("Subspaces", "The shortest perturbations of random subspaces or frequencies alone."),
+    "universal": ("Universal perturbations", "One perturbation for all images, and what it does to them."),
     "evolution": ("Training", "Curvature and robustness by epoch."),
 }
 #: Files of a study that the site shows or gives away.

@@ -1,0 +1,200 @@
+"""Universal perturbations: one vector that changes the label of most images.
+
+Source: Moosavi-Dezfooli, Fawzi, Fawzi & Frossard 2017, arXiv 1610.08401; thesis, chapter 4, algorithm 4:
+
+    v = 0
+    repeat:  for every image x, in a new order:
+                 if k(x + v) = k(x):   v = shorten(v + r),  r the smallest change of the label of x + v
+    until k(x + v) != k(x) for a share 1 - delta of the images, or passes run out
+
+shorten cuts v to ||v||_p <= xi. Images and v are pixels in [0, 1]; x + v is not cut to the box while v is
+sought, as in the authors' code, and is cut when fooled images are counted: what is counted is an image.
+
+The method ``gradient`` instead climbs the mean cross-entropy of small batches, cut at `CEILING` for each
+image so that fooled ones stop to count (Shafahi et al. 2020, arXiv 1811.11304), with steps that shrink.
+
+Deviations. (1) An image that DeepFool cannot move within its iterations leaves v as it is, as in the
+authors' code. (2) Passes are limited. (3) Shares of fooled images go up and down with the passes: the
+perturbation of the best pass is kept, not that of the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.geometry.subspaces import L2
+from robustbench_cure.threat import ThreatModel
+
+Method: TypeAlias = Literal["deepfool", "gradient"]
+
+#: DeepFool's iterations on one image (the authors' code).
+ITERATIONS = 10
+#: Of the gradient method: largest loss of an image that still counts; images in a step; first step in radii
+#: at least, and all steps together about.
+CEILING, BATCH, FIRST_STEP, WAY = 9.0, 32, 0.1, 5.0
+
+
+@dataclass(frozen=True)
+class Universal:
+    """Where a search stands after a number of passes.
+
+    Attributes:
+        v: the perturbation that fooled most, float32 (C,H,W), in pixels of [0, 1].
+        last: that of the last pass, from which the next one goes on.
+        fooled: share of the images whose label each pass's perturbation changes, in [0, 1].
+    """
+
+    v: Tensor
+    last: Tensor
+    fooled: tuple[float, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        """Passes made over the images."""
+        return len(self.fooled)
+
+
+def universal(
+    classifier: Classifier,
+    x: Tensor,
+    *,
+    threat: ThreatModel,
+    method: Method = "deepfool",
+    delta: float = 0.2,
+    passes: int = 10,
+    seed: int = 0,
+    known: Universal | None = None,
+    keep: Callable[[Universal], None] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Universal:
+    """Seek one perturbation for all images.
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W) in [0, 1].
+        threat: norm p and radius xi of the perturbation.
+        method: the thesis' algorithm, or ascent on batches.
+        delta: share of the images that may keep their label.
+        passes: over the images, at most.
+        seed: of their order in every pass; another order leads to another perturbation.
+        known: what an earlier call with the same arguments reached, to go on from.
+        keep: given the state after every pass.
+        advance: told of images visited.
+
+    Returns:
+        The best perturbation, and the share of images fooled after every pass.
+
+    Guarantees:
+        ||v||_p <= xi up to rounding; a search that goes on from ``known`` ends where a whole one does.
+    """
+    x = x.to(classifier.device)
+    labels = classifier.logits(x).argmax(1)
+    zero = torch.zeros(x.shape[1:])
+    state = known or Universal(zero, zero)
+    while state.passes < passes and max(state.fooled, default=0.0) < 1 - delta:
+        generator = torch.Generator().manual_seed(seed * 10_000 + state.passes)
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        v = state.last.to(x.device)
+        if method == "deepfool":
+            v = _deepfool_pass(classifier, x[order], labels[order], v, threat, advance)
+        else:
+            step = _first_step(len(x), passes) * threat.radius * (1 - state.passes / passes)
+            v = _gradient_pass(classifier, x[order], labels[order], v, threat, step, advance)
+        share = float(fooled(classifier, x, v).double().mean())
+        better = share > max(state.fooled, default=-1.0)
+        state = Universal(v.cpu() if better else state.v, v.cpu(), (*state.fooled, share))
+        if keep is not None:
+            keep(state)
+    return state
+
+
+def _deepfool_pass(
+    classifier: Classifier,
+    x: Tensor,
+    labels: Tensor,
+    v: Tensor,
+    threat: ThreatModel,
+    advance: Callable[[int], None] | None,
+) -> Tensor:
+    """One visit of every image in order.
+
+    Images are looked at ahead in windows that grow while all in them are fooled: v does not change before
+    the first that is not, so that the outcome is that of one image after the other.
+    """
+    place, window = 0, 1
+    while place < len(x):
+        moved = x[place : place + window] + v
+        ahead = labels[place : place + window]
+        standing = (classifier.logits(moved).argmax(1) == ahead).nonzero().flatten().tolist()
+        seen = len(moved)
+        if standing:
+            row = slice(standing[0], standing[0] + 1)
+            found = deepfool(
+                classifier,
+                moved[row],
+                ahead[row],
+                threat=L2,
+                mode="minimal",
+                clip=False,
+                steps=ITERATIONS,
+            )
+            if bool(found.converged):
+                v = threat.shorten(v + found.x_adv - moved[row])[0]
+            seen = standing[0] + 1
+        window = 1 if standing else min(2 * window, classifier.batch_size)
+        place += seen
+        if advance is not None:
+            advance(seen)
+    return v
+
+
+def _first_step(images: int, passes: int) -> float:
+    """In radii: steps shrink to nothing, and few of them must still reach every place of the ball."""
+    steps = passes * -(-images // BATCH)
+    return min(1.0, max(FIRST_STEP, 2 * WAY / steps))
+
+
+def _gradient_pass(
+    classifier: Classifier,
+    x: Tensor,
+    labels: Tensor,
+    v: Tensor,
+    threat: ThreatModel,
+    step: float,
+    advance: Callable[[int], None] | None,
+) -> Tensor:
+    """One step of ascent for every batch of images in order; pixels at an end of the box do not count."""
+    for images, label in zip(torch.split(x, BATCH), torch.split(labels, BATCH), strict=True):
+        moved = images + v
+
+        def loss(logits: Tensor, label: Tensor = label) -> Tensor:
+            return functional.cross_entropy(logits, label, reduction="none").clamp_max(CEILING)
+
+        _, gradient = classifier.value_and_gradient(moved.clamp(0, 1), loss)
+        inside = (moved >= 0) & (moved <= 1)
+        uphill = threat.steepest((gradient * inside).sum(0, keepdim=True))
+        v = threat.shorten(v + step * uphill)[0]
+        if advance is not None:
+            advance(len(images))
+    return v
+
+
+def fooled(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
+    """Which images change their predicted label when v is added and the sum cut to [0, 1]; bool (B,).
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W) in [0, 1].
+        v: perturbation, float32 (C,H,W).
+    """
+    x = x.to(classifier.device)
+    moved = (x + v.to(x.device)).clamp(0, 1)
+    return classifier.logits(moved).argmax(1) != classifier.logits(x).argmax(1)

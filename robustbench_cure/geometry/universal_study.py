@@ -1,0 +1,276 @@
+"""`cure-bench universal`: one perturbation for all images, for any models, and what it does to others."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.errors import UsageError
+from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.geometry.page import Shown, present
+from robustbench_cure.geometry.study import Study
+from robustbench_cure.geometry.subspaces import L2
+from robustbench_cure.geometry.universal import Method, Universal, fooled, universal
+from robustbench_cure.progress import ProgressLine
+from robustbench_cure.stats import Rate
+from robustbench_cure.threat import Norm, ThreatModel, format_eps
+
+#: Radii by data set, l-infinity: the thesis' 10 grey levels; on digits that of its table.
+RADII = {"digits": "51/255"}
+RADIUS = "10/255"
+#: Radius in l2, as a share of the images' mean length: the thesis' 2,000 of about 50,000.
+SHARE = 0.04
+#: Lengths at which perturbations are compared, in radii of the universal one.
+LENGTHS = np.linspace(0, 2, 11)
+#: Held-out images on the page.
+SHOWN = 6
+
+
+def radius_of(study: Study, norm: Norm) -> str:
+    """The radius where none is given."""
+    if norm == "linf":
+        return RADII.get(study.dataset, RADIUS)
+    return f"{SHARE * float(study.images.flatten(1).norm(dim=1).mean()):.2f}"
+
+
+def universal_perturbations(
+    study: Study, *, norm: Norm, xi: str | None, method: Method, delta: float, passes: int
+) -> pd.DataFrame:
+    """Universal perturbations of all models (thesis, chapter 4), each judged on all of them; the table.
+
+    Half of the images are for seeking, the other half for judging.
+
+    Args:
+        study: models, images, folder, seed.
+        norm: of the perturbation.
+        xi: its largest length; None: that of the data set.
+        method: how it is sought.
+        delta: share of the images that may keep their label while it is sought.
+        passes: over the images, at most.
+
+    What an interrupted run finished is taken over, pass by pass.
+
+    Raises:
+        UsageError: fewer than four images.
+    """
+    if len(study.data) < 4:
+        raise UsageError(f"--n {len(study.data)}: a universal perturbation needs at least 4 images")
+    threat = ThreatModel.parse(norm, xi or radius_of(study, norm))
+    half = len(study.data) // 2
+    seek, test = study.data.take(range(half)), study.data.take(range(half, len(study.data)))
+    found = {name: _seek(study, name, seek, threat, method, delta, passes) for name in study.models}
+    rows, cells, curves = [], [], []
+    for name, classifier in study.models.items():
+        v = found[name].v
+        hit, labels = fooled(classifier, test.images, v).cpu(), _moved(classifier, test.images, v)
+        rate, label = Rate(int(hit.sum()), len(hit)), _favourite(labels[hit], test.classes)
+        others = _others(classifier, seek, study.seed)
+        curve = _by_length(classifier, test.images, {"universal": v, **others})
+        curves.append(curve.assign(model=name))
+        random = float(curve.query("perturbation == 'random' and radii == 1")["fooled"].iloc[0])
+        low, high = rate.interval
+        rows.append(
+            {
+                "model": name,
+                "passes": found[name].passes,
+                "l2": float(v.norm()),
+                "linf": float(v.abs().max()),
+                "fooled_sought": max(found[name].fooled),
+                "n_sought": half,
+                "fooled": rate.value,
+                "n": rate.total,
+                "ci_low": low,
+                "ci_high": high,
+                "random": random,
+                "most_frequent_label": label[0],
+                "share_of_it": label[1],
+            }
+        )
+        cells.append(
+            [
+                name,
+                str(found[name].passes),
+                f"{float(v.norm()):.2f}",
+                f"{100 * max(found[name].fooled):.1f}",
+                f"{100 * rate.value:.1f}",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                f"{100 * random:.1f}",
+                f"{label[0]} ({100 * label[1]:.0f} %)" if label[0] else "-",
+            ]
+        )
+    table = pd.DataFrame(rows)
+    study.table("universal", table)
+    study.table("universal-lengths", pd.concat(curves, ignore_index=True))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
+    study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
+    shown = [_pictures(study, found, test)]
+    shown += [_lengths(study, name, curve) for name, curve in zip(study.models, curves, strict=True)]
+    if len(study.models) > 1:
+        shown.append(_transfer(study, found, test))
+    present(
+        study,
+        title="Universal perturbations",
+        lead=prose.UNIVERSAL,
+        columns=("model", "passes", "l2", "sought", "fooled", "95 %", "random", "most often becomes"),
+        rows=cells,
+        figures=shown,
+        settings={
+            "norm": norm,
+            "xi": format_eps(threat.eps),
+            "method": method,
+            "delta": delta,
+            "passes": passes,
+            "sought_on": f"{half} images",
+            "judged_on": f"{len(test)} others, cut to [0, 1]",
+        },
+    )
+    return table
+
+
+def _seek(
+    study: Study,
+    name: str,
+    images: EvalSet,
+    threat: ThreatModel,
+    method: Method,
+    delta: float,
+    passes: int,
+) -> Universal:
+    """The perturbation of one model, from where an interrupted run left it."""
+    settings = {"threat": threat, "method": method, "delta": delta, "passes": passes, "seed": study.seed}
+    kept = Kept(study.out / f"universal-{name}.npz", study.identity(name, **settings))
+    known = None
+    if kept.rows:
+        v, last = (torch.from_numpy(kept.rows[key]) for key in ("v", "last"))
+        known = Universal(v, last, tuple(kept.rows["fooled"].tolist()))
+    done = (known.passes if known else 0) * len(images)
+    with ProgressLine(name, "images") as line:
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            line(done, passes * len(images), f"pass {-(-done // len(images))}")
+
+        state = universal(
+            study.models[name],
+            images.images,
+            threat=threat,
+            method=method,
+            delta=delta,
+            passes=passes,
+            seed=study.seed,
+            known=known,
+            keep=lambda s: kept.write(
+                {"v": s.v.numpy(), "last": s.last.numpy(), "fooled": np.array(s.fooled)}
+            ),
+            advance=advance,
+        )
+    study.files.append(kept.path)
+    return state
+
+
+def _moved(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
+    """Predicted labels of x + v, cut to the box, int64 (B,) on the CPU."""
+    return classifier.logits((x + v).clamp(0, 1).to(classifier.device)).argmax(1).cpu()
+
+
+def _favourite(labels: Tensor, classes: tuple[str, ...]) -> tuple[str, float]:
+    """The most frequent of some labels and its share; nothing of none."""
+    counted = Counter(labels.tolist()).most_common(1)
+    return (classes[counted[0][0]], counted[0][1] / len(labels)) if counted else ("", 0.0)
+
+
+def _others(classifier: Classifier, images: EvalSet, seed: int) -> dict[str, Tensor]:
+    """What a universal perturbation is compared with (thesis, section 4.4): directions, (C,H,W) each."""
+    x = images.images.to(classifier.device)
+    label = classifier.logits(x).argmax(1)
+    r = (deepfool(classifier, x, label, threat=L2, mode="minimal", clip=False).x_adv - x).cpu()
+    noise = Noise.for_samples(seed, "universal", ["random"])
+    return {
+        "random": noise.normal(tuple(x.shape[1:]), 0)[0],
+        "one image's": r[0],
+        "sum of all images'": r.sum(0),
+        "mean image": images.images.mean(0),
+    }
+
+
+def _by_length(classifier: Classifier, x: Tensor, directions: dict[str, Tensor]) -> pd.DataFrame:
+    """Shares of fooled images for every direction at every length of `LENGTHS`, in l2 of the first."""
+    unit = float(next(iter(directions.values())).norm())
+    rows = []
+    for name, direction in directions.items():
+        size = float(direction.norm())
+        for radii in LENGTHS:
+            v = direction * (radii * unit / size) if size else direction
+            share = float(fooled(classifier, x, v).double().mean())
+            rows.append({"perturbation": name, "radii": radii, "l2": radii * unit, "fooled": share})
+    return pd.DataFrame(rows)
+
+
+def _lengths(study: Study, name: str, curve: pd.DataFrame) -> Shown:
+    series = {
+        str(key): (part["l2"].to_numpy(), 100 * part["fooled"].to_numpy())
+        for key, part in curve.groupby("perturbation", sort=False)
+    }
+    figure = figures.lines(series, xlabel="l2 length, pixels in [0, 1]", ylabel="fooled (%)", marks=True)
+    files = figures.save(figure, study.out / f"universal-lengths-{name}")
+    study.files += files
+    return Shown(files[0], f"Fooled images by length, {name}", f"{name}: held-out images, by length.")
+
+
+def _pictures(study: Study, found: dict[str, Universal], test: EvalSet) -> Shown:
+    """The perturbations stretched to all grey levels, and images with them added."""
+    few = test.take(range(min(SHOWN, len(test))))
+    grey = np.full((1, *few.images.shape[1:]), 1.0, np.float32)
+    rows: list[tuple[str, NDArray[np.float32], list[str]]] = []
+    rows.append(("image", np.concatenate([grey, few.images.numpy()]), [""] * (1 + len(few))))
+    for name, classifier in study.models.items():
+        v = found[name].v
+        stretched = 0.5 + v / (2 * v.abs().max().clamp_min(1e-12))
+        before, after = _moved(classifier, few.images, 0 * v), _moved(classifier, few.images, v)
+        seen = [
+            f"{few.classes[a]} \u2192 {few.classes[b]}"
+            for a, b in zip(before.tolist(), after.tolist(), strict=True)
+        ]
+        images = torch.cat([stretched[None], (few.images + v).clamp(0, 1)]).numpy()
+        rows.append((name, images, [f"l\u221e {float(v.abs().max()) * 255:.0f}/255", *seen]))
+    titles = ["perturbation", *(few.classes[k] for k in few.labels.tolist())]
+    files = figures.save(figures.gallery(rows, titles), study.out / "universal")
+    study.files += files
+    return Shown(
+        files[0],
+        "Universal perturbations and images with them",
+        "Above: true labels of held-out images. Below: label before and after. Perturbations are stretched.",
+    )
+
+
+def _transfer(study: Study, found: dict[str, Universal], test: EvalSet) -> Shown:
+    """Every perturbation on every model (thesis, Table 4.2)."""
+    names = list(study.models)
+    shares = np.array(
+        [
+            [float(fooled(study.models[on], test.images, found[of].v).double().mean()) for on in names]
+            for of in names
+        ]
+    )
+    rows = pd.DataFrame(shares, columns=names)
+    rows.insert(0, "sought_on", names)
+    study.table("universal-transfer", rows)
+    figure = figures.matrix(100 * shares, names, xlabel="added to the images of", ylabel="sought on")
+    files = figures.save(figure, study.out / "universal-transfer")
+    study.files += files
+    return Shown(
+        files[0], "Every perturbation on every model", "Per cent of held-out images that are fooled."
+    )

@@ -1,0 +1,218 @@
+"""Universal perturbations against half-spaces, against the algorithm written plainly, and the command."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from robustbench_cure import load_dataset, load_model
+from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.cli import cli
+from robustbench_cure.errors import UsageError
+from robustbench_cure.geometry import universal_study
+from robustbench_cure.geometry.universal import ITERATIONS, fooled, universal
+from robustbench_cure.threat import ThreatModel
+
+SHAPE = (1, 4, 4)
+
+
+def radius(norm: str, size: float) -> ThreatModel:
+    return ThreatModel.parse(norm, str(Fraction(size).limit_denominator(10_000)))
+
+
+@pytest.fixture
+def wall(affine):
+    """Two classes, label 1 beyond a wall of unit normal w; images before it at distances 0.1 to 0.3."""
+    w = np.full(16, 0.25)
+    generator = torch.Generator().manual_seed(0)
+    x = 0.5 + 0.1 * (torch.rand((24, *SHAPE), generator=generator) - 0.5)
+    position = x.flatten(1).double().numpy() @ w
+    distance = np.linspace(0.1, 0.3, 24)
+    shift = torch.from_numpy(((2.2 - distance) - position)[:, None] * w[None]).float().view(-1, *SHAPE)
+    return affine(np.stack([np.zeros(16), w]), [0.0, -2.2], SHAPE), x + shift, distance
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("method", ["deepfool", "gradient"])
+@pytest.mark.parametrize("reach", [0.15, 0.22, 0.33])
+def test_before_a_wall_exactly_the_images_within_reach_are_fooled(wall, norm, method, reach):
+    """Along w a vector of l2 length L crosses the wall for images nearer than L; in linf, w is a corner."""
+    model, x, distance = wall
+    threat = radius(norm, reach if norm == "l2" else reach / 4)
+    found = universal(model.classifier, x, threat=threat, method=method, delta=0.0, passes=12)
+    hit = fooled(model.classifier, x, found.v).numpy()
+    assert not hit[distance > reach * 1.001].any()
+    assert hit[distance < reach * 0.995].all()
+    assert float(threat.distance(torch.zeros(1, *SHAPE), found.v[None])) <= threat.radius * (1 + 1e-5)
+    if method == "deepfool":
+        direction = found.v.flatten().double().numpy()
+        assert direction @ np.full(16, 0.25) == pytest.approx(np.linalg.norm(direction), rel=1e-5)
+    assert found.passes == 12 or hit.all()
+
+
+def test_deepfool_goes_no_farther_than_the_last_image_needs(wall):
+    model, x, _ = wall
+    found = universal(model.classifier, x, threat=radius("l2", 2), delta=0.0)
+    assert found.fooled == (1.0,)
+    assert 0.3 <= float(found.v.norm()) <= 1.02 * 0.3 + 1e-5
+
+
+def test_no_vector_fools_both_sides_of_a_wall(wall):
+    """The thesis' theorem is of directions, v or -v: one vector crosses one way only."""
+    model, x, distance = wall
+    w = torch.full((1, *SHAPE), 0.25)
+    beyond = x + w * torch.from_numpy(2 * distance).float().view(-1, 1, 1, 1)
+    both = torch.cat([x, beyond[:16]])
+    found = universal(model.classifier, both, threat=radius("l2", 1), delta=0.2, passes=5)
+    assert found.passes == 5
+    hit = fooled(model.classifier, both, found.v)
+    assert bool(hit[:24].any()) != bool(hit[24:].any())
+    assert max(found.fooled) <= 24 / 40
+
+
+def test_looking_ahead_changes_nothing():
+    """The thesis' algorithm 4, one image after the other, written without windows."""
+    model, data = load_model("digits_normal", device="cpu", precision="fp32"), load_dataset("digits")
+    x, threat = data.images[:60], ThreatModel.parse("linf", "51/255")
+    labels = model.logits(x).argmax(1)
+    found = universal(model, x, threat=threat, passes=2, delta=0.0, seed=3)
+    v = torch.zeros_like(x[:1])
+    shares = []
+    for done in range(2):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(30_000 + done))
+        for row in order.tolist():
+            moved, label = x[row : row + 1] + v, labels[row : row + 1]
+            if int(model.logits(moved).argmax(1)) == int(label):
+                step = deepfool(
+                    model, moved, label, threat=ThreatModel.parse("l2", "0"), clip=False, steps=ITERATIONS
+                )
+                if bool(step.converged):
+                    v = (v + step.x_adv - moved).clamp(-51 / 255, 51 / 255)
+        shares.append(float((model.logits((x + v).clamp(0, 1)).argmax(1) != labels).double().mean()))
+    assert found.fooled == pytest.approx(shares)
+    torch.testing.assert_close(found.last, v[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["deepfool", "gradient"])
+def test_a_search_that_goes_on_ends_where_a_whole_one_does(method):
+    model, data = load_model("digits_cure", device="cpu", precision="fp32"), load_dataset("digits")
+    states = []
+    arguments = {"threat": ThreatModel.parse("linf", "51/255"), "method": method, "passes": 4}
+    whole = universal(model, data.images[:50], keep=states.append, **arguments)
+    assert [state.passes for state in states] == [1, 2, 3, 4]
+    rest = universal(model, data.images[:50], known=states[1], **arguments)
+    assert rest.fooled == whole.fooled
+    assert torch.equal(rest.v, whole.v)
+    assert torch.equal(rest.last, whole.last)
+    best = max(whole.fooled)
+    assert float(fooled(model, data.images[:50], whole.v).double().mean()) == best
+    other = universal(model, data.images[:50], seed=1, **arguments)
+    assert not torch.equal(other.v, whole.v)
+
+
+def test_it_beats_noise_of_its_length_and_carries_to_other_images():
+    model, data = load_model("digits_normal", device="cpu", precision="fp32"), load_dataset("digits")
+    found = universal(model, data.images[:150], threat=ThreatModel.parse("linf", "51/255"), method="gradient")
+    held_out = data.images[150:400]
+    share = float(fooled(model, held_out, found.v).double().mean())
+    noise = torch.randn(found.v.shape, generator=torch.Generator().manual_seed(0))
+    noise *= found.v.norm() / noise.norm()
+    assert share > 0.4
+    assert share > 5 * float(fooled(model, held_out, noise).double().mean())
+
+
+def test_what_is_counted_is_an_image(affine):
+    """Beyond the wall only outside the box: cut to it, the image keeps its label."""
+    model = affine([[0.0], [1.0]], [0.0, -1.1], (1, 1, 1))
+    x, v = torch.tensor([0.9]).view(1, 1, 1, 1), torch.tensor([0.5]).view(1, 1, 1)
+    assert model.logits(x + v).argmax(1) == [1]
+    assert not fooled(model.classifier, x, v).any()
+
+
+def test_models_that_cannot_be_moved_leave_nothing():
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack((x.sum((1, 2, 3)) * 0 + 1, x.sum((1, 2, 3)) * 0), 1)
+
+    model = Classifier(Constant(), num_classes=2, input_shape=SHAPE)
+    x = torch.rand((5, *SHAPE), generator=torch.Generator().manual_seed(0))
+    for method in ("deepfool", "gradient"):
+        found = universal(model, x, threat=radius("l2", 1), method=method, passes=2)
+        assert found.fooled == (0.0, 0.0)
+        assert not found.v.any()
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli, ["universal", *arguments, "--device", "cpu"], catch_exceptions=False)
+
+
+PAIR = ("--model", "digits_normal", "--model", "digits_cure", "--n", "40", "--passes", "3")
+
+
+def test_the_command_judges_on_other_images_and_on_every_model(tmp_path):
+    run = invoke(*PAIR, "--method", "gradient", "--out", str(tmp_path / "a"))
+    assert run.exit_code == 0
+    table = pd.read_csv(tmp_path / "a" / "universal.csv").set_index("model")
+    transfer = pd.read_csv(tmp_path / "a" / "universal-transfer.csv").set_index("sought_on")
+    vectors = np.load(tmp_path / "a" / "universal.npz")
+    data = load_dataset("digits").subset(40)
+    for of in table.index:
+        v = torch.from_numpy(vectors[of])
+        assert float(v.abs().max()) <= 51 / 255 + 1e-6
+        for on in table.index:
+            share = fooled(load_model(on, device="cpu"), data.images[20:], v).double().mean()
+            assert transfer.loc[of, on] == pytest.approx(float(share))
+        assert table.loc[of, "fooled"] == pytest.approx(transfer.loc[of, of])
+        assert table.loc[of, "n"] == table.loc[of, "n_sought"] == 20
+        assert f"{100 * table.loc[of, 'fooled']:.1f}" in run.output
+    lengths = pd.read_csv(tmp_path / "a" / "universal-lengths.csv")
+    at_one = lengths[(lengths["radii"] == 1) & (lengths["perturbation"] == "universal")].set_index("model")
+    for name in table.index:
+        assert at_one.loc[name, "fooled"] == pytest.approx(table.loc[name, "fooled"])
+    assert (lengths[lengths["radii"] == 0]["fooled"] == 0).all()
+
+
+def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
+    invoke(*PAIR, "--out", str(tmp_path / "whole"))
+    real = universal_study.universal
+
+    def stops(*given, keep, **more):
+        def once(state):
+            keep(state)
+            raise KeyboardInterrupt
+
+        return real(*given, keep=once, **more)
+
+    monkeypatch.setattr(universal_study, "universal", stops)
+    CliRunner().invoke(cli, ["universal", *PAIR, "--device", "cpu", "--out", str(tmp_path / "parts")])
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+    assert np.load(tmp_path / "parts" / "universal-digits_normal.npz")["fooled"].shape == (1,)
+    monkeypatch.setattr(universal_study, "universal", real)
+    assert invoke(*PAIR, "--out", str(tmp_path / "parts")).exit_code == 0
+    for name in ("universal.csv", "universal-transfer.csv", "universal.npz", "universal.svg"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(UsageError, match="already holds results"):
+        invoke(*PAIR, "--out", str(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--xi", "0"], "must be positive"),
+        (["--xi", "eight"], "--xi eight"),
+        (["--n", "3"], "at least 4 images"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(tmp_path, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        invoke("--model", "digits_normal", *arguments, "--out", str(tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
