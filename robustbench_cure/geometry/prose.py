@@ -77,7 +77,7 @@ UNIVERSAL = _paragraphs("""
 One perturbation added to every image, sought on half of the images (by DeepFool on one after the other, or by
 the gradient of batches; kept short) and judged on the other half. "Sought" and "fooled" are the shares of
 images, in per cent, whose predicted label changes on the one and on the other; "random" is that of noise of
-the same l2 length.
+the largest length allowed.
 
 The thesis finds such perturbations for all networks it looks at; they carry over to other networks,
 and most images end at the same few labels. What is counted is the change of the prediction, right or wrong:

@@ -89,6 +89,7 @@ def subspace(study: Study, *, kind: Kind, dimensions: list[int] | None, width: i
                 "d": size,
                 "n": len(known),
                 "beta": mean,
+                "median": float(np.median(known)) if len(known) else float("nan"),
                 "std": float(known.std(ddof=1)) if len(known) > 1 else float("nan"),
                 "affine_low": low,
                 "affine_high": high,
@@ -115,7 +116,7 @@ def subspace(study: Study, *, kind: Kind, dimensions: list[int] | None, width: i
     study.table("subspace", table)
     files = figures.save(_figure(kind, series, chosen, study), study.out / "subspace")
     study.files += files
-    heads = ("subspace", "m", "m/d", "beta", "std", "found")
+    heads = ("subspace", "m", "m/d", "beta", "median", "std", "found")
     present(
         study,
         title="Perturbations in random subspaces" if kind == "random" else "Perturbations by frequency",
@@ -134,7 +135,7 @@ def subspace(study: Study, *, kind: Kind, dimensions: list[int] | None, width: i
 
 _CAPTIONS = {
     "random": "Mean over images. The band is where beta of a single image lies with probability "
-    f"{SURE:.0%} if the classifier is affine.",
+    f"{100 * SURE:.0f} % if the classifier is affine.",
     "dct": "Mean over images; band 0 holds the lowest frequencies. 1: as sensitive as to noise.",
 }
 
@@ -198,6 +199,7 @@ def _cells(row: dict[str, object], n: int, kind: Kind) -> list[str]:
         str(m),
         f"{m / size:.3g}",
         f"{row['beta']:.3f}",
+        f"{row['median']:.3f}",
         f"{row['std']:.3f}",
         f"{row['n']}/{n}",
     ]

@@ -75,8 +75,8 @@ def universal_perturbations(
         v = found[name].v
         hit, labels = fooled(classifier, test.images, v).cpu(), _moved(classifier, test.images, v)
         rate, label = Rate(int(hit.sum()), len(hit)), _favourite(labels[hit], test.classes)
-        others = _others(classifier, seek, study.seed)
-        curve = _by_length(classifier, test.images, {"universal": v, **others})
+        others = _others(classifier, seek, norm, study.seed)
+        curve = _by_length(classifier, test.images, threat, {"universal": v, **others})
         curves.append(curve.assign(model=name))
         random = float(curve.query("perturbation == 'random' and radii == 1")["fooled"].iloc[0])
         low, high = rate.interval
@@ -116,7 +116,7 @@ def universal_perturbations(
     np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
     study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
     shown = [_pictures(study, found, test)]
-    shown += [_lengths(study, name, curve) for name, curve in zip(study.models, curves, strict=True)]
+    shown += [_lengths(study, name, threat, curve) for name, curve in zip(study.models, curves, strict=True)]
     if len(study.models) > 1:
         shown.append(_transfer(study, found, test))
     present(
@@ -192,39 +192,44 @@ def _favourite(labels: Tensor, classes: tuple[str, ...]) -> tuple[str, float]:
     return (classes[counted[0][0]], counted[0][1] / len(labels)) if counted else ("", 0.0)
 
 
-def _others(classifier: Classifier, images: EvalSet, seed: int) -> dict[str, Tensor]:
+def _others(classifier: Classifier, images: EvalSet, norm: Norm, seed: int) -> dict[str, Tensor]:
     """What a universal perturbation is compared with (thesis, section 4.4): directions, (C,H,W) each."""
     x = images.images.to(classifier.device)
     label = classifier.logits(x).argmax(1)
     r = (deepfool(classifier, x, label, threat=L2, mode="minimal", clip=False).x_adv - x).cpu()
     noise = Noise.for_samples(seed, "universal", ["random"])
+    draw = noise.normal if norm == "l2" else noise.signs  # of the ball's surface; in linf of its corners
     return {
-        "random": noise.normal(tuple(x.shape[1:]), 0)[0],
+        "random": draw(tuple(x.shape[1:]), 0)[0],
         "one image's": r[0],
         "sum of all images'": r.sum(0),
         "mean image": images.images.mean(0),
     }
 
 
-def _by_length(classifier: Classifier, x: Tensor, directions: dict[str, Tensor]) -> pd.DataFrame:
-    """Shares of fooled images for every direction at every length of `LENGTHS`, in l2 of the first."""
-    unit = float(next(iter(directions.values())).norm())
+def _by_length(
+    classifier: Classifier, x: Tensor, threat: ThreatModel, directions: dict[str, Tensor]
+) -> pd.DataFrame:
+    """Shares of fooled images for every direction at every length of `LENGTHS`, in the threat's norm."""
     rows = []
     for name, direction in directions.items():
-        size = float(direction.norm())
+        size = float(threat.distance(torch.zeros_like(direction)[None], direction[None]))
         for radii in LENGTHS:
-            v = direction * (radii * unit / size) if size else direction
+            length = radii * threat.radius
+            v = direction * (length / size) if size else direction
             share = float(fooled(classifier, x, v).double().mean())
-            rows.append({"perturbation": name, "radii": radii, "l2": radii * unit, "fooled": share})
+            rows.append({"perturbation": name, "radii": radii, "length": length, "fooled": share})
     return pd.DataFrame(rows)
 
 
-def _lengths(study: Study, name: str, curve: pd.DataFrame) -> Shown:
+def _lengths(study: Study, name: str, threat: ThreatModel, curve: pd.DataFrame) -> Shown:
+    unit = 255 if threat.norm == "linf" else 1
+    label = "l∞ length (grey levels of 255)" if threat.norm == "linf" else "l2 length (pixels in [0, 1])"
     series = {
-        str(key): (part["l2"].to_numpy(), 100 * part["fooled"].to_numpy())
+        str(key): (unit * part["length"].to_numpy(), 100 * part["fooled"].to_numpy())
         for key, part in curve.groupby("perturbation", sort=False)
     }
-    figure = figures.lines(series, xlabel="l2 length, pixels in [0, 1]", ylabel="fooled (%)", marks=True)
+    figure = figures.lines(series, xlabel=label, ylabel="fooled (%)", marks=True)
     files = figures.save(figure, study.out / f"universal-lengths-{name}")
     study.files += files
     return Shown(files[0], f"Fooled images by length, {name}", f"{name}: held-out images, by length.")
