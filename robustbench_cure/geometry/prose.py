@@ -62,7 +62,8 @@ How much longer a perturbation must be when it may use a random subspace of m of
 way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew.
 
 beta = sqrt(m/d) x (shortest in the subspace) / (shortest of all), averaged over the images. Flat boundaries
-give 1, and the thesis finds real networks near it, down to m = d/100. Above 1, boundaries curve away.
+give 1, and the thesis finds real networks near it, down to m = d/100. Above 1, boundaries curve away; or m is
+a few, and some subspaces run along the boundary: the median is then the better number.
 """)
 
 FREQUENCY = _paragraphs("""

@@ -134,7 +134,7 @@ def subspace(study: Study, *, kind: Kind, dimensions: list[int] | None, width: i
 
 
 _CAPTIONS = {
-    "random": "Mean over images. The band is where beta of a single image lies with probability "
+    "random": "Mean over images. The grey band is where beta of a single image lies with probability "
     f"{100 * SURE:.0f} % if the classifier is affine.",
     "dct": "Mean over images; band 0 holds the lowest frequencies. 1: as sensitive as to noise.",
 }
@@ -216,17 +216,14 @@ def _figure(
     if kind == "dct":
         return figures.lines(series, xlabel="band of frequencies", ylabel="beta", marks=True)
     classes = next(iter(study.models.values())).num_classes
-    place = np.array(sorted(part.m for part in chosen), dtype=np.float64)
-    limits = np.array([_interval(int(m), classes) for m in place])
+    place = np.geomspace(chosen[0].m, chosen[-1].m, 200)
+    low, high = np.array([_interval(max(1, round(m)), classes) for m in place]).T
     highest = max([2.0, *(1.2 * float(np.nanmax(y)) for _, y in series.values() if np.isfinite(y).any())])
-    affine = "affine classifiers"
     figure = figures.lines(
-        {**series, affine: (place, np.ones(len(place)))},
-        bands={affine: (limits[:, 0], np.minimum(limits[:, 1], highest))},
-        xlabel="dimension m of the subspace",
-        ylabel="beta",
-        marks=True,
-        ylim=(0, highest),
+        series, xlabel="dimension m of the subspace", ylabel="beta", marks=True, ylim=(0, highest)
     )
-    figure.axes[0].set_xscale("log")
+    axes = figure.axes[0]
+    axes.fill_between(place, low, np.minimum(high, highest), color="#999999", alpha=0.2, linewidth=0)
+    axes.axhline(1, color="#999999", linewidth=0.6, zorder=0)
+    axes.set_xscale("log")
     return figure
