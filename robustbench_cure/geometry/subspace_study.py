@@ -185,7 +185,7 @@ def _measure(
     return found["whole"], {part.name: found[part.name] for part in chosen}
 
 
-def _interval(m: int, classes: int) -> tuple[float, float]:
+def _interval(m: float, classes: int) -> tuple[float, float]:
     """Where sqrt(m/d) ||r_S|| / ||r|| of an affine classifier lies with probability `SURE`."""
     low, high = zeta(m, (1 - SURE) / (2 * (classes + 1)))
     return low**0.5, high**0.5
@@ -217,7 +217,7 @@ def _figure(
         return figures.lines(series, xlabel="band of frequencies", ylabel="beta", marks=True)
     classes = next(iter(study.models.values())).num_classes
     place = np.geomspace(chosen[0].m, chosen[-1].m, 200)
-    low, high = np.array([_interval(max(1, round(m)), classes) for m in place]).T
+    low, high = np.array([_interval(float(m), classes) for m in place]).T
     highest = max([2.0, *(1.2 * float(np.nanmax(y)) for _, y in series.values() if np.isfinite(y).any())])
     figure = figures.lines(
         series, xlabel="dimension m of the subspace", ylabel="beta", marks=True, ylim=(0, highest)

@@ -33,7 +33,7 @@ from robustbench_cure.threat import ThreatModel
 L2 = ThreatModel.parse("l2", "0")
 
 
-def zeta(m: int, delta: float) -> tuple[float, float]:
+def zeta(m: float, delta: float) -> tuple[float, float]:
     """zeta1 and zeta2 of the thesis' Theorem 1: how far a random subspace strays from its expectation.
 
     Args:
