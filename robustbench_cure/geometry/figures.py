@@ -114,6 +114,32 @@ def evolution(
         return figure
 
 
+def panels(
+    series: dict[str, dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]], *, xlabel: str, ylabel: str
+) -> Figure:
+    """Curves of several kinds, one panel a model, on one vertical axis.
+
+    Args:
+        series: model -> kind -> horizontal and vertical values.
+        xlabel: of every panel.
+        ylabel: of the first.
+    """
+    with style():
+        figure = Figure(figsize=(2.6 * len(series), 3.1), layout="constrained")
+        row = list(figure.subplots(1, len(series), squeeze=False, sharey=True)[0])
+        for axes, (title, curves) in zip(row, series.items(), strict=True):
+            for index, (name, (x, y)) in enumerate(curves.items()):
+                colour, line = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+                shape = "osD^v<>"[index % 7]
+                axes.plot(x, y, color=colour, linestyle=line, label=name, marker=shape, markersize=3)
+            axes.set_title(title)
+            axes.set_xlabel(xlabel)
+        row[0].set_ylim(bottom=0)
+        row[0].set_ylabel(ylabel)
+        row[0].legend(fontsize=8)
+        return figure
+
+
 def sections(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.int64], int]]) -> Figure:
     """Regions of the labels over planes, one panel a model; equal scales, a dot at the image.
 

@@ -116,7 +116,7 @@ def universal_perturbations(
     np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
     study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
     shown = [_pictures(study, found, test)]
-    shown += [_lengths(study, name, threat, curve) for name, curve in zip(study.models, curves, strict=True)]
+    shown.append(_lengths(study, threat, curves))
     if len(study.models) > 1:
         shown.append(_transfer(study, found, test))
     present(
@@ -222,17 +222,20 @@ def _by_length(
     return pd.DataFrame(rows)
 
 
-def _lengths(study: Study, name: str, threat: ThreatModel, curve: pd.DataFrame) -> Shown:
-    unit = 255 if threat.norm == "linf" else 1
-    label = "l∞ length (grey levels of 255)" if threat.norm == "linf" else "l2 length (pixels in [0, 1])"
+def _lengths(study: Study, threat: ThreatModel, curves: list[pd.DataFrame]) -> Shown:
+    """Those shares, one panel a model (thesis, Fig. 4.9)."""
+    unit, label = (255, "l∞ length, grey levels") if threat.norm == "linf" else (1, "l2 length, pixels")
     series = {
-        str(key): (unit * part["length"].to_numpy(), 100 * part["fooled"].to_numpy())
-        for key, part in curve.groupby("perturbation", sort=False)
+        name: {
+            str(key): (unit * part["length"].to_numpy(), 100 * part["fooled"].to_numpy())
+            for key, part in curve.groupby("perturbation", sort=False)
+        }
+        for name, curve in zip(study.models, curves, strict=True)
     }
-    figure = figures.lines(series, xlabel=label, ylabel="fooled (%)", marks=True)
-    files = figures.save(figure, study.out / f"universal-lengths-{name}")
+    figure = figures.panels(series, xlabel=label, ylabel="fooled (%)")
+    files = figures.save(figure, study.out / "universal-lengths")
     study.files += files
-    return Shown(files[0], f"Fooled images by length, {name}", f"{name}: held-out images, by length.")
+    return Shown(files[0], "Fooled images by length", "Held-out images, by the length of what is added.")
 
 
 def _pictures(study: Study, found: dict[str, Universal], test: EvalSet) -> Shown:
