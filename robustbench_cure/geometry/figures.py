@@ -125,7 +125,7 @@ def panels(
         ylabel: of the first.
     """
     with style():
-        figure = Figure(figsize=(2.6 * len(series), 3.1), layout="constrained")
+        figure = Figure(figsize=(max(4.4, 2.6 * len(series)), 3.1), layout="constrained")
         row = list(figure.subplots(1, len(series), squeeze=False, sharey=True)[0])
         for axes, (title, curves) in zip(row, series.items(), strict=True):
             for index, (name, (x, y)) in enumerate(curves.items()):
@@ -136,7 +136,8 @@ def panels(
             axes.set_xlabel(xlabel)
         row[0].set_ylim(bottom=0)
         row[0].set_ylabel(ylabel)
-        row[0].legend(fontsize=8)
+        handles, names = row[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names) if len(series) > 2 else 3)
         return figure
 
 

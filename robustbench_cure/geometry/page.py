@@ -51,7 +51,7 @@ def present(
     """
     data = study.data
     facts = [
-        ("data", f"{data.name} {data.split}, {len(data)} images"),
+        ("data", f"{data.name} {data.split}, {len(data)} image{'s' * (len(data) != 1)}"),
         *((name.replace("_", " "), str(value)) for name, value in settings.items()),
         ("seed", str(study.seed)),
         *([("note", data.notes)] if data.notes else []),

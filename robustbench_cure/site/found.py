@@ -61,7 +61,7 @@ class StudyFolder:
     def data(self) -> str:
         """Images it was made on, in words."""
         data = self.manifest.data
-        return f"{data.name} {data.split}, {data.n} images"
+        return f"{data.name} {data.split}, {data.n} image{'s' * (data.n != 1)}"
 
 
 @dataclass(frozen=True)
