@@ -32,7 +32,7 @@ def study_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--seed",
             type=click.IntRange(0, 2**63 - 1),
-            help="Of random directions; section, surface: of the image.",
+            help="Of whatever is random; section, surface: of the image.",
         ),
         click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<verb>-<time>."),
         click.option("--cards", multiple=True, metavar="DIR", help="Directory with further cards."),

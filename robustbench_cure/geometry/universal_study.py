@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,48 +72,21 @@ def universal_perturbations(
     half = len(study.data) // 2
     seek, test = study.data.take(range(half)), study.data.take(range(half, len(study.data)))
     found = {name: _seek(study, name, seek, threat, method, delta, passes) for name in study.models}
-    rows, cells, curves = [], [], []
-    for name, classifier in study.models.items():
-        v = found[name].v
-        hit, labels = fooled(classifier, test.images, v).cpu(), _moved(classifier, test.images, v)
-        rate, label = Rate(int(hit.sum()), len(hit)), _favourite(labels[hit], test.classes)
-        others = _others(classifier, seek, norm, study.seed)
-        curve = _by_length(classifier, test.images, threat, {"universal": v, **others})
-        curves.append(curve.assign(model=name))
-        random = float(curve.query("perturbation == 'random' and radii == 1")["fooled"].iloc[0])
-        low, high = rate.interval
-        rows.append(
-            {
-                "model": name,
-                "passes": found[name].passes,
-                "l2": float(v.norm()),
-                "linf": float(v.abs().max()),
-                "fooled_sought": max(found[name].fooled),
-                "n_sought": half,
-                "fooled": rate.value,
-                "n": rate.total,
-                "ci_low": low,
-                "ci_high": high,
-                "random": random,
-                "most_frequent_label": label[0],
-                "share_of_it": label[1],
-            }
+    curves = {
+        name: _by_length(
+            classifier,
+            test.images,
+            threat,
+            {"universal": found[name].v, **_others(classifier, seek, norm, study.seed)},
         )
-        cells.append(
-            [
-                name,
-                str(found[name].passes),
-                f"{float(v.norm()):.2f}",
-                f"{100 * max(found[name].fooled):.1f}",
-                f"{100 * rate.value:.1f}",
-                f"{100 * low:.1f}-{100 * high:.1f}",
-                f"{100 * random:.1f}",
-                f"{label[0]} ({100 * label[1]:.0f} %)" if label[0] else "-",
-            ]
-        )
-    table = pd.DataFrame(rows)
+        for name, classifier in study.models.items()
+    }
+    table = pd.DataFrame([_row(study, name, found[name], curves[name], half, test) for name in study.models])
     study.table("universal", table)
-    study.table("universal-lengths", pd.concat(curves, ignore_index=True))
+    study.table(
+        "universal-lengths",
+        pd.concat([curve.assign(model=name) for name, curve in curves.items()], ignore_index=True),
+    )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
     study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
@@ -124,7 +99,7 @@ def universal_perturbations(
         title="Universal perturbations",
         lead=prose.UNIVERSAL,
         columns=("model", "passes", "l2", "sought", "fooled", "95 %", "random", "most often becomes"),
-        rows=cells,
+        rows=[_cells(row) for row in table.to_dict("records")],
         figures=shown,
         settings={
             "norm": norm,
@@ -181,6 +156,47 @@ def _seek(
     return state
 
 
+def _row(
+    study: Study, name: str, state: Universal, curve: pd.DataFrame, sought: int, test: EvalSet
+) -> dict[str, object]:
+    """What one perturbation does to the held-out images of its own model."""
+    classifier = study.models[name]
+    hit = fooled(classifier, test.images, state.v).cpu()
+    rate = Rate(int(hit.sum()), len(hit))
+    label, share = _favourite(_moved(classifier, test.images, state.v)[hit], test.classes)
+    noise = curve[(curve["perturbation"] == "random") & (curve["radii"] == 1)]
+    low, high = rate.interval
+    return {
+        "model": name,
+        "passes": state.passes,
+        "l2": float(state.v.norm()),
+        "linf": float(state.v.abs().max()),
+        "fooled_sought": max(state.fooled),
+        "n_sought": sought,
+        "fooled": rate.value,
+        "n": rate.total,
+        "ci_low": low,
+        "ci_high": high,
+        "random": float(noise["fooled"].iloc[0]),
+        "most_frequent_label": label,
+        "share_of_it": share,
+    }
+
+
+def _cells(row: dict[Hashable, Any]) -> list[str]:
+    label = f"{row['most_frequent_label']} ({100 * row['share_of_it']:.0f} %)"
+    return [
+        row["model"],
+        str(row["passes"]),
+        f"{row['l2']:.2f}",
+        f"{100 * row['fooled_sought']:.1f}",
+        f"{100 * row['fooled']:.1f}",
+        f"{100 * row['ci_low']:.1f}-{100 * row['ci_high']:.1f}",
+        f"{100 * row['random']:.1f}",
+        label if row["most_frequent_label"] else "-",
+    ]
+
+
 def _moved(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
     """Predicted labels of x + v, cut to the box, int64 (B,) on the CPU."""
     return classifier.logits((x + v).clamp(0, 1).to(classifier.device)).argmax(1).cpu()
@@ -222,7 +238,7 @@ def _by_length(
     return pd.DataFrame(rows)
 
 
-def _lengths(study: Study, threat: ThreatModel, curves: list[pd.DataFrame]) -> Shown:
+def _lengths(study: Study, threat: ThreatModel, curves: dict[str, pd.DataFrame]) -> Shown:
     """Those shares, one panel a model (thesis, Fig. 4.9)."""
     unit, label = (255, "l∞ length, grey levels") if threat.norm == "linf" else (1, "l2 length, pixels")
     series = {
@@ -230,7 +246,7 @@ def _lengths(study: Study, threat: ThreatModel, curves: list[pd.DataFrame]) -> S
             str(key): (unit * part["length"].to_numpy(), 100 * part["fooled"].to_numpy())
             for key, part in curve.groupby("perturbation", sort=False)
         }
-        for name, curve in zip(study.models, curves, strict=True)
+        for name, curve in curves.items()
     }
     figure = figures.panels(series, xlabel=label, ylabel="fooled (%)")
     files = figures.save(figure, study.out / "universal-lengths")
