@@ -16,10 +16,15 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import universal_study
-from robustbench_cure.geometry.universal import ITERATIONS, fooled, universal
+from robustbench_cure.geometry.universal import ITERATIONS, universal
+from robustbench_cure.geometry.universal import fooled as fooled_of
 from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 4, 4)
+
+
+def fooled(model, x, v):
+    return fooled_of(model, x, model.logits(x).argmax(1), v)
 
 
 def radius(norm: str, size: float) -> ThreatModel:

@@ -108,7 +108,7 @@ def universal(
         else:
             step = _first_step(len(x), passes) * threat.radius * (1 - state.passes / passes)
             v = _gradient_pass(classifier, x[order], labels[order], v, threat, step, advance)
-        share = float(fooled(classifier, x, v).double().mean())
+        share = float(fooled(classifier, x, labels, v).double().mean())
         better = share > max(state.fooled, default=-1.0)
         state = Universal(v.cpu() if better else state.v, v.cpu(), (*state.fooled, share))
         if keep is not None:
@@ -187,14 +187,19 @@ def _gradient_pass(
     return v
 
 
-def fooled(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
-    """Which images change their predicted label when v is added and the sum cut to [0, 1]; bool (B,).
+def fooled(classifier: Classifier, x: Tensor, labels: Tensor, v: Tensor) -> Tensor:
+    """Which images get another label when v is added and the sum cut to [0, 1]; bool (B,).
 
     Args:
         classifier: the model.
         x: images, float32 (B,C,H,W) in [0, 1].
+        labels: predicted for x itself, int64 (B,).
         v: perturbation, float32 (C,H,W).
     """
+    return labels_with(classifier, x, v) != labels.to(classifier.device)
+
+
+def labels_with(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
+    """Labels predicted for x + v, cut to [0, 1]; int64 (B,), arguments as those of `fooled`."""
     x = x.to(classifier.device)
-    moved = (x + v.to(x.device)).clamp(0, 1)
-    return classifier.logits(moved).argmax(1) != classifier.logits(x).argmax(1)
+    return classifier.logits((x + v.to(x.device)).clamp(0, 1)).argmax(1)

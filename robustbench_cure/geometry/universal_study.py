@@ -23,7 +23,7 @@ from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.subspaces import L2
-from robustbench_cure.geometry.universal import Method, Universal, fooled, universal
+from robustbench_cure.geometry.universal import Method, Universal, fooled, labels_with, universal
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
@@ -72,16 +72,21 @@ def universal_perturbations(
     half = len(study.data) // 2
     seek, test = study.data.take(range(half)), study.data.take(range(half, len(study.data)))
     found = {name: _seek(study, name, seek, threat, method, delta, passes) for name in study.models}
+    zero = torch.zeros(test.images.shape[1:])
+    clean = {name: labels_with(classifier, test.images, zero) for name, classifier in study.models.items()}
     curves = {
         name: _by_length(
             classifier,
             test.images,
+            clean[name],
             threat,
             {"universal": found[name].v, **_others(classifier, seek, norm, study.seed)},
         )
         for name, classifier in study.models.items()
     }
-    table = pd.DataFrame([_row(study, name, found[name], curves[name], half, test) for name in study.models])
+    table = pd.DataFrame(
+        [_row(study, name, found[name], curves[name], half, test, clean[name]) for name in study.models]
+    )
     study.table("universal", table)
     study.table(
         "universal-lengths",
@@ -90,10 +95,9 @@ def universal_perturbations(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
     study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
-    shown = [_pictures(study, found, test)]
-    shown.append(_lengths(study, threat, curves))
+    shown = [_pictures(study, found, test, clean), _lengths(study, threat, curves)]
     if len(study.models) > 1:
-        shown.append(_transfer(study, found, test))
+        shown.append(_transfer(study, found, test, clean))
     present(
         study,
         title="Universal perturbations",
@@ -157,13 +161,19 @@ def _seek(
 
 
 def _row(
-    study: Study, name: str, state: Universal, curve: pd.DataFrame, sought: int, test: EvalSet
+    study: Study,
+    name: str,
+    state: Universal,
+    curve: pd.DataFrame,
+    sought: int,
+    test: EvalSet,
+    clean: Tensor,
 ) -> dict[str, object]:
     """What one perturbation does to the held-out images of its own model."""
-    classifier = study.models[name]
-    hit = fooled(classifier, test.images, state.v).cpu()
+    labels = labels_with(study.models[name], test.images, state.v)
+    hit = labels != clean
     rate = Rate(int(hit.sum()), len(hit))
-    label, share = _favourite(_moved(classifier, test.images, state.v)[hit], test.classes)
+    label, share = _favourite(labels[hit], test.classes)
     noise = curve[(curve["perturbation"] == "random") & (curve["radii"] == 1)]
     low, high = rate.interval
     return {
@@ -197,11 +207,6 @@ def _cells(row: dict[Hashable, Any]) -> list[str]:
     ]
 
 
-def _moved(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
-    """Predicted labels of x + v, cut to the box, int64 (B,) on the CPU."""
-    return classifier.logits((x + v).clamp(0, 1).to(classifier.device)).argmax(1).cpu()
-
-
 def _favourite(labels: Tensor, classes: tuple[str, ...]) -> tuple[str, float]:
     """The most frequent of some labels and its share; nothing of none."""
     counted = Counter(labels.tolist()).most_common(1)
@@ -224,7 +229,7 @@ def _others(classifier: Classifier, images: EvalSet, norm: Norm, seed: int) -> d
 
 
 def _by_length(
-    classifier: Classifier, x: Tensor, threat: ThreatModel, directions: dict[str, Tensor]
+    classifier: Classifier, x: Tensor, clean: Tensor, threat: ThreatModel, directions: dict[str, Tensor]
 ) -> pd.DataFrame:
     """Shares of fooled images for every direction at every length of `LENGTHS`, in the threat's norm."""
     rows = []
@@ -233,7 +238,7 @@ def _by_length(
         for radii in LENGTHS:
             length = radii * threat.radius
             v = direction * (length / size) if size else direction
-            share = float(fooled(classifier, x, v).double().mean())
+            share = float(fooled(classifier, x, clean, v).double().mean())
             rows.append({"perturbation": name, "radii": radii, "length": length, "fooled": share})
     return pd.DataFrame(rows)
 
@@ -254,16 +259,16 @@ def _lengths(study: Study, threat: ThreatModel, curves: dict[str, pd.DataFrame])
     return Shown(files[0], "Fooled images by length", "Held-out images, by the length of what is added.")
 
 
-def _pictures(study: Study, found: dict[str, Universal], test: EvalSet) -> Shown:
+def _pictures(study: Study, found: dict[str, Universal], test: EvalSet, clean: dict[str, Tensor]) -> Shown:
     """The perturbations stretched to all grey levels, and images with them added."""
     few = test.take(range(min(SHOWN, len(test))))
-    grey = np.full((1, *few.images.shape[1:]), 1.0, np.float32)
+    blank = np.ones((1, *few.images.shape[1:]), np.float32)
     rows: list[tuple[str, NDArray[np.float32], list[str]]] = []
-    rows.append(("image", np.concatenate([grey, few.images.numpy()]), [""] * (1 + len(few))))
+    rows.append(("image", np.concatenate([blank, few.images.numpy()]), [""] * (1 + len(few))))
     for name, classifier in study.models.items():
         v = found[name].v
         stretched = 0.5 + v / (2 * v.abs().max().clamp_min(1e-12))
-        before, after = _moved(classifier, few.images, 0 * v), _moved(classifier, few.images, v)
+        before, after = clean[name][: len(few)], labels_with(classifier, few.images, v)
         seen = [
             f"{few.classes[a]} \u2192 {few.classes[b]}"
             for a, b in zip(before.tolist(), after.tolist(), strict=True)
@@ -280,12 +285,15 @@ def _pictures(study: Study, found: dict[str, Universal], test: EvalSet) -> Shown
     )
 
 
-def _transfer(study: Study, found: dict[str, Universal], test: EvalSet) -> Shown:
+def _transfer(study: Study, found: dict[str, Universal], test: EvalSet, clean: dict[str, Tensor]) -> Shown:
     """Every perturbation on every model (thesis, Table 4.2)."""
     names = list(study.models)
     shares = np.array(
         [
-            [float(fooled(study.models[on], test.images, found[of].v).double().mean()) for on in names]
+            [
+                float(fooled(classifier, test.images, clean[on], found[of].v).double().mean())
+                for on, classifier in study.models.items()
+            ]
             for of in names
         ]
     )
