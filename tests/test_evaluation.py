@@ -246,9 +246,8 @@ DECEPTIVE = {
 @pytest.mark.parametrize("name", DECEPTIVE)
 def test_a_deceptive_model_raises_exactly_its_flags(name):
     make, expected = DECEPTIVE[name]
-    data = images(40)
-    with torch.random.fork_rng():
-        record = evaluate(classifier(make()), battery(pgd_spec()), data, allow_unreliable=True)
+    # The random model is right on 58 %: of 40 images that is near chance for one draw of noise in 25.
+    record = evaluate(classifier(make()), battery(pgd_spec()), images(400), allow_unreliable=True)
     assert {flag.kind for flag in record.manifest.flags} == expected
     for flag in record.manifest.flags:
         assert flag.evidence
@@ -268,10 +267,9 @@ def test_guessing_is_flagged_and_knowing_is_not():
 @pytest.mark.parametrize("name", ["random", "batch statistics"])
 def test_an_unreliable_model_is_refused_unless_asked_for(name):
     make, _ = DECEPTIVE[name]
-    with torch.random.fork_rng():
-        with pytest.raises(UsageError, match="--allow-unreliable"):
-            evaluate(classifier(make()), battery(pgd_spec()), images(40))
-        assert evaluate(classifier(make()), battery(pgd_spec()), images(40), allow_unreliable=True).unreliable
+    with pytest.raises(UsageError, match="--allow-unreliable"):
+        evaluate(classifier(make()), battery(pgd_spec()), images(40))
+    assert evaluate(classifier(make()), battery(pgd_spec()), images(40), allow_unreliable=True).unreliable
 
 
 def test_dropout_left_in_training_mode_is_put_right():
