@@ -56,8 +56,7 @@ def study_of(verb: str, words: list[str] | None, options: dict[str, Any], defaul
     from robustbench_cure.session import Request
 
     step = more.pop("step", None)
-    if step is not None and not 0 < step < float("inf"):
-        raise UsageError(f"--step {step:g}: must be positive")
+    _positive(step)
     command = shlex.join(["cure-bench", *(words or [])])
     return open_study(
         verb,
@@ -229,6 +228,68 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
     run(study_of("universal", words, options, 1000), **own)
 
 
+PIXELS = click.option("--step", type=float, help="h of the differences, l2 in pixels; default: a distance.")
+DIRECTIONS = click.option(
+    "--directions",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Random ones, of the mean curvature.",
+)
+
+
+@click.command()
+@study_options
+@PIXELS
+@DIRECTIONS
+@click.option(
+    "--basis",
+    type=click.Choice(["random", "canonical"]),
+    default="random",
+    show_default=True,
+    help="Of the tangent space: a rotation, or single inputs.",
+)
+@click.option(
+    "--profile/--no-profile",
+    default=True,
+    show_default=True,
+    help="All principal curvatures, up to 4,096 inputs.",
+)
+def boundary(words: list[str] | None, /, **options: Any) -> None:
+    """How the nearest boundaries bend: principal and mean curvatures.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.boundary_study import boundary as run
+
+    own = {key: options.pop(key) for key in ("directions", "basis", "profile", "step")}
+    _positive(own["step"])
+    run(study_of("boundary", words, options, 100), **own)
+
+
+@click.command()
+@study_options
+@PIXELS
+@DIRECTIONS
+@click.option(
+    "--scales", default="1,2,5", show_default=True, help="Of the smallest perturbation; 1 or more, ascending."
+)
+@click.option(
+    "--classes", "candidates", type=click.IntRange(2), default=10, show_default=True, help="Considered."
+)
+def detect(words: list[str] | None, /, **options: Any) -> None:
+    """Are perturbed images told from natural ones by curvature?
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.detection_study import detection as run
+
+    own = {key: options.pop(key) for key in ("directions", "candidates", "step")}
+    _positive(own["step"])
+    scales = _scales(options.pop("scales"))
+    run(study_of("detect", words, options, 100), scales=scales, **own)
+
+
 @click.command()
 @click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/evolution-<time>.")
@@ -238,6 +299,21 @@ def evolution(words: list[str] | None, /, logs: tuple[Path, ...], out: Path | No
     from robustbench_cure.geometry.evolution import evolution as run
 
     run(logs, out=out, command=shlex.join(["cure-bench", *(words or [])]))
+
+
+def _positive(step: float | None) -> None:
+    if step is not None and not 0 < step < float("inf"):
+        raise UsageError(f"--step {step:g}: must be positive")
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--scales {text}: numbers, separated by commas") from None
+    if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] < float("inf"):
+        raise UsageError(f"--scales {text}: must ascend from 1 or more")
+    return found
 
 
 def _radii(text: str) -> list[Fraction]:
@@ -260,4 +336,16 @@ def _dimensions(text: str) -> list[int]:
     return found
 
 
-VERBS = (curvature, bounds, curve, section, surface, gallery, subspace, universal, evolution)
+VERBS = (
+    curvature,
+    bounds,
+    curve,
+    section,
+    surface,
+    gallery,
+    boundary,
+    detect,
+    subspace,
+    universal,
+    evolution,
+)

@@ -115,7 +115,11 @@ def evolution(
 
 
 def panels(
-    series: dict[str, dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]], *, xlabel: str, ylabel: str
+    series: dict[str, dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    marks: bool = True,
 ) -> Figure:
     """Curves of several kinds, one panel a model, on one vertical axis.
 
@@ -123,6 +127,7 @@ def panels(
         series: model -> kind -> horizontal and vertical values.
         xlabel: of every panel.
         ylabel: of the first.
+        marks: at every point.
     """
     with style():
         figure = Figure(figsize=(max(4.4, 2.6 * len(series)), 3.1), layout="constrained")
@@ -130,7 +135,7 @@ def panels(
         for axes, (title, curves) in zip(row, series.items(), strict=True):
             for index, (name, (x, y)) in enumerate(curves.items()):
                 colour, line = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-                shape = "osD^v<>"[index % 7]
+                shape = "osD^v<>"[index % 7] if marks else None
                 axes.plot(x, y, color=colour, linestyle=line, label=name, marker=shape, markersize=3)
             axes.set_title(title)
             axes.set_xlabel(xlabel)

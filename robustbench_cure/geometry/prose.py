@@ -84,3 +84,31 @@ The thesis finds such perturbations for all networks it looks at; they carry ove
 and most images end at the same few labels. What is counted is the change of the prediction, right or wrong:
 robust accuracy is another number.
 """)
+
+DETECTION = _paragraphs("""
+Can perturbed images be told from natural ones by how the boundaries around them bend? The score of an image
+is the mean curvature of the level sets through it, over random directions and all other classes. The thesis
+finds it negative for natural images and positive for images carried just past a boundary, which then bends
+towards them.
+
+AUC is the probability that a perturbed image scores higher than a natural one: 0.5 is guessing, less says
+that the sign is the other one. "a r" is DeepFool's smallest perturbation times a; "noise" has its length
+and no direction, and should not be told; "chosen r" is an attacker who knows the detector and takes for
+each image the scale of lowest score. "Flagged" and "false" are the shares of perturbed and natural images
+with a score of 0 or more, "best" the accuracy at the best threshold for both, "back" the share of
+flagged images given back the label that they had.
+
+A detector is a defence only against attackers who do not know it: this page says what curvature tells, not
+that a model is robust.
+""")
+
+BOUNDARY = _paragraphs("""
+How the nearest boundary of each image bends: principal curvatures, from the most positive, where the
+boundary bends towards the image, to the most negative, where it bends away. The thesis finds most of them
+near zero, and more bending away than towards.
+
+Finite differences whose step is the distance of the boundary, unless the settings say otherwise: the
+boundary of a piecewise linear network is curved at that scale only. "Mean" is taken over all directions.
+"Away" is the share of images whose boundary bends away from them on average; "towards" the share of minimally
+perturbed images whose nearest boundary bends towards them: mostly the same boundary seen from its other side.
+""")

@@ -1,0 +1,212 @@
+"""The boundary nearest to an image, and how it bends there.
+
+Source: thesis, section 7.4, Eq. 7.2, and section 7.5, algorithm 6. At z = x + r(x), the nearest point of the
+boundary between the image's own label k and another j, with F = f_j - f_k and the unit normal
+n = grad F / ||grad F||, the principal curvatures are the eigenvalues of
+
+    P H_F P / ||grad F(z)||,   P = I - n n',
+
+without the zero of n itself. Signs are those of F, which is negative at x: a positive curvature is a boundary
+that bends towards the image, as the inside of a sphere does; a negative one bends away from it.
+
+Differences are central, of a step h that is finite on purpose: boundaries of piecewise linear networks have
+no curvature in the limit. h is the distance of the boundary unless a command says otherwise.
+
+The mean curvature needs no gradient: by the mean value property, the trace of H_F is what F averages to on a
+sphere of radius h around a point, beyond its value there, times 2 d / h^2. Exact for a quadratic F; for
+networks it and the mean of the principal curvatures are two estimates at one scale.
+
+Everything in pixels, not cut to [0, 1]: r must stay normal to the boundary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.geometry.hessian import NO_GRADIENT, on_sphere
+from robustbench_cure.geometry.subspaces import L2
+
+#: Halvings of DeepFool's way to the boundary: 2^-16 of it is left.
+HALVINGS = 16
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest boundary of every row, on the device of the images.
+
+    Attributes:
+        own: label at the image, int64 (B,).
+        other: label beyond the boundary; the own one where none was found.
+        point: z, on the boundary or just beyond, float32 (B,C,H,W).
+        beyond: where DeepFool stopped, with its overshoot past the boundary; float32 (B,C,H,W).
+        distance: ||z - x||, float64 (B,); NaN where no boundary was found.
+    """
+
+    own: Tensor
+    other: Tensor
+    point: Tensor
+    beyond: Tensor
+    distance: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        """Rows with a boundary, bool (B,)."""
+        return ~self.distance.isnan()
+
+
+def nearest_boundary(classifier: Classifier, x: Tensor) -> Nearest:
+    """Walk to the nearest boundary by DeepFool (l2), then halve the way until the point lies on it.
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W) in [0, 1], or any other points.
+    """
+    x = x.to(classifier.device)
+    own = classifier.logits(x).argmax(1)
+    reached = deepfool(classifier, x, own, threat=L2, mode="minimal", clip=False)
+    step = reached.x_adv - x
+    below, above = x.new_zeros(len(x)), x.new_ones(len(x))
+    for _ in range(HALVINGS):
+        middle = (below + above) / 2
+        crossed = classifier.logits(x + middle.view(-1, 1, 1, 1) * step).argmax(1) != own
+        above, below = torch.where(crossed, middle, above), torch.where(crossed, below, middle)
+    point = x + above.view(-1, 1, 1, 1) * step
+    other = classifier.logits(point).argmax(1)
+    distance = (point - x).flatten(1).double().norm(dim=1)
+    return Nearest(own, other, point, reached.x_adv, torch.where(other != own, distance, torch.nan))
+
+
+def principal_curvatures(
+    classifier: Classifier,
+    point: Tensor,
+    own: Tensor,
+    other: Tensor,
+    *,
+    h: float,
+    rotation: Tensor | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """All principal curvatures at one point of the boundary between two labels.
+
+    Args:
+        classifier: the model.
+        point: z, float32 (C,H,W).
+        own: the label k on the side of the image, int64 ().
+        other: the label j beyond, int64 ().
+        h: step, l2 in pixels.
+        rotation: of the tangent space, orthonormal rows (d - 1, d - 1): steps are taken along its rows; None:
+            along single inputs, reflected onto the tangent space.
+        advance: told of gradients computed.
+
+    Returns:
+        float32 (d - 1,), descending, on the CPU; NaN where F has no gradient. 1/pixel.
+    """
+    gradient = _gradients(classifier, point[None], own, other)[0].flatten()
+    slope = gradient.norm()
+    if not slope > NO_GRADIENT:
+        return torch.full((gradient.numel() - 1,), torch.nan)
+    tangent = tangent_frame(gradient / slope)
+    if rotation is not None:
+        tangent = rotation @ tangent
+    inside = tangent.new_empty((len(tangent), len(tangent)))
+    for rows in torch.split(torch.arange(len(tangent), device=point.device), classifier.batch_size):
+        step = h * tangent[rows].view(-1, *point.shape)
+        ahead = _gradients(classifier, point + step, own, other)
+        behind = _gradients(classifier, point - step, own, other)
+        inside[rows] = ((ahead - behind) / (2 * h)).flatten(1) @ tangent.T
+        if advance is not None:
+            advance(2 * len(rows))
+    curvatures: Tensor = torch.linalg.eigvalsh((inside + inside.T) / (2 * slope)).flip(0).cpu()
+    return curvatures
+
+
+def tangent_frame(normal: Tensor) -> Tensor:
+    """Orthonormal directions orthogonal to a unit vector (d,), as rows, (d - 1, d).
+
+    Householder's reflection that carries the input of largest share in the normal onto it: the images of
+    the other inputs, each as near to its input as can be.
+    """
+    pivot = int(normal.abs().argmax())
+    mirror = normal.clone()
+    mirror[pivot] += normal[pivot].sign()
+    frame = torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
+    frame -= 2 * torch.outer(mirror, mirror) / mirror.square().sum()
+    return torch.cat((frame[:pivot], frame[pivot + 1 :]))
+
+
+def mean_curvatures(
+    classifier: Classifier,
+    x: Tensor,
+    own: Tensor,
+    others: Tensor,
+    *,
+    h: Tensor,
+    directions: int = 100,
+    noise: Noise | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Mean of P H_F P / ||grad F|| over the tangent space of F = f_j - f_own, for several j at once.
+
+    At a boundary point: the mean principal curvature. Elsewhere: that of the level set of F through x, which
+    is what the thesis' detector looks at.
+
+    Args:
+        classifier: the model.
+        x: points, float32 (B,C,H,W).
+        own: int64 (B,).
+        others: the j of every row, int64 (B, m).
+        h: step, l2 in pixels, float (B,).
+        directions: random ones on the sphere, for each row; two forward passes each.
+        noise: of the directions, one stream a row; default: rows known by their place.
+        advance: told of images passed forward.
+
+    Returns:
+        float64 (B, m), on the device of x, 1/pixel; NaN where F has no gradient.
+    """
+    noise = Noise.for_rows(len(x), device=x.device) if noise is None else noise
+    slopes = torch.cat(
+        [
+            classifier.value_and_jacobian(x[rows], own[rows], others[rows], reference=True)[1]
+            for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size)
+        ]
+    ).flatten(2)
+    length = slopes.norm(dim=2)  # (B, m)
+    radius = h.to(x).view(-1, 1, 1, 1)
+
+    def differences(points: Tensor) -> Tensor:
+        logits = classifier.logits(points).double()
+        if advance is not None:
+            advance(len(points))
+        return logits.gather(1, others) - logits.gather(1, own[:, None])
+
+    here = differences(x)
+
+    def bend(unit: Tensor) -> Tensor:
+        """Second central difference of every F along one direction a row, (B, m)."""
+        around = differences(x + radius * unit) + differences(x - radius * unit)
+        return (around - 2 * here) / h.to(here)[:, None].square()
+
+    total = torch.zeros_like(here)
+    for k in range(directions):
+        total += bend(on_sphere(noise, tuple(x.shape[1:]), k))
+    d = math.prod(x.shape[1:])
+    along = torch.zeros_like(here)
+    for k in range(others.shape[1]):
+        unit = slopes[:, k] / length[:, k, None].clamp_min(NO_GRADIENT)
+        along[:, k] = bend(unit.view_as(x))[:, k]
+    mean = (d * total / directions - along) / (d - 1) / length.double().clamp_min(NO_GRADIENT)
+    return torch.where(length > NO_GRADIENT, mean, torch.nan)
+
+
+def _gradients(classifier: Classifier, x: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Gradients of f_other - f_own, one pair for all rows; float32, shape of x; one pass."""
+    pair = own.expand(len(x)), other.expand(len(x), 1)
+    return classifier.value_and_jacobian(x, *pair, reference=True)[1][:, 0]

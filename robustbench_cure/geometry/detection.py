@@ -1,0 +1,77 @@
+"""Telling perturbed images by the curvature of the boundaries around them.
+
+Source: thesis, section 7.5, algorithm 6. Boundaries near natural images bend away from them on average; a
+minimal perturbation carries the image to the other side, from where the same boundary bends towards it. The
+score is the mean curvature of the level sets of F_i = f_i - f_k through the image itself, over all directions
+and all classes i but the predicted one, k. From a threshold on, 0 in the thesis, the image counts as
+perturbed, and the class of the largest curvature as its label before.
+
+Deviations. The algorithm as printed says "not perturbed" in both branches; the second is read as "perturbed".
+The mean is over the L - 1 classes used. Curvatures come from `mean_curvatures`, without gradients along the
+directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.geometry.boundary import mean_curvatures
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What the detector says about every row, on the device of the images.
+
+    Attributes:
+        label: predicted, int64 (B,).
+        score: mean curvature, float64 (B,), 1/pixel; NaN where a class has no gradient.
+        recovered: the label before the perturbation, if there was one, int64 (B,).
+    """
+
+    label: Tensor
+    score: Tensor
+    recovered: Tensor
+
+
+def detect(
+    classifier: Classifier,
+    x: Tensor,
+    *,
+    h: float,
+    directions: int = 100,
+    candidates: int = 10,
+    noise: Noise | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Detection:
+    """Score images: the higher, the more likely perturbed.
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W); perturbed ones may leave [0, 1].
+        h: step of the differences, l2 in pixels; the thesis names none. A usual distance of boundaries.
+        directions: random ones, for each image; two forward passes each.
+        candidates: classes considered, the highest-ranked including the predicted one.
+        noise: of the directions, one stream a row; default: rows known by their place.
+        advance: told of images passed forward.
+    """
+    logits = classifier.logits(x)
+    ranked = logits.topk(min(candidates, classifier.num_classes), dim=1).indices
+    own, others = ranked[:, 0], ranked[:, 1:]
+    curvatures = mean_curvatures(
+        classifier,
+        x,
+        own,
+        others,
+        h=torch.full((len(x),), h, device=x.device),
+        directions=directions,
+        noise=noise,
+        advance=advance,
+    )
+    best = curvatures.nan_to_num(-torch.inf).argmax(1, keepdim=True)
+    return Detection(own, curvatures.mean(1), others.gather(1, best).squeeze(1))
