@@ -94,7 +94,29 @@ def principal_curvatures(
     rotation: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """All principal curvatures at one point of the boundary between two labels.
+    """All principal curvatures at one point: the eigenvalues of `bending`, which takes the same arguments.
+
+    Returns:
+        float32 (d - 1,), descending, on the CPU; NaN where F has no gradient. 1/pixel.
+    """
+    _, inside = bending(classifier, point, own, other, h=h, rotation=rotation, advance=advance)
+    if bool(inside.isnan().any()):
+        return torch.full((len(inside),), torch.nan)
+    curvatures: Tensor = torch.linalg.eigvalsh(inside).flip(0).cpu()
+    return curvatures
+
+
+def bending(
+    classifier: Classifier,
+    point: Tensor,
+    own: Tensor,
+    other: Tensor,
+    *,
+    h: float,
+    rotation: Tensor | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """P H_F P / ||grad F|| at one point of the boundary between two labels, on the tangent space.
 
     Args:
         classifier: the model.
@@ -107,16 +129,18 @@ def principal_curvatures(
         advance: told of gradients computed.
 
     Returns:
-        float32 (d - 1,), descending, on the CPU; NaN where F has no gradient. 1/pixel.
+        Orthonormal tangent directions as rows, float32 (d - 1, d), and the matrix in them, symmetric, float32
+        (d - 1, d - 1), 1/pixel; NaN where F has no gradient. On the device of the point.
     """
     gradient = _gradients(classifier, point[None], own, other)[0].flatten()
     slope = gradient.norm()
-    if not slope > NO_GRADIENT:
-        return torch.full((gradient.numel() - 1,), torch.nan)
-    tangent = tangent_frame(gradient / slope)
+    known = bool(slope > NO_GRADIENT)
+    tangent = tangent_frame(gradient / slope if known else torch.eye(len(gradient), device=point.device)[0])
     if rotation is not None:
         tangent = rotation @ tangent
-    inside = tangent.new_empty((len(tangent), len(tangent)))
+    inside = tangent.new_full((len(tangent), len(tangent)), torch.nan)
+    if not known:
+        return tangent, inside
     for rows in torch.split(torch.arange(len(tangent), device=point.device), classifier.batch_size):
         step = h * tangent[rows].view(-1, *point.shape)
         ahead = _gradients(classifier, point + step, own, other)
@@ -124,8 +148,7 @@ def principal_curvatures(
         inside[rows] = ((ahead - behind) / (2 * h)).flatten(1) @ tangent.T
         if advance is not None:
             advance(2 * len(rows))
-    curvatures: Tensor = torch.linalg.eigvalsh((inside + inside.T) / (2 * slope)).flip(0).cpu()
-    return curvatures
+    return tangent, (inside + inside.T) / (2 * slope)
 
 
 def tangent_frame(normal: Tensor) -> Tensor:
@@ -172,38 +195,63 @@ def mean_curvatures(
         float64 (B, m), on the device of x, 1/pixel; NaN where F has no gradient.
     """
     noise = Noise.for_rows(len(x), device=x.device) if noise is None else noise
-    slopes = torch.cat(
-        [
-            classifier.value_and_jacobian(x[rows], own[rows], others[rows], reference=True)[1]
-            for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size)
-        ]
-    ).flatten(2)
+    here = classifier.logits(x)
+    slopes = slopes_of(classifier, x, own, others).flatten(2)
     length = slopes.norm(dim=2)  # (B, m)
-    radius = h.to(x).view(-1, 1, 1, 1)
-
-    def differences(points: Tensor) -> Tensor:
-        logits = classifier.logits(points).double()
-        if advance is not None:
-            advance(len(points))
-        return logits.gather(1, others) - logits.gather(1, own[:, None])
-
-    here = differences(x)
 
     def bend(unit: Tensor) -> Tensor:
-        """Second central difference of every F along one direction a row, (B, m)."""
-        around = differences(x + radius * unit) + differences(x - radius * unit)
-        return (around - 2 * here) / h.to(here)[:, None].square()
+        if advance is not None:
+            advance(2 * len(x))
+        return second_difference(classifier, x, here, own, others, unit, h)
 
-    total = torch.zeros_like(here)
+    total = torch.zeros_like(length, dtype=torch.float64)
     for k in range(directions):
         total += bend(on_sphere(noise, tuple(x.shape[1:]), k))
     d = math.prod(x.shape[1:])
-    along = torch.zeros_like(here)
+    along = torch.zeros_like(total)
     for k in range(others.shape[1]):
         unit = slopes[:, k] / length[:, k, None].clamp_min(NO_GRADIENT)
         along[:, k] = bend(unit.view_as(x))[:, k]
     mean = (d * total / directions - along) / (d - 1) / length.double().clamp_min(NO_GRADIENT)
     return torch.where(length > NO_GRADIENT, mean, torch.nan)
+
+
+def second_difference(
+    classifier: Classifier,
+    x: Tensor,
+    here: Tensor,
+    own: Tensor,
+    others: Tensor,
+    unit: Tensor,
+    h: Tensor,
+) -> Tensor:
+    """(F(x + h v) + F(x - h v) - 2 F(x)) / h^2 for every F = f_j - f_own, along one direction v a row.
+
+    Args:
+        classifier: the model.
+        x: points, float32 (B,C,H,W).
+        here: logits at the points, (B, L).
+        own: int64 (B,).
+        others: the j of every row, int64 (B, m).
+        unit: directions of length 1, shape of x.
+        h: step, l2 in pixels, float (B,).
+
+    Returns:
+        float64 (B, m): v' H_F v where F is quadratic.
+    """
+    step = h.to(x).view(-1, 1, 1, 1) * unit
+    bend = classifier.logits(x + step).double() + classifier.logits(x - step).double() - 2 * here.double()
+    differences: Tensor = bend.gather(1, others) - bend.gather(1, own[:, None])
+    return differences / h.double().square()[:, None]
+
+
+def slopes_of(classifier: Classifier, x: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """Gradients of every f_j - f_own at every row, in passes of the batch size; float32 (B, m, C, H, W)."""
+    parts = [
+        classifier.value_and_jacobian(x[rows], own[rows], others[rows], reference=True)[1]
+        for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size)
+    ]
+    return torch.cat(parts)
 
 
 def _gradients(classifier: Classifier, x: Tensor, own: Tensor, other: Tensor) -> Tensor:
