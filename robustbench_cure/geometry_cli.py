@@ -218,13 +218,7 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
     from robustbench_cure.geometry.universal_study import universal_perturbations as run
 
     own = {key: options.pop(key) for key in ("norm", "xi", "method", "delta", "passes")}
-    if own["xi"] is not None:
-        try:
-            radius = parse_fraction(own["xi"])
-        except ValueError as error:
-            raise UsageError(f"--xi {own['xi']}: {error}") from None
-        if radius <= 0:
-            raise UsageError(f"--xi {own['xi']}: must be positive")
+    _length(own["xi"])
     run(study_of("universal", words, options, 1000), **own)
 
 
@@ -291,6 +285,30 @@ def detect(words: list[str] | None, /, **options: Any) -> None:
 
 
 @click.command()
+@study_options
+@PIXELS
+@DIRECTIONS
+@click.option(
+    "--dimension", type=click.IntRange(1), help="Of the subspaces; default: a sixteenth of the inputs."
+)
+@click.option("--xi", help="l2 length of the vectors that are to fool; default: a fifth of noise's.")
+@click.option(
+    "--draws", type=click.IntRange(1), default=10, show_default=True, help="Vectors of every subspace."
+)
+def shared(words: list[str] | None, /, **options: Any) -> None:
+    """Directions that boundaries near many images share, on other images.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.shared_study import shared as run
+
+    own = {key: options.pop(key) for key in ("directions", "dimension", "xi", "draws", "step")}
+    _positive(own["step"])
+    _length(own["xi"])
+    run(study_of("shared", words, options, 100), **own)
+
+
+@click.command()
 @click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/evolution-<time>.")
 @click.pass_obj
@@ -304,6 +322,17 @@ def evolution(words: list[str] | None, /, logs: tuple[Path, ...], out: Path | No
 def _positive(step: float | None) -> None:
     if step is not None and not 0 < step < float("inf"):
         raise UsageError(f"--step {step:g}: must be positive")
+
+
+def _length(xi: str | None) -> None:
+    if xi is None:
+        return
+    try:
+        length = parse_fraction(xi)
+    except ValueError as error:
+        raise UsageError(f"--xi {xi}: {error}") from None
+    if length <= 0:
+        raise UsageError(f"--xi {xi}: must be positive")
 
 
 def _scales(text: str) -> list[float]:
@@ -345,6 +374,8 @@ VERBS = (
     gallery,
     boundary,
     detect,
+    shared,
+    shared,
     subspace,
     universal,
     evolution,

@@ -131,7 +131,7 @@ def _scores(
     kept = Kept(study.out / f"detect-{name}.npz", study.identity(name, **settings))
     found: dict[str, NDArray[np.generic]] = dict(kept.rows)
     classes = min(candidates, classifier.num_classes) - 1
-    passes = len(x) * (2 * directions + 2 * classes + 1)  # around each image: directions, normals, itself
+    passes = len(x) * 2 * (directions + classes)  # before and behind each image: directions, normals
     with ProgressLine(name, "passes") as line:
         for place, (kind, images) in enumerate(versions.items()):
             if f"{kind}/score" in found:

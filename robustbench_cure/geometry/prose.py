@@ -95,8 +95,8 @@ AUC is the probability that a perturbed image scores higher than a natural one: 
 that the sign is the other one. "a r" is DeepFool's smallest perturbation times a; "noise" has its length
 and no direction, and should not be told; "chosen r" is an attacker who knows the detector and takes for
 each image the scale of lowest score. "Flagged" and "false" are the shares of perturbed and natural images
-with a score of 0 or more, "best" the accuracy at the best threshold for both, "back" the share of
-flagged images given back the label that they had.
+with a score of 0 or more, "best" the accuracy at the best threshold for both, "back" the share of flagged
+images given back the label that they had.
 
 A detector is a defence only against attackers who do not know it: this page says what curvature tells, not
 that a model is robust.
@@ -109,6 +109,23 @@ near zero, and more bending away than towards.
 
 Finite differences whose step is the distance of the boundary, unless the settings say otherwise: the
 boundary of a piecewise linear network is curved at that scale only. "Mean" is taken over all directions.
-"Away" is the share of images whose boundary bends away from them on average; "towards" the share of minimally
-perturbed images whose nearest boundary bends towards them: mostly the same boundary seen from its other side.
+"Away" is the share of images whose boundary bends away from them on average; "towards" the share of
+minimally perturbed images whose nearest boundary bends towards them: mostly the same boundary seen from its
+other side.
+""")
+
+SHARED = _paragraphs("""
+Do boundaries near different images have something in common? From the boundaries near one half of the
+images come three subspaces: S_f of their normals, S_c of the directions along which they bend towards the
+images on average, and the u_i, the directions along which they bend most, either way. All are judged on the
+other half.
+
+"Chance" is the share of its length, sqrt(m/d), that a random vector has among the first m directions u_i;
+beside it that of adversarial perturbations, of differences of two images, and of the shift of an image by a
+pixel. The thesis finds 0.6 for adversarial ones and less than chance for differences. "rho 1" is how much
+more boundaries bend along u_1 than along a random direction. S_c, S_f and "any" are the shares of unseen
+images whose label a vector of the length named below changes, drawn from the subspace or from all inputs.
+
+The thesis finds that universal perturbations live in S_c: random vectors of it fool most images, and noise
+in the shared directions changes labels where the same noise outside of them does not.
 """)
