@@ -182,6 +182,9 @@ def test_a_cylinder_gives_away_its_directions(tmp_path, monkeypatch):
     assert table["fooled_S_c"] == table["fooled_S_f"] == 1
     assert table["fooled_any"] < 0.5
     assert table["chance"] == pytest.approx((3 / 36) ** 0.5)
+    invoke(*model, "--dimension", "3", "--xi", "0.05", "--n", "8", "--out", str(tmp_path / "short"))
+    short = pd.read_csv(tmp_path / "short" / "shared-fooling.csv")
+    assert (short["fooled"] == 0).all()  # no image is that near
     fooling = pd.read_csv(tmp_path / "a" / "shared-fooling.csv")
     assert set(fooling["m"][fooling["subspace"] == "S_c"]) == {1, 2, 3}
     assert (fooling["best"] >= fooling["fooled"]).all()
@@ -208,8 +211,10 @@ def test_projections_in_the_table_are_those_of_unseen_images(tmp_path):
         expected = (np.linalg.norm(r @ basis.T, axis=1) / np.linalg.norm(r, axis=1)).mean()
         assert table.loc[name, "adversarial"] == pytest.approx(expected, rel=1e-4)
         shift = np.gradient(x.numpy(), axis=3).reshape(6, 64)
-        expected = (np.linalg.norm(shift @ basis.T, axis=1) / np.linalg.norm(shift, axis=1)).mean()
-        assert table.loc[name, "shift"] == pytest.approx(expected, rel=1e-4)
+        difference = (x - x[[5, 0, 1, 2, 3, 4]]).flatten(1).numpy()
+        for kind, v in {"shift": shift, "difference": difference}.items():
+            expected = (np.linalg.norm(v @ basis.T, axis=1) / np.linalg.norm(v, axis=1)).mean()
+            assert table.loc[name, kind] == pytest.approx(expected, rel=1e-4)
     noise = pd.read_csv(tmp_path / "a" / "shared-noise.csv")
     assert (noise[noise["length"] == 0]["changed"] == 0).all()
     angles = pd.read_csv(tmp_path / "a" / "shared-angles.csv")
