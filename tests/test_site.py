@@ -19,9 +19,10 @@ from robustbench_cure.catalog import catalog, find
 from robustbench_cure.errors import UsageError
 from robustbench_cure.external import COLUMNS, Evidence, Submission
 from robustbench_cure.flags import Flag
+from robustbench_cure.geometry_cli import VERBS
 from robustbench_cure.report.sheet import Sheet, to_latex, to_markdown, twins
 from robustbench_cure.session import find_records
-from robustbench_cure.site.beside import card_of, panels
+from robustbench_cure.site.beside import STUDIES, card_of, panels
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.checklist import checklist
 from robustbench_cure.site.curves import plot, radii, steps
@@ -502,6 +503,10 @@ def test_a_study_that_is_none_is_named(runs, head, words):
     (runs / "masking" / "manifest.json").write_text(json.dumps(head))
     with pytest.raises(UsageError, match=words):
         scan([runs])
+
+
+def test_every_geometry_command_has_its_words():
+    assert set(STUDIES) == {verb.name for verb in VERBS}
 
 
 def test_a_study_about_no_weights_is_on_no_page(runs):
