@@ -222,7 +222,11 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
     run(study_of("universal", words, options, 1000), **own)
 
 
-PIXELS = click.option("--step", type=float, help="h of the differences, l2 in pixels; default: a distance.")
+PIXELS = click.option(
+    "--step",
+    type=float,
+    help="h of the differences, l2 in pixels; default: the distance of the boundary (detect: the median).",
+)
 DIRECTIONS = click.option(
     "--directions",
     type=click.IntRange(1),
@@ -291,7 +295,7 @@ def detect(words: list[str] | None, /, **options: Any) -> None:
 @click.option(
     "--dimension", type=click.IntRange(1), help="Of the subspaces; default: a sixteenth of the inputs."
 )
-@click.option("--xi", help="l2 length of the vectors that are to fool; default: a fifth of noise's.")
+@click.option("--xi", help="l2 length of the vectors that are to fool; default: a fifth of what noise needs.")
 @click.option(
     "--draws", type=click.IntRange(1), default=10, show_default=True, help="Vectors of every subspace."
 )

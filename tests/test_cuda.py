@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
 from robustbench_cure.attacks import Noise
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.cli import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.zoo import build
 
@@ -85,3 +88,21 @@ def test_a_run_fits_the_memory_it_is_given():
     assert model.batch_size < 4096
     differ = small.samples["pgd20.broken"] != large.samples["pgd20.broken"]
     assert differ.sum() <= 5
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "column"),
+    [
+        ("boundary", "boundary.csv", "distance"),
+        ("detect", "detect.csv", "auc"),
+        ("shared", "shared.csv", "adversarial"),
+    ],
+)
+def test_geometry_is_the_same_on_cpu_and_gpu(tmp_path, verb, file, column):
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = str(tmp_path / device)
+        given = [verb, "--model", "digits_normal", "--n", "20", "--device", device, "--out", out]
+        assert CliRunner().invoke(cli, given, catch_exceptions=False).exit_code == 0
+        found[device] = pd.read_csv(tmp_path / device / file)[column].to_numpy()
+    np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=0.05)
