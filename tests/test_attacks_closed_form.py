@@ -288,6 +288,36 @@ def test_deepfool_says_when_it_did_not_get_there(affine):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mode", ["bounded", "minimal"])
+def test_deepfool_leaves_a_boundary_that_rounding_hides(affine, norm, mode):
+    """Images on the boundary up to float32's resolution, where a step to it is shorter than a pixel's."""
+    shape = (3, 16, 16)
+    weight = np.random.default_rng(0).normal(size=(2, 768))
+    model = affine(weight, [0.0, 0.0], shape)
+    x = torch.rand((200, *shape), generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
+    slope = torch.from_numpy(weight[0] - weight[1]).view(shape)
+    for _ in range(3):  # onto the boundary, from what rounding left of it
+        gap = torch.from_numpy(model.logits(x) @ [1, -1])
+        x = (x.double() - gap.view(-1, 1, 1, 1) * slope / slope.square().sum()).float()
+    y = model.classifier.logits(x).argmax(1)
+    assert model.radii(x, y, norm)[np.arange(200), (1 - y).numpy()].max() < 1e-6
+    found = deepfool(model.classifier, x, y, threat=ball(norm, 0.1), mode=mode)
+    assert found.converged.all()
+    assert (model.classifier.logits(found.x_adv).argmax(1) != y).all()
+    size = (found.x_adv - x).flatten(1).norm(p=torch.inf if norm == "linf" else 2, dim=1)
+    assert float(size.max()) < 8 * 2**-21 * (1 if norm == "linf" else 768**0.5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_tie_is_left_by_a_step_of_the_least_length(norm):
+    slopes = torch.tensor([3.0, -4.0]).view(1, 1, 1, 1, 2)
+    step = nearest_boundary_step(norm, torch.zeros(1, 1), slopes, 0.5)
+    expected = [0.5, -0.5] if norm == "linf" else [0.3, -0.4]
+    torch.testing.assert_close(step.flatten(), torch.tensor(expected))
+    assert not nearest_boundary_step(norm, torch.zeros(1, 1), torch.zeros_like(slopes), 0.5).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_nearest_boundary_step_has_the_least_length_that_reaches(norm):
     generator = torch.Generator().manual_seed(0)
     gaps = torch.randn((40, 5), generator=generator)

@@ -20,7 +20,8 @@ constant is added to a step. (3) Pixels that cannot move, because box or linf ba
 in the linearisation. Otherwise every step covers only their complement's share of the way, and iterates
 creep up to the boundary without ever crossing it: on digits most pixels are 0. (4) Inside a ball, a row
 whose margin has not fallen for `PATIENCE` iterations is given up. (5) No step is shorter than a thousandth
-of the way made so far, so that rounding cannot hold a row on the boundary.
+of the way made so far, nor than what float32 pixels resolve, so that rounding cannot hold a row on the
+boundary, also where logits tie.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ DOUBT = 2
 PATIENCE = 6
 #: A step is at least this share of the way made so far: on the boundary itself gaps are lost in rounding.
 LEAST = 1e-3
+#: Nor is it shorter than this in every pixel, four units of float32's last place at 1: it would be lost.
+FINEST = 2.0**-21
 
 
 def deepfool(
@@ -124,6 +127,7 @@ class _Search:
             len(x), dtype=torch.int64, device=x.device
         )  # iterations without a lower one
         self.logits = x.new_zeros((len(x), classifier.num_classes))  # of the reference form, at x_adv
+        self.finest = FINEST * (x[0].numel() ** 0.5 if threat.norm == "l2" else 1.0) if len(x) else 0.0
         self.others = min(candidates, classifier.num_classes) - 1
         self.classes = torch.zeros((len(x), self.others), dtype=torch.int64, device=x.device)
 
@@ -143,11 +147,9 @@ class _Search:
         # Gaps of the reference form: close to a boundary reduced precision sees ties, and would stop there.
         logits = self.logits[going]
         gaps = logits.gather(1, classes) - logits.gather(1, labels[:, None])
-        step = nearest_boundary_step(self.threat.norm, gaps, self._free(self.x[going], here, slopes))
-        made = distance(self.threat.norm, self.x[going], here)
-        length = distance(self.threat.norm, torch.zeros_like(step), step)
-        factor = torch.where(length > 0, LEAST * made / length.clamp_min(1e-30), 1.0).clamp_min(1.0)
-        step = step * factor.view(-1, 1, 1, 1)
+        least = (LEAST * distance(self.threat.norm, self.x[going], here)).clamp_min(self.finest)
+        free = self._free(self.x[going], here, slopes)
+        step = nearest_boundary_step(self.threat.norm, gaps, free, least)
         # here is x + (1 + overshoot) r, or what ball and box let through of it.
         ahead = self._feasible(self.x[going], here + (1.0 + self.overshoot) * step)
         moving = (ahead != here).flatten(1).any(1)
@@ -219,13 +221,14 @@ class _Search:
         return ahead.clamp(0.0, 1.0) if self.clip else ahead
 
 
-def nearest_boundary_step(norm: Norm, gaps: Tensor, slopes: Tensor) -> Tensor:
+def nearest_boundary_step(norm: Norm, gaps: Tensor, slopes: Tensor, least: Tensor | float = 0.0) -> Tensor:
     """Shortest step onto the nearest of m linearised boundaries (thesis, Eq. 3.11-3.14).
 
     Args:
         norm: in which the step is shortest.
         gaps: f_k - f_y at the point, (B, m).
         slopes: their gradients, (B, m, C, H, W).
+        least: length that a step has at least, (B,) or one for all; it then leads past the boundary.
 
     Returns:
         The step, (B,C,H,W): ||step|| = |gap| / ||slope||_dual and slope . step = |gap| for the class
@@ -238,5 +241,6 @@ def nearest_boundary_step(norm: Norm, gaps: Tensor, slopes: Tensor) -> Tensor:
     picked = torch.arange(len(gaps), device=gaps.device)
     slope, size = slopes[picked, nearest], dual[picked, nearest].clamp_min(FLAT)
     direction = slope.sign() if norm == "linf" else slope / size.view(-1, 1, 1, 1)
-    length = torch.where(length.isfinite(), length, torch.zeros_like(length))
+    least = torch.as_tensor(least, dtype=length.dtype, device=length.device)
+    length = torch.where(length.isfinite(), torch.maximum(length, least), torch.zeros_like(length))
     return length.view(-1, 1, 1, 1) * direction
