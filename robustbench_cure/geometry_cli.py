@@ -270,6 +270,13 @@ def boundary(words: list[str] | None, /, **options: Any) -> None:
 @PIXELS
 @DIRECTIONS
 @click.option(
+    "--at",
+    type=click.Choice(["image", "boundary"]),
+    default="image",
+    show_default=True,
+    help="Where curvature is taken: at the image (thesis, algorithm 6), or at its nearest boundary.",
+)
+@click.option(
     "--scales", default="1,2,5", show_default=True, help="Of the smallest perturbation; 1 or more, ascending."
 )
 @click.option(
@@ -282,7 +289,7 @@ def detect(words: list[str] | None, /, **options: Any) -> None:
     """
     from robustbench_cure.geometry.detection_study import detection as run
 
-    own = {key: options.pop(key) for key in ("directions", "candidates", "step")}
+    own = {key: options.pop(key) for key in ("at", "directions", "candidates", "step")}
     _positive(own["step"])
     scales = _scales(options.pop("scales"))
     run(study_of("detect", words, options, 100), scales=scales, **own)

@@ -290,6 +290,19 @@ def test_an_image_carried_across_a_boundary_is_given_its_label_back():
     assert (after.recovered == 1).all()  # not the flat class 2
 
 
+@pytest.mark.parametrize(("radius", "own", "sign"), [(0.4, 0, 1), (0.7, 1, -1)])
+def test_at_the_boundary_of_a_sphere_it_is_the_spheres_own_curvature(radius, own, sign):
+    said = detect(sphere(), around(5, radius), h=0.1, at="boundary", directions=3)
+    np.testing.assert_allclose(said.score.numpy(), sign / RADIUS, rtol=1e-2)
+    assert (said.label == own).all()
+    assert (said.recovered == 1 - own).all()
+
+
+def test_without_a_boundary_there_is_no_score(affine):
+    model = affine(np.zeros((2, SIZE)), [1.0, 0.0], SHAPE).classifier
+    assert detect(model, GREY, h=0.1, at="boundary", directions=3).score.isnan().all()
+
+
 def test_only_the_candidates_are_looked_at():
     few = detect(sphere(), around(4, 0.4), h=0.1, directions=5, candidates=2)
     np.testing.assert_allclose(few.score.numpy(), 1 / 0.4, rtol=0.02)
@@ -334,9 +347,11 @@ def shown(output: str) -> list[str]:
 FEW = ("--model", "digits_normal", "--model", "digits_cure", "--n", "12", "--directions", "10")
 
 
-def test_detect_writes_what_the_scores_say(tmp_path):
-    run = invoke("detect", *FEW, "--scales", "1,3", "--out", str(tmp_path / "a"))
+@pytest.mark.parametrize("at", ["image", "boundary"])
+def test_detect_writes_what_the_scores_say(tmp_path, at):
+    run = invoke("detect", *FEW, "--at", at, "--scales", "1,3", "--out", str(tmp_path / "a"))
     assert run.exit_code == 0
+    assert f'"curvature_at": "the {at}"' in (tmp_path / "a" / "manifest.json").read_text()
     table = pd.read_csv(tmp_path / "a" / "detect.csv").set_index(["model", "perturbed_by"])
     images = pd.read_csv(tmp_path / "a" / "detect-images.csv").set_index(["model", "kind"])
     for model in ("digits_normal", "digits_cure"):

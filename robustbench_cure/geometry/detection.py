@@ -6,6 +6,9 @@ score is the mean curvature of the level sets of F_i = f_i - f_k through the ima
 and all classes i but the predicted one, k. From a threshold on, 0 in the thesis, the image counts as
 perturbed, and the class of the largest curvature as its label before.
 
+At a boundary: the score is the mean curvature of the nearest boundary at its nearest point, and the label
+before is the one beyond it. This is what the thesis' Table 7.2 counts the signs of.
+
 Deviations. The algorithm as printed says "not perturbed" in both branches; the second is read as "perturbed".
 The mean is over the L - 1 classes used. Curvatures come from `mean_curvatures`, without gradients along the
 directions.
@@ -15,13 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.boundary import mean_curvatures
+from robustbench_cure.geometry.boundary import mean_curvatures, nearest_boundary
+
+At: TypeAlias = Literal["image", "boundary"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Detection:
 
     Attributes:
         label: predicted, int64 (B,).
-        score: mean curvature, float64 (B,), 1/pixel; NaN where a class has no gradient.
+        score: mean curvature, float64 (B,), 1/pixel; NaN where a class has no gradient or there is no
+            boundary.
         recovered: the label before the perturbation, if there was one, int64 (B,).
     """
 
@@ -44,6 +51,7 @@ def detect(
     x: Tensor,
     *,
     h: float,
+    at: At = "image",
     directions: int = 100,
     candidates: int = 10,
     noise: Noise | None = None,
@@ -55,17 +63,21 @@ def detect(
         classifier: the model.
         x: images, float32 (B,C,H,W); perturbed ones may leave [0, 1].
         h: step of the differences, l2 in pixels; the thesis names none. A usual distance of boundaries.
+        at: where curvature is taken: at the image, for all classes, or at the nearest boundary.
         directions: random ones, for each image; two forward passes each.
-        candidates: classes considered, the highest-ranked including the predicted one.
+        candidates: classes considered at the image, the highest-ranked including the predicted one.
         noise: of the directions, one stream a row; default: rows known by their place.
         advance: told of images passed forward.
     """
-    logits = classifier.logits(x)
-    ranked = logits.topk(min(candidates, classifier.num_classes), dim=1).indices
-    own, others = ranked[:, 0], ranked[:, 1:]
+    if at == "boundary":
+        near = nearest_boundary(classifier, x)
+        points, own, others = near.point, near.own, near.other[:, None]
+    else:
+        ranked = classifier.logits(x).topk(min(candidates, classifier.num_classes), dim=1).indices
+        points, own, others = x, ranked[:, 0], ranked[:, 1:]
     curvatures = mean_curvatures(
         classifier,
-        x,
+        points,
         own,
         others,
         h=torch.full((len(x),), h, device=x.device),
@@ -73,5 +85,7 @@ def detect(
         noise=noise,
         advance=advance,
     )
+    if at == "boundary":
+        curvatures[~near.found] = torch.nan
     best = curvatures.nan_to_num(-torch.inf).argmax(1, keepdim=True)
     return Detection(own, curvatures.mean(1), others.gather(1, best).squeeze(1))

@@ -17,7 +17,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
 from robustbench_cure.geometry.boundary import nearest_boundary
-from robustbench_cure.geometry.detection import detect
+from robustbench_cure.geometry.detection import At, detect
 from robustbench_cure.geometry.hessian import on_sphere
 from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.page import Shown, present
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 
 def detection(
-    study: Study, *, scales: list[float], step: float | None, directions: int, candidates: int
+    study: Study, *, at: At, scales: list[float], step: float | None, directions: int, candidates: int
 ) -> pd.DataFrame:
     """Scores of natural and perturbed images, and how well they are told apart (thesis, Fig. 7.9); the table.
 
@@ -41,6 +41,7 @@ def detection(
 
     Args:
         study: models, images, folder, seed.
+        at: where the detector takes curvature, as `detect` names it.
         scales: of the perturbation, ascending, at least 1.
         step: of the curvature, l2 in pixels; None: the median distance of each model's boundaries.
         directions: random ones an image.
@@ -56,7 +57,7 @@ def detection(
     samples, rows, steps = [], [], []
     curves: dict[str, dict[str, tuple[Values, Values]]] = {}
     for name, classifier in study.models.items():
-        table, h = _scores(study, name, classifier, scales, step, directions, candidates)
+        table, h = _scores(study, name, classifier, at, scales, step, directions, candidates)
         samples.append(table)
         steps.append(f"{h:.3g} ({name})")
         natural = table[table["kind"] == "natural"].set_index("sample_id")
@@ -85,9 +86,10 @@ def detection(
         rows=[_cells(row) for row in result.to_dict("records")],
         figures=[Shown(files[0], "Natural images kept against perturbed ones let through", _CAPTION)],
         settings={
+            "curvature_at": f"the {at}",
             "step_h": ", ".join(steps),
             "directions": directions,
-            "classes": candidates,
+            "classes": candidates if at == "image" else 2,
             "scales": ", ".join(f"{scale:g}" for scale in scales),
             "attack": "DeepFool, l2, to the nearest boundary, not cut to the box",
         },
@@ -105,6 +107,7 @@ def _scores(
     study: Study,
     name: str,
     classifier: Classifier,
+    at: At,
     scales: list[float],
     step: float | None,
     directions: int,
@@ -122,6 +125,7 @@ def _scores(
     noise = Noise.for_samples(study.seed, "detect/added", ids, x.device)
     versions = versions_of(x, r, scales, noise)
     settings = {
+        "at": at,
         "h": h,
         "directions": directions,
         "classes": candidates,
@@ -130,7 +134,7 @@ def _scores(
     }
     kept = Kept(study.out / f"detect-{name}.npz", study.identity(name, **settings))
     found: dict[str, NDArray[np.generic]] = dict(kept.rows)
-    classes = min(candidates, classifier.num_classes) - 1
+    classes = min(candidates, classifier.num_classes) - 1 if at == "image" else 1
     passes = len(x) * 2 * (directions + classes)  # before and behind each image: directions, normals
     with ProgressLine(name, "passes") as line:
         for place, (kind, images) in enumerate(versions.items()):
@@ -142,6 +146,7 @@ def _scores(
                 classifier,
                 images,
                 h=h,
+                at=at,
                 directions=directions,
                 candidates=candidates,
                 noise=streams,

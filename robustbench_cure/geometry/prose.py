@@ -98,6 +98,9 @@ each image the scale of lowest score. "Flagged" and "false" are the shares of pe
 with a score of 0 or more, "best" the accuracy at the best threshold for both, "back" the share of flagged
 images given back the label that they had.
 
+With "--at boundary" the curvature is that of the nearest boundary, and the label beyond it the one that is
+given back.
+
 A detector is a defence only against attackers who do not know it: this page says what curvature tells, not
 that a model is robust.
 """)
