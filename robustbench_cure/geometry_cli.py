@@ -230,6 +230,30 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
 
 
 @click.command()
+@study_options
+@click.option("--pairs", type=click.IntRange(1), default=100, show_default=True, help="Of each of 3 kinds.")
+@click.option(
+    "--spacing",
+    type=click.FloatRange(1e-6, 0.1),
+    default=1e-4,
+    show_default=True,
+    help="Of samples on a path, in distances of its ends.",
+)
+@click.option(
+    "--draws", type=click.IntRange(1), default=1000, show_default=True, help="Of convex combinations."
+)
+def connectivity(words: list[str] | None, /, **options: Any) -> None:
+    """Are the regions of the labels connected, and how far from convex?
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.connectivity_study import connectivity as run
+
+    own = {key: options.pop(key) for key in ("pairs", "spacing", "draws")}
+    run(study_of("connectivity", words, options, 1000), **own)
+
+
+@click.command()
 @click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/evolution-<time>.")
 @click.pass_obj
@@ -260,4 +284,4 @@ def _dimensions(text: str) -> list[int]:
     return found
 
 
-VERBS = (curvature, bounds, curve, section, surface, gallery, subspace, universal, evolution)
+VERBS = (curvature, bounds, curve, section, surface, gallery, subspace, universal, connectivity, evolution)
