@@ -234,7 +234,7 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
 @click.option("--pairs", type=click.IntRange(1), default=100, show_default=True, help="Of each of 3 kinds.")
 @click.option(
     "--spacing",
-    type=click.FloatRange(1e-6, 0.1),
+    type=float,
     default=1e-4,
     show_default=True,
     help="Of samples on a path, in distances of its ends.",
@@ -250,6 +250,8 @@ def connectivity(words: list[str] | None, /, **options: Any) -> None:
     from robustbench_cure.geometry.connectivity_study import connectivity as run
 
     own = {key: options.pop(key) for key in ("pairs", "spacing", "draws")}
+    if not 1e-6 <= own["spacing"] <= 0.1:  # a range of click's would let "nan" pass
+        raise UsageError(f"--spacing {own['spacing']:g}: must lie between 1e-6 and 0.1")
     run(study_of("connectivity", words, options, 1000), **own)
 
 

@@ -213,12 +213,14 @@ def find_paths(
         advance: told of pairs that are done.
 
     Raises:
-        ValueError: the ends of a pair have different labels.
+        ValueError: the ends of a pair have different labels, or ``spacing`` is not positive.
 
     Guarantees:
         Every point of a path has the label, and so have samples on all its segments, no farther apart than
         ``spacing`` says; a path from b to a has the same anchors, up to rounding.
     """
+    if not spacing > 0:
+        raise ValueError(f"spacing {spacing}: must be positive")
     a, b = a.to(classifier.device), b.to(classifier.device)
     labels = labels_of(classifier, a)
     if not torch.equal(labels, labels_of(classifier, b)):
