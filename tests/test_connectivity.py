@@ -19,7 +19,8 @@ from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import connectivity, connectivity_study, kept
 from robustbench_cure.geometry.connectivity import coarse_to_fine, find_paths, inside, labels_of, onto_region
-from robustbench_cure.geometry.convexity import companions, mixtures, strangers
+from robustbench_cure.geometry.convexity import companions, mixtures
+from robustbench_cure.geometry.region_pairs import strangers
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.zoo.models import load_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,16 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
-from robustbench_cure.geometry.connectivity import AHEAD, DEPTH, Path, find_paths, labels_of, onto_region
-from robustbench_cure.geometry.convexity import companions, mixtures, strangers
+from robustbench_cure.geometry.connectivity import AHEAD, DEPTH, Path, find_paths, labels_of
+from robustbench_cure.geometry.convexity import mixtures
 from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.page import Shown, present
+from robustbench_cure.geometry.path_picture import Crossing, cross, draw_paths
+from robustbench_cure.geometry.region_pairs import SCENARIOS, draw_pairs
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
 
-#: Where the second end comes from: an image of the same region; one of another region, or a random point,
-#: carried into it.
-SCENARIOS = ("image", "carried", "random")
 #: What became of a pair.
 OUTCOMES = ("no end", "not found", "bent", "straight")
 NO_END, NOT_FOUND, BENT, STRAIGHT = range(4)
@@ -74,7 +73,7 @@ def connectivity(study: Study, *, pairs: int, spacing: float, draws: int) -> pd.
         lead=prose.CONNECTIVITY,
         columns=("model", "to", "found", "95 %", "straight", "anchors", "D - 1", "largest", "outside"),
         rows=[_cells(row) for row in table.to_dict("records")],
-        figures=[_convexity(study, convexity)],
+        figures=[*_paths(study, labels, everything, spacing), _convexity(study, convexity)],
         settings={
             "pairs": pairs,
             "spacing": f"{spacing:g} of the distance",
@@ -137,6 +136,10 @@ def _mixtures(study: Study, classifier: Classifier, labels: Tensor, k: int, draw
     return mixtures(classifier, study.images, labels, k, noise).numpy()
 
 
+def _streams(study: Study, scenario: str, pairs: Iterable[int]) -> Noise:
+    return Noise.for_samples(study.seed, "connectivity", [f"{scenario}/{pair}" for pair in pairs])
+
+
 def _block(
     study: Study,
     classifier: Classifier,
@@ -144,39 +147,27 @@ def _block(
     scenario: str,
     block: range,
     spacing: float,
-    advance: Any,
+    advance: Callable[[int], None],
 ) -> Columns:
     """Columns of some pairs of a scenario, found together."""
-    noise = Noise.for_samples(study.seed, "connectivity", [f"{scenario}/{pair}" for pair in block])
-    rows = companions(labels, 2, noise) if scenario == "image" else strangers(labels, noise)
-    first, target = study.images[rows[:, 0]].to(classifier.device), labels[rows[:, 0]].to(classifier.device)
-    second = study.images[rows[:, 1]]
-    if scenario == "random":
-        draw = noise.normal(tuple(second.shape[1:]), 1)
-        second = draw * (_radius(study) / draw.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        rows[:, 1] = -1
-    second = second.to(classifier.device)
-    last, reached = onto_region(classifier, second, target)
+    ends = draw_pairs(classifier, study.images, labels, scenario, _streams(study, scenario, block))
     paths: list[Path | None] = [None] * len(block)
-    ends = reached.nonzero().flatten()
-    advance(len(block) - len(ends))
-    if len(ends):
-        joined = find_paths(classifier, first[ends], last[ends], spacing=spacing, advance=advance)
-        for row, path in zip(ends.tolist(), joined, strict=True):
+    there = ends.reached.nonzero().flatten()
+    advance(len(block) - len(there))
+    if len(there):
+        joined = find_paths(
+            classifier, ends.first[there], ends.second[there], spacing=spacing, advance=advance
+        )
+        for row, path in zip(there.tolist(), joined, strict=True):
             paths[row] = path
     facts = [_facts(path) for path in paths]
     return {
-        "first": rows[:, 0].numpy(),
-        "second": rows[:, 1].numpy(),
-        "carried": (last - second).flatten(1).norm(dim=1).cpu().numpy(),
-        "distance": (last - first).flatten(1).norm(dim=1).cpu().numpy(),
+        "first": ends.rows[:, 0].numpy(),
+        "second": ends.rows[:, 1].numpy(),
+        "carried": ends.carried.numpy(),
+        "distance": (ends.second - ends.first).flatten(1).norm(dim=1).cpu().numpy(),
         **{key: np.array([fact[key] for fact in facts]) for key in facts[0]},
     }
-
-
-def _radius(study: Study) -> float:
-    """Mean l2 norm of the images: that of the random points."""
-    return float(study.images.flatten(1).norm(dim=1).mean())
 
 
 def _facts(path: Path | None) -> dict[str, float]:
@@ -273,6 +264,22 @@ def _stay(name: str, k: int, stayed: NDArray[Any]) -> dict[str, object]:
         "ci_low": low,
         "ci_high": high,
     }
+
+
+def _paths(study: Study, labels: dict[str, Tensor], rows: pd.DataFrame, spacing: float) -> list[Shown]:
+    """For every model that has one, its first path that is not straight, beside the segment."""
+    drawn: dict[str, Crossing] = {}
+    for name, classifier in study.models.items():
+        bent = rows[(rows["model"] == name) & (rows["outcome"] == OUTCOMES[BENT])]
+        if len(bent):
+            scenario, pair = bent.iloc[0][["scenario", "pair"]]
+            noise = _streams(study, scenario, [pair])
+            ends = draw_pairs(classifier, study.images, labels[name], scenario, noise)
+            # Among other pairs it was another batch, and other rounding: it need not bend again.
+            crossing = cross(classifier, find_paths(classifier, ends.first, ends.second, spacing=spacing)[0])
+            if crossing is not None:
+                drawn[name] = crossing
+    return [draw_paths(study, drawn)] if drawn else []
 
 
 def _convexity(study: Study, table: pd.DataFrame) -> Shown:

@@ -38,21 +38,6 @@ def companions(labels: Tensor, k: int, noise: Noise) -> Tensor:
     return torch.where(same, order, -1.0).sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def strangers(labels: Tensor, noise: Noise) -> Tensor:
-    """For each stream two images of different regions, int64 (B, 2) on the CPU; arguments as `companions`.
-
-    Raises:
-        ValueError: all images lie in one region.
-    """
-    labels = labels.cpu()
-    order = noise.uniform((len(labels),), 0)
-    first = order.argmax(1)
-    other = labels != labels[first][:, None]
-    if not bool(other.any()):
-        raise ValueError("all images lie in one region")
-    return torch.stack((first, torch.where(other, order, -1.0).argmax(1)), 1)
-
-
 def mixtures(classifier: Classifier, x: Tensor, labels: Tensor, k: int, noise: Noise) -> Tensor:
     """Whether random convex combinations of k images of one region lie in it, bool (B,), a draw a stream.
 
