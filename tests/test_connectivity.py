@@ -18,8 +18,17 @@ from robustbench_cure.cli import cli, main
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import connectivity, connectivity_study, kept
-from robustbench_cure.geometry.connectivity import coarse_to_fine, find_paths, inside, labels_of, onto_region
+from robustbench_cure.geometry.connectivity import (
+    Path,
+    coarse_to_fine,
+    find_paths,
+    inside,
+    labels_of,
+    onto_region,
+)
 from robustbench_cure.geometry.convexity import companions, mixtures
+from robustbench_cure.geometry.path_picture import cross
+from robustbench_cure.geometry.plane import normal_plane
 from robustbench_cure.geometry.region_pairs import strangers
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.zoo.models import load_model
@@ -378,6 +387,42 @@ def test_draws_belong_to_their_stream_not_to_the_batch():
     assert not torch.equal(mixtures(model, x, labels, 3, streams(50, seed=1)), whole)
 
 
+# --- the picture -------------------------------------------------------------------------------------
+
+
+def test_the_picture_shows_the_labels_where_it_says():
+    model = region(annulus)
+    path = find_paths(model, *ENDS, spacing=1e-3)[0]
+    found = cross(model, path)
+    assert (found.path[len(found.height) // 2] == 1).all()
+    assert (found.straight[len(found.height) // 2] == 0).any()
+    assert found.height[len(found.height) // 2] == pytest.approx(0, abs=1e-12)
+    normal = normal_plane(model, path.points[0]).n.flatten().double().numpy()
+    way = np.linspace(0, 1, found.straight.shape[1])
+    a, b = (end.flatten().double().numpy() for end in ENDS)
+    there = a + way[None, :, None] * (b - a) + found.height[:, None, None] * normal
+    radius = np.linalg.norm(there, axis=2)
+    sure = (np.abs(radius - 1) > 1e-4) & (np.abs(radius - 2) > 1e-4)
+    np.testing.assert_array_equal(found.straight[sure], ((radius > 1) & (radius < 2))[sure])
+    # Along the path: anchors lie where their share of its length says.
+    flat = path.points.flatten(1).double().numpy()
+    legs = np.linalg.norm(np.diff(flat, axis=0), axis=1)
+    np.testing.assert_allclose(found.anchors, np.cumsum(legs)[:-1] / legs.sum(), rtol=1e-9)
+    x, y = (np.interp(way, [0, *found.anchors, 1], flat[:, k]) for k in (0, 1))
+    there = np.stack((x, y), 1)[None] + found.height[:, None, None] * normal
+    radius = np.linalg.norm(there, axis=2)
+    sure = (np.abs(radius - 1) > 1e-4) & (np.abs(radius - 2) > 1e-4)
+    np.testing.assert_array_equal(found.path[sure], ((radius > 1) & (radius < 2))[sure])
+
+
+def test_there_is_no_picture_of_a_segment_or_of_no_path():
+    model = region(annulus)
+    straight = find_paths(model, points([-1.5, 0.1]), points([-1.5, 0.2]), spacing=1e-2)[0]
+    assert straight.deviation == 1
+    assert cross(model, straight) is None
+    assert cross(model, Path(None, 12)) is None
+
+
 # --- the command -------------------------------------------------------------------------------------
 
 ONE = ("--model", "digits_cure", "--n", "100", "--pairs", "40", "--spacing", "0.02", "--draws", "50")
@@ -472,6 +517,10 @@ def test_the_curve_of_convexity_has_its_counts_and_intervals(whole):
         assert row["ci_low"] <= row["share"] <= row["ci_high"]
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "convex" in page
+    with np.load(out / "path.npz") as drawn:
+        own, flat = labels_of(model, torch.from_numpy(drawn["digits_cure.points"])), drawn["digits_cure.path"]
+    assert (own == own[0]).all()
+    assert (flat[len(flat) // 2] == int(own[0])).all()
     assert "data:image/svg+xml" in page
 
 
@@ -496,7 +545,7 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, wh
     resumed = calls[len(before) + 10 :]
     assert resumed[0] == (stop, 32)  # neither finished scenarios nor finished blocks
     assert len(resumed) == 6 - len(before) + 1
-    names = ["connectivity.csv", "connectivity-pairs.csv", "convexity.csv", "convexity.svg"]
+    names = ["connectivity.csv", "connectivity-pairs.csv", "convexity.csv", "convexity.svg", "path.svg"]
     for name in (*names, "connectivity-digits_cure.npz"):
         assert (tmp_path / "a" / name).read_bytes() == (whole[0] / name).read_bytes()
     with pytest.raises(UsageError, match="already holds results"):
@@ -567,3 +616,4 @@ def test_a_second_point_that_cannot_be_carried_is_left_out_of_the_count(tmp_path
     assert table.loc["carried", COLUMNS].tolist() == [20, 0, 0, 0, 0]
     rows = pd.read_csv(tmp_path / "a" / "connectivity-pairs.csv")
     assert set(rows[rows["scenario"] == "carried"]["outcome"]) == {"no end"}
+    assert not (tmp_path / "a" / "path.svg").exists()  # nothing bends

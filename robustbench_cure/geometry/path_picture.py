@@ -23,7 +23,7 @@ from robustbench_cure.geometry.plane import normal_plane
 from robustbench_cure.geometry.study import Study
 
 #: Places along a polyline and across it; odd, so that the polyline itself is a row.
-ALONG, ACROSS = 241, 81
+ALONG, ACROSS = 161, 61
 
 
 @dataclass(frozen=True)
@@ -133,4 +133,5 @@ def _figure(found: dict[str, Crossing]) -> Figure:
         grid[0][1].set_title("path")
         for axes in grid[-1]:
             axes.set_xlabel("share of the way")
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
         return figure
