@@ -280,6 +280,40 @@ def test_paths_do_not_depend_on_batches_order_or_direction():
         assert back[row].deviation == pytest.approx(path.deviation, abs=1e-6)
 
 
+def test_regions_of_different_labels_are_worked_on_together():
+    """One path around the hole inside the ring, one around the ring outside of it."""
+    a, b = points([-1.5, 0.1], [-2, 1.7], [-1.5, 0.3]), points([1.5, 0.1], [2, 1.7], [1.5, 0.3])
+    both = find_paths(region(annulus), a, b, spacing=1e-3)
+    assert labels_of(region(annulus), a).tolist() == [1, 0, 1]
+    for row, path in enumerate(both):
+        alone = find_paths(region(annulus), a[row : row + 1], b[row : row + 1], spacing=1e-3)[0]
+        assert path.anchors == alone.anchors > 0
+        torch.testing.assert_close(path.points, alone.points, rtol=0, atol=1e-5)
+    assert (np.linalg.norm(along(both[1].points, 1e-3), axis=1) > 2).all()
+
+
+def test_an_anchor_that_cannot_be_carried_ends_the_search():
+    """Outside of its islands this classifier is flat: there is no way back from the middle."""
+    model = region(lambda x, y: torch.where(islands(x, y) > 0, 1.0, -1.0) + 0 * x)
+    path = find_paths(model, points([-2, 0.2]), points([2, 0.2]))[0]
+    assert (path.points, path.depth) == (None, 1)
+
+
+def test_anchors_outside_the_box_are_counted_on_both_sides():
+    def facts(*rows):
+        return connectivity_study._facts(Path(points([0.1, 0.2], *rows, [0.3, 0.9]), 3))
+
+    for rows, outside, excess in (
+        ([[0.5, 0.5]], 0, 0),
+        ([[0.5, -0.25]], 1, 0.25),
+        ([[1.5, -0.25], [0, 1], [0.2, 1.125]], 2, 0.5),
+    ):
+        found = facts(*rows)
+        assert (found["outside"], found["anchors"]) == (outside, len(rows))
+        assert found["excess"] == pytest.approx(excess)
+        assert connectivity_study.OUTCOMES[found["outcome"]] == "bent"
+
+
 def test_ends_of_different_labels_are_refused_and_equal_ends_are_joined():
     model = region(annulus)
     with pytest.raises(ValueError, match="same label"):
