@@ -13,9 +13,10 @@ the samples lie in the region, not what is between them. Points are not cut to [
 Deviations. (1) The segment between the ends is tried first, as in the text. (2) Only the half that is not
 inside is divided further, at most `DEPTH` times. (3) Samples are looked at from coarse to fine, and a segment
 is given up at the first one outside: the verdict is that of all samples. (4) An anchor is
-carried on into the region by half of its way there. On the boundary itself, or a fiftieth beyond it, anchors
-lie closer to it than the next chord cuts into it wherever the boundary bends away: halving ends only where
-samples no longer tell (hundreds of anchors), or not at all. D - 1 grows by a factor of 1.5^2 at most.
+carried on into the region as far again as it was carried to get there. On the boundary itself, or a fiftieth
+beyond it, anchors lie closer to it than the next chord cuts into it wherever the boundary bends away, and
+halving ends only where samples no longer tell: after hundreds of anchors, or not at all. Half as far is not
+enough for some ends that lie on such a boundary themselves. D - 1 grows by a factor of 4 at most.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from robustbench_cure.classifier import Classifier
 #: Halvings of the segment between the ends, at most.
 DEPTH = 12
 #: Share of its way that an anchor is carried on into the region, if that leads nowhere else.
-AHEAD = 0.5
+AHEAD = 1.0
 #: Samples of each segment in the first look; twice as many in every further one.
 FIRST = 4
 #: Shortest step of a projection, l2 in pixels: leads off a boundary that a point lies on exactly.

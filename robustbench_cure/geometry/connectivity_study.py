@@ -78,7 +78,7 @@ def connectivity(study: Study, *, pairs: int, spacing: float, draws: int) -> pd.
             "pairs": pairs,
             "spacing": f"{spacing:g} of the distance",
             "halvings": f"{DEPTH} at most",
-            "anchors_carried": f"by DeepFool, l2, and on by {AHEAD:g} of the way; not cut to the box",
+            "anchors_carried": f"by DeepFool, l2, and {AHEAD:g} times as far again; not cut to the box",
             "draws": f"{draws} for each number of images",
         },
     )
