@@ -320,6 +320,32 @@ def shared(words: list[str] | None, /, **options: Any) -> None:
 
 
 @click.command()
+@study_options
+@click.option("--pairs", type=click.IntRange(1), default=100, show_default=True, help="Of each of 3 kinds.")
+@click.option(
+    "--spacing",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Of samples on a path, in distances of its ends.",
+)
+@click.option(
+    "--draws", type=click.IntRange(1), default=1000, show_default=True, help="Of convex combinations."
+)
+def connectivity(words: list[str] | None, /, **options: Any) -> None:
+    """Are the regions of the labels connected, and how far from convex?
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.connectivity_study import connectivity as run
+
+    own = {key: options.pop(key) for key in ("pairs", "spacing", "draws")}
+    if not 1e-6 <= own["spacing"] <= 0.1:  # a range of click's would let "nan" pass
+        raise UsageError(f"--spacing {own['spacing']:g}: must lie between 1e-6 and 0.1")
+    run(study_of("connectivity", words, options, 1000), **own)
+
+
+@click.command()
 @click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/evolution-<time>.")
 @click.pass_obj
@@ -386,8 +412,8 @@ VERBS = (
     boundary,
     detect,
     shared,
-    shared,
     subspace,
     universal,
+    connectivity,
     evolution,
 )

@@ -155,22 +155,29 @@ def sections(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.int64],
     with style():
         figure = Figure(figsize=(2.9 * len(panels), 3.1), layout="constrained")
         for axes, (title, along, labels, own) in zip(_row(figure, len(panels)), panels, strict=True):
-            classes = [own, *sorted(set(np.unique(labels).tolist()) - {own})]
-            rank = np.zeros_like(labels)
-            for k, label in enumerate(classes):
-                rank[labels == label] = k
-            # By label, so that a region has the same colour in every panel.
-            colours = ListedColormap([OWN, *(OTHERS[label % len(OTHERS)] for label in classes[1:])])
-            norm = BoundaryNorm(np.arange(len(classes) + 1) - 0.5, len(classes))
-            axes.pcolormesh(along, along, rank, cmap=colours, norm=norm, shading="nearest", rasterized=True)
-            for k in range(1, len(classes)):
-                axes.contour(along, along, rank == k, levels=[0.5], colors="black", linewidths=0.7)
+            regions(axes, along, along, labels, own)
             axes.plot(0, 0, "o", color="#14357a", markersize=4)
             axes.set_aspect("equal")
             axes.set_title(title)
             axes.set_xlabel("along v (random), l2 in pixels")
         figure.axes[0].set_ylabel("along r (normal), l2 in pixels")
         return figure
+
+
+def regions(
+    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], labels: NDArray[np.int64], own: int
+) -> None:
+    """Fill axes with the regions of labels (len(y), len(x)): ``own`` green, others between orange and red."""
+    classes = [own, *sorted(set(np.unique(labels).tolist()) - {own})]
+    rank = np.zeros_like(labels)
+    for k, label in enumerate(classes):
+        rank[labels == label] = k
+    # By label, so that a region has the same colour in every panel.
+    colours = ListedColormap([OWN, *(OTHERS[label % len(OTHERS)] for label in classes[1:])])
+    norm = BoundaryNorm(np.arange(len(classes) + 1) - 0.5, len(classes))
+    axes.pcolormesh(x, y, rank, cmap=colours, norm=norm, shading="nearest", rasterized=True)
+    for k in range(1, len(classes)):
+        axes.contour(x, y, rank == k, levels=[0.5], colors="black", linewidths=0.7)
 
 
 def surfaces(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]]) -> Figure:

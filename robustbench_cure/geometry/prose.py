@@ -132,3 +132,19 @@ images whose label a vector of the length named below changes, drawn from the su
 The thesis finds that universal perturbations live in S_c: random vectors of it fool most images, and noise
 in the shared directions changes labels where the same noise outside of them does not.
 """)
+
+CONNECTIVITY = _paragraphs("""
+Is a classification region connected? Two points with the same predicted label are joined by a polyline that
+does not leave their region: two images; an image and one of another region, carried into the first one's by
+the smallest perturbation; an image and a random point of an image's norm, carried likewise. Pairs whose
+second point cannot be carried there are left out.
+
+"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends where a
+segment is not enough, D the length of the path over the distance of its ends, "outside" the share of anchors
+with a pixel outside [0, 1]; a dash: no path is bent. The thesis finds a path for all pairs, with about 10
+anchors and D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples only, and
+where none is found there may still be one.
+
+A region is convex if every convex combination of its images stays in it; for two images the thesis finds
+that with probability about 0.8, and less for more.
+""")

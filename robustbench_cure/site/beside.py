@@ -36,6 +36,7 @@ STUDIES = {
     "shared": ("Shared directions", "What the boundaries near different images have in common."),
     "subspace": ("Subspaces", "The shortest perturbations of random subspaces or frequencies alone."),
     "universal": ("Universal perturbations", "One perturbation for all images, and what it does to them."),
+    "connectivity": ("Connected regions", "Paths inside the regions of the labels, and their convexity."),
     "evolution": ("Training", "Curvature and robustness by epoch."),
 }
 #: Files of a study that the site shows or gives away.
