@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from robustbench_cure import __version__, gate_cli, geometry_cli, inventory, masking_cli
+from robustbench_cure import __version__, boundary_cli, gate_cli, geometry_cli, inventory, masking_cli
 from robustbench_cure.errors import CureBenchError, UsageError
 
 CARDS = click.option(
@@ -269,7 +269,7 @@ def where(cards: tuple[str, ...]) -> None:
     click.echo(inventory.where(cards))
 
 
-for _verb in (*geometry_cli.VERBS, *masking_cli.VERBS, *gate_cli.VERBS):
+for _verb in (*geometry_cli.VERBS, *boundary_cli.VERBS, *masking_cli.VERBS, *gate_cli.VERBS):
     cli.add_command(_verb)
 
 

@@ -13,13 +13,12 @@ import pandas as pd
 import pytest
 from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
 
-from robustbench_cure import cli
+from robustbench_cure import boundary_cli, cli, geometry_cli
 from robustbench_cure.cards import Battery, ModelCard, PublishedTable
 from robustbench_cure.catalog import catalog, find
 from robustbench_cure.errors import UsageError
 from robustbench_cure.external import COLUMNS, Evidence, Submission
 from robustbench_cure.flags import Flag
-from robustbench_cure.geometry_cli import VERBS
 from robustbench_cure.report.sheet import Sheet, to_latex, to_markdown, twins
 from robustbench_cure.session import find_records
 from robustbench_cure.site.beside import STUDIES, card_of, panels
@@ -506,7 +505,7 @@ def test_a_study_that_is_none_is_named(runs, head, words):
 
 
 def test_every_geometry_command_has_its_words():
-    assert set(STUDIES) == {verb.name for verb in VERBS}
+    assert set(STUDIES) == {verb.name for verb in (*geometry_cli.VERBS, *boundary_cli.VERBS)}
 
 
 def test_a_study_about_no_weights_is_on_no_page(runs):
