@@ -8,6 +8,7 @@ import click
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry_cli import positive_step, study_of, study_options
+from robustbench_cure.options import NumberRange
 from robustbench_cure.threat import parse_fraction
 
 
@@ -49,7 +50,7 @@ def subspace(words: list[str] | None, /, **options: Any) -> None:
 )
 @click.option(
     "--delta",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=NumberRange(0, 1, max_open=True),
     default=0.2,
     show_default=True,
     help="Share of images that may keep their label.",

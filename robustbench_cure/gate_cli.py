@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from robustbench_cure.errors import UsageError
+from robustbench_cure.options import NumberRange
 
 
 class Percentage(click.ParamType):  # type: ignore[type-arg]
@@ -88,7 +89,7 @@ def sized(options: dict[str, Any]) -> dict[str, Any]:
 )
 @click.option(
     "--level",
-    type=click.FloatRange(0, 50, min_open=True),
+    type=NumberRange(0, 50, min_open=True),
     default=1.0,
     show_default=True,
     metavar="%",

@@ -772,6 +772,17 @@ def _(bench):
     return "merge part1 part2 --out run"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["compare a b --level nan", "compare a b --level 0", "universal --delta nan", "universal --delta 1"],
+)
+def test_a_number_outside_its_range_is_named(line, capsys):
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert line.split()[-1] in error
+    assert line.split()[-2] in error
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_one_line_and_leaves_nothing(bench, capsys, name):
     prepare, fragments = CASES[name]
