@@ -145,6 +145,7 @@ def detect(words: list[str] | None, /, **options: Any) -> None:
 @study_options
 @PIXELS
 @DIRECTIONS
+@click.option("--learn", type=click.IntRange(2), help="Images to learn from; default: half of all.")
 @click.option(
     "--dimension", type=click.IntRange(1), help="Of the subspaces; default: a sixteenth of the inputs."
 )
@@ -159,7 +160,7 @@ def shared(words: list[str] | None, /, **options: Any) -> None:
     """
     from robustbench_cure.geometry.shared_study import shared as run
 
-    own = {key: options.pop(key) for key in ("directions", "dimension", "xi", "draws", "step")}
+    own = {key: options.pop(key) for key in ("directions", "learn", "dimension", "xi", "draws", "step")}
     positive_step(own["step"])
     _length(own["xi"])
     run(study_of("shared", words, options, 100), **own)

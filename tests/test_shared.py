@@ -168,13 +168,13 @@ def test_a_cylinder_gives_away_its_directions(tmp_path, monkeypatch):
     grey = np.random.default_rng(0).integers(115, 141, size=(40, 6, 6, 1), dtype=np.uint8)
     np.savez(tmp_path / "toy.npz", x=grey, y=np.arange(40) % 3)
     model = ("--model", "cylinder:build", "--dataset", "npz", "--data-dir", str(tmp_path / "toy.npz"))
-    given = (*model, "--dimension", "3", "--xi", "0.6", "--out", str(tmp_path / "a"))
+    given = (*model, "--learn", "15", "--dimension", "3", "--xi", "0.6", "--out", str(tmp_path / "a"))
     run = invoke(*given)
     assert run.exit_code == 0
     axes = torch.linalg.qr(torch.randn((36, 3), generator=torch.Generator().manual_seed(0)))[0].T
     with np.load(next((tmp_path / "a").glob("shared-*.npz"))) as kept:
         curved, flat = torch.from_numpy(kept["curved"]), torch.from_numpy(kept["flat"][:3])
-        assert int(kept["images"]) == 20
+        assert int(kept["images"]) == 15
     np.testing.assert_allclose(cosines(curved, axes).numpy(), 1, atol=1e-3)
     np.testing.assert_allclose(cosines(flat, axes).numpy(), 1, atol=1e-3)
     table = pd.read_csv(tmp_path / "a" / "shared.csv").iloc[0]
@@ -188,7 +188,7 @@ def test_a_cylinder_gives_away_its_directions(tmp_path, monkeypatch):
     fooling = pd.read_csv(tmp_path / "a" / "shared-fooling.csv")
     assert set(fooling["m"][fooling["subspace"] == "S_c"]) == {1, 2, 3}
     assert (fooling["best"] >= fooling["fooled"]).all()
-    assert set(fooling["n"]) == {20}
+    assert set(fooling["n"]) == {25}
 
 
 PAIR = ("--model", "digits_normal", "--model", "digits_cure", "--n", "12", "--directions", "5")
@@ -256,6 +256,7 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--n", "3"], "at least 4 images"),
+        (["--n", "10", "--learn", "9"], "--learn 9: of 10 images, 2 must be left"),
         (["--dimension", "64"], "--dimension 64: the images have 64 inputs"),
         (["--xi", "0"], "--xi 0: must be positive"),
         (["--xi", "far"], "--xi far"),

@@ -118,10 +118,10 @@ other side.
 """)
 
 SHARED = _paragraphs("""
-Do boundaries near different images have something in common? From the boundaries near one half of the
-images come three subspaces: S_f of their normals, S_c of the directions along which they bend towards the
-images on average, and the u_i, the directions along which they bend most, either way. All are judged on the
-other half.
+Do boundaries near different images have something in common? From the boundaries near some of the images
+come three subspaces: S_f of their normals, S_c of the directions along which they bend towards the images
+on average, and the u_i, the directions along which they bend most, either way. All are judged on the
+others.
 
 "Chance" is the share of its length, sqrt(m/d), that a random vector has among the first m directions u_i;
 beside it that of adversarial perturbations, of differences of two images, and of the shift of an image by a
@@ -139,11 +139,11 @@ does not leave their region: two images; an image and one of another region, car
 the smallest perturbation; an image and a random point of an image's norm, carried likewise. Pairs whose
 second point cannot be carried there are left out.
 
-"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends where a
-segment is not enough, D the length of the path over the distance of its ends, "outside" the share of anchors
-with a pixel outside [0, 1]; a dash: no path is bent. The thesis finds a path for all pairs, with about 10
-anchors and D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples only, and
-where none is found there may still be one.
+"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends where
+a segment is not enough, D the length of the path over the distance of its ends, "outside" the share of
+anchors with a pixel outside [0, 1]; a dash: no path is bent. The thesis finds a path for all pairs, with
+about 10 anchors and D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples
+only, and where none is found there may still be one.
 
 A region is convex if every convex combination of its images stays in it; for two images the thesis finds
 that with probability about 0.8, and less for more.

@@ -54,14 +54,22 @@ LENGTHS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def shared(
-    study: Study, *, dimension: int | None, xi: str | None, step: float | None, draws: int, directions: int
+    study: Study,
+    *,
+    learn: int | None,
+    dimension: int | None,
+    xi: str | None,
+    step: float | None,
+    draws: int,
+    directions: int,
 ) -> pd.DataFrame:
     """Shared subspaces of all models (thesis, sections 6.3-6.5 and 7.4), judged on other images; the table.
 
-    Half of the images are for learning, the other half for judging.
+    The first images are for learning, all others for judging.
 
     Args:
         study: models, images, folder, seed.
+        learn: images to learn from, each at the cost of 2 (d - 1) gradients; None: half of all.
         dimension: m of the subspaces; None: a sixteenth of the inputs.
         xi: l2 length, pixels, of the vectors that are to change labels; None: a fifth of what random noise
             needs for it (thesis, section 6.4.1), taken as sqrt(d) times the median distance of each model's
@@ -83,8 +91,10 @@ def shared(
         raise UsageError(f"the images have {d} inputs: all curvatures are taken up to {DENSE}")
     if m >= d:
         raise UsageError(f"--dimension {m}: the images have {d} inputs")
-    half = len(study.data) // 2
-    seek, test = study.data.take(range(half)), study.data.take(range(half, len(study.data)))
+    first = len(study.data) // 2 if learn is None else learn
+    if not 2 <= first <= len(study.data) - 2:
+        raise UsageError(f"--learn {first}: of {len(study.data)} images, 2 must be left at least (--n)")
+    seek, test = study.data.take(range(first)), study.data.take(range(first, len(study.data)))
     learned, rows, relative, fooling, noise, lengths = {}, [], {}, {}, {}, {}
     for name, classifier in study.models.items():
         learned[name] = known = _learn(study, name, classifier, seek, m, step)
@@ -119,7 +129,7 @@ def shared(
             "step_h": "the distance of each image's boundary" if step is None else step,
             "draws": draws,
             "directions": directions,
-            "learnt_on": f"{half} images",
+            "learnt_on": f"{first} images",
             "judged_on": f"{len(test)} others, cut to [0, 1]",
         },
     )
@@ -130,7 +140,10 @@ def _learn(
     study: Study, name: str, classifier: Classifier, images: EvalSet, m: int, step: float | None
 ) -> Learned:
     """The subspaces of one model; what an interrupted run saw is not looked at again."""
-    kept = Kept(study.out / f"shared-{name}.npz", study.identity(name, m=m, h=step, seed=study.seed))
+    kept = Kept(
+        study.out / f"shared-{name}.npz",
+        study.identity(name, learn=len(images), m=m, h=step, seed=study.seed),
+    )
     if "curved" not in kept.rows:
         normals, curvatures, mean = _look(study, name, classifier, images, step, kept)
         if not len(normals):
@@ -147,7 +160,7 @@ def _learn(
                 "images": np.array(len(normals)),
             }
         )
-        kept = Kept(kept.path, study.identity(name, m=m, h=step, seed=study.seed))
+        kept = Kept(kept.path, study.identity(name, learn=len(images), m=m, h=step, seed=study.seed))
     study.files.append(kept.path)
     tensors = {key: torch.from_numpy(kept.rows[key]) for key in ("singular", "flat", "curved", "shared")}
     return Learned(**tensors, images=int(kept.rows["images"]))
