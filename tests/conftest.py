@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from robustbench_cure.datasets import load_dataset
 
 # The models are tiny: a second thread would only wait for the first, and for other processes.
 torch.set_num_threads(1)
+
+# A shell that starts pytest in the background has it ignore interrupts, and with it every process of a test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
