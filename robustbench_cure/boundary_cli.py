@@ -15,6 +15,26 @@ from robustbench_cure.threat import parse_fraction
 @click.command()
 @study_options
 @click.option(
+    "--norm",
+    type=click.Choice(["both", "l2", "linf"]),
+    default="both",
+    show_default=True,
+    help="In which distances are measured.",
+)
+def distance(words: list[str] | None, /, **options: Any) -> None:
+    """How far the nearest boundaries are: average robustness rho.
+
+    The same command with the same --out goes on where it was stopped.
+    """
+    from robustbench_cure.geometry.distance_study import distances as run
+
+    norm = options.pop("norm")
+    run(study_of("distance", words, options, 1000), norms=("l2", "linf") if norm == "both" else (norm,))
+
+
+@click.command()
+@study_options
+@click.option(
     "--subspaces", "kind", type=click.Choice(["random", "dct"]), default="random", show_default=True
 )
 @click.option("--dimensions", metavar="M,M", help="Of random subspaces; default: d/4 to d/100, and 1.")
@@ -223,4 +243,4 @@ def _dimensions(text: str) -> list[int]:
     return found
 
 
-VERBS = (boundary, detect, shared, subspace, universal, connectivity)
+VERBS = (distance, boundary, detect, shared, subspace, universal, connectivity)

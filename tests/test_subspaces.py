@@ -18,7 +18,8 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import subspace_study
-from robustbench_cure.geometry.subspaces import distances, frequency_band, random_subspaces, zeta
+from robustbench_cure.geometry.distance import smallest
+from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
 from robustbench_cure.threat import ThreatModel
 
 L2 = ThreatModel.parse("l2", "0")
@@ -28,6 +29,10 @@ SIZE = math.prod(SHAPE)
 
 def images(n: int, seed: int = 0, shape=SHAPE) -> torch.Tensor:
     return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def distances(model: Classifier, x: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
+    return smallest(model, x, basis=basis).length
 
 
 def streams(n: int, seed: int = 0) -> Noise:
@@ -248,15 +253,15 @@ def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     arguments = ["--model", "digits_normal", "--n", "8", "--dimensions", "2,8"]
     invoke(*arguments, "--out", str(tmp_path / "whole"))
-    real, calls = subspace_study.distances, []
+    real, calls = subspace_study.smallest, []
 
-    def stops(*given):
+    def stops(*given, **options):
         calls.append(len(given[1]))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **options)
 
-    monkeypatch.setattr(subspace_study, "distances", stops)
+    monkeypatch.setattr(subspace_study, "smallest", stops)
     CliRunner().invoke(
         cli, ["subspace", *arguments, "--device", "cpu", "--out", str(tmp_path / "parts")]
     )  # fmt: skip

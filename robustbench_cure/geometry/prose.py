@@ -17,6 +17,18 @@ on the step. ||Hz|| is taken along the sign of the gradient; the alignment is th
 gradient and the top eigenvector, over the images that have a gradient.
 """)
 
+DISTANCE = _paragraphs("""
+How far is each image from a change of its predicted label? rho is the average robustness of the thesis: the
+mean length of the smallest perturbation, divided by the image's own. It is found by DeepFool, which may miss
+a shorter one: the number is an upper bound. "Steps" are its iterations; the thesis needs fewer than 3.
+
+FGSM is rho by a single step of the gradient's sign, one length (eps, in grey levels) for all images, long
+enough to change 90 % of them; where no length is, the largest share that any changes stands in its place.
+The thesis finds it four to five times as long on CIFAR-10: one step says little about distances.
+
+Predictions, right or wrong, and no box: robust accuracy is another number.
+""")
+
 CURVE = _paragraphs("""
 PGD at every radius, on what the smaller radii left: the curve cannot rise, and begins at the clean
 accuracy. A curve that does not come down for large radii is a sign of masked gradients.

@@ -32,9 +32,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: float32 (B, L), L at least 2.
         labels: int64 (B,).
     """
+    return functional.softplus(odds_against(logits, labels))
+
+
+def odds_against(logits: Tensor, labels: Tensor) -> Tensor:
+    """log((1 - p_y) / p_y), shape (B,): steepest where the cross-entropy is.
+
+    Its gradient does not vanish, however confident the row.
+
+    Args:
+        logits: float32 (B, L), L at least 2.
+        labels: int64 (B,).
+    """
     own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return functional.softplus(others - own)
+    return logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - own
 
 
 class Loss(Protocol):

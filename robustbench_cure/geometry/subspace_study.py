@@ -16,10 +16,11 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry.distance import smallest
 from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.study import Study
-from robustbench_cure.geometry.subspaces import distances, frequency_band, random_subspaces, zeta
+from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
 from robustbench_cure.progress import ProgressLine
 
 Kind: TypeAlias = Literal["random", "dct"]
@@ -176,7 +177,7 @@ def _measure(
                 rows = slice(start, start + step)
                 noise = Noise.for_samples(study.seed, "subspace", study.data.ids[rows])
                 basis = None if part is None else part.of(noise, shape)  # type: ignore[arg-type]
-                lengths.append(distances(classifier, x[rows], basis))
+                lengths.append(smallest(classifier, x[rows], basis=basis).length)
                 done += len(lengths[-1])
                 line(done, total, key)
             found[key] = torch.cat(lengths).numpy()

@@ -24,9 +24,7 @@ import torch
 from scipy.fft import idctn
 from torch import Tensor
 
-from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
 #: Any radius: minimal DeepFool takes none.
@@ -87,23 +85,3 @@ def frequency_band(shape: Sequence[int], band: int, width: int) -> Tensor:
     for channel in range(channels):
         basis[channel, :, channel] = waves.float()
     return basis.flatten(0, 1)[None]
-
-
-def distances(classifier: Classifier, x: Tensor, basis: Tensor | None = None) -> Tensor:
-    """||r|| to the nearest change of the predicted label, l2 in pixels, float64 (B,) on the CPU.
-
-    Args:
-        classifier: the model.
-        x: images, float32 (B,C,H,W) in [0, 1].
-        basis: of the subspace that r lies in, as `deepfool` takes it; None: all inputs.
-
-    Returns:
-        What DeepFool finds; NaN where it finds no change.
-    """
-    x = x.to(classifier.device)
-    label = classifier.logits(x).argmax(1)
-    basis = None if basis is None else basis.to(x.device)
-    found = deepfool(classifier, x, label, threat=L2, mode="minimal", clip=False, basis=basis)
-    length = (found.x_adv - x).flatten(1).double().norm(dim=1)
-    reached = found.converged if found.converged is not None else torch.ones_like(label, dtype=torch.bool)
-    return torch.where(reached, length, torch.nan).cpu()

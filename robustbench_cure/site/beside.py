@@ -31,6 +31,7 @@ STUDIES = {
     "section": ("Decision regions", "Planes through an image and its nearest boundary."),
     "surface": ("Loss surface", "The loss along the gradient and a random direction."),
     "gallery": ("Gallery", "Images, the perturbations that break them, and what the model sees."),
+    "distance": ("Distance of the boundary", "Average robustness: how far the nearest boundaries are."),
     "boundary": ("Curvature of the boundary", "How the boundaries nearest to the images bend."),
     "detect": ("Detection", "Whether the curvature around an image tells that it was perturbed."),
     "shared": ("Shared directions", "What the boundaries near different images have in common."),
