@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
@@ -70,6 +71,18 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+#: Images that models are told apart by.
+PROBES = 8
+
+
+def probes(shape: tuple[int, int, int]) -> Tensor:
+    """`PROBES` fixed images of soft patches over fine grain, float32 (8, *shape) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand((PROBES, shape[0], 4, 4), generator=generator)
+    soft = functional.interpolate(coarse, shape[1:], mode="bilinear", align_corners=False)
+    return (0.8 * soft + 0.2 * torch.rand((PROBES, *shape), generator=generator)).clamp(0, 1)
+
+
 class Classifier:
     """A frozen snapshot of a network, in evaluation mode, that counts the work asked of it.
 
@@ -105,7 +118,7 @@ class Classifier:
         self.input_shape = input_shape
         self.precision: Precision = precision
         self.batch_size = batch_size
-        self._info = info
+        self._info, self._asked = info, False
         self.heartbeat: Callable[[], None] | None = None
         self.forwards = 0
         self.backwards = 0
@@ -127,7 +140,7 @@ class Classifier:
         self.num_classes, self.input_shape = num_classes, (0, 0, 0)
         self.precision, self.batch_size = "fp32", batch_size
         self.forwards = self.backwards = 0
-        self._info = None
+        self._info, self._asked = None, False
         self.heartbeat = None
         self.folded = False
         self.module = self._search = module
@@ -142,7 +155,7 @@ class Classifier:
         """
         other = copy.copy(self)
         other.module, other._search = _Headed(self.module, head), _Headed(self._search, head)
-        other.num_classes, other._info, other.heartbeat = num_classes, None, None
+        other.num_classes, other._info, other._asked, other.heartbeat = num_classes, None, False, None
         other.forwards = other.backwards = 0
         return other
 
@@ -263,20 +276,43 @@ class Classifier:
         return growth
 
     def model_info(self) -> ModelInfo:
-        """Who this is: as given, or an anonymous model known by a digest of its weights."""
-        if self._info is not None:
-            return self._info
-        digest = hashlib.sha256()
-        for name, value in sorted(self.module.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return ModelInfo(
-            id="model",
-            name=type(self.module).__name__,
-            source="a module in memory",
-            architecture=type(self.module).__name__,
-            parameters=sum(p.numel() for p in self.module.parameters()),
-            weights_sha256=digest.hexdigest(),
-        )
+        """Who this is: as given, or an anonymous model known by a digest of its weights; with its answers."""
+        if self._info is None:
+            digest = hashlib.sha256()
+            for name, value in sorted(self.module.state_dict().items()):
+                digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+            self._info = ModelInfo(
+                id="model",
+                name=type(self.module).__name__,
+                source="a module in memory",
+                architecture=type(self.module).__name__,
+                parameters=sum(p.numel() for p in self.module.parameters()),
+                weights_sha256=digest.hexdigest(),
+            )
+        if not self._asked:
+            self._asked = True
+            self._info = self._info.model_copy(update={"answers": self.answers()})
+        return self._info
+
+    def answers(self) -> list[float]:
+        """What the network says of `PROBES` fixed images: one number each, six digits, for `same_answers`.
+
+        A number mixes all logits of an image. Empty where they are not finite or not the same twice, and
+        where the network fails: then weights alone tell who it is.
+        """
+        before, listener, self.heartbeat = (self.forwards, self.backwards), self.heartbeat, None
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                logits = [self.logits(probes(self.input_shape).to(self.device)).double() for _ in range(2)]
+            if not bool(logits[0].isfinite().all()) or not torch.equal(*logits):
+                return []
+            mixed = logits[0] @ torch.arange(logits[0].shape[1], device=self.device).double().cos()
+            return [float(f"{value:.6g}") for value in mixed.tolist()]
+        except Exception:  # the user's own code; preflight says what is wrong with it
+            return []
+        finally:
+            (self.forwards, self.backwards), self.heartbeat = before, listener
 
     def fingerprint(self) -> tuple[object, ...]:
         """Cheap witness of weights, buffers and modes: differs after an edit."""

@@ -104,10 +104,10 @@ class Evidence:
         return cls(submission, samples)
 
     def applies_to(self, record: Record) -> bool:
-        """Whether it is about the same weights, data set and threat model."""
+        """Whether it is about the same model, data set and threat model."""
         own, other = self.submission, record.manifest
         return (
-            own.model.weights_sha256 == other.model.weights_sha256
+            own.model.same_as(other.model)
             and (own.data.name, own.data.split) == (other.data.name, other.data.split)
             and own.threat.model == other.battery.threat.model
         )

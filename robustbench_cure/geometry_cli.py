@@ -51,7 +51,11 @@ ITERATIONS = click.option(
 
 
 def study_of(verb: str, words: list[str] | None, options: dict[str, Any], default_n: int, **more: Any) -> Any:
-    """The models, images and folder that `study_options` name."""
+    """The models, images and folder that `study_options` name.
+
+    Slopes are taken in float32, as distances, normals and differences are only as good as they are;
+    ``precision="auto"`` is for searches whose finds are verified.
+    """
     from robustbench_cure.geometry.study import open_study
     from robustbench_cure.session import Request
 
@@ -60,7 +64,7 @@ def study_of(verb: str, words: list[str] | None, options: dict[str, Any], defaul
     command = shlex.join(["cure-bench", *(words or [])])
     return open_study(
         verb,
-        Request(**options),
+        Request(**options, precision=more.pop("precision", "fp32")),
         step=step,
         default_n=default_n,
         command=command,
@@ -130,7 +134,7 @@ def curve(words: list[str] | None, /, **options: Any) -> None:
     if eps is None and norm != "linf":
         raise UsageError(f"--norm {norm} needs --eps: the usual radii are those of linf")
     radii = None if eps is None else _radii(eps)
-    study = study_of("curve", words, options, 2000)
+    study = study_of("curve", words, options, 2000, precision="auto")
     radii = radii or _radii(RADII.get(study.dataset, RADII["cifar10"]))
     run(study, eps=radii, norm=norm, steps=steps or STEPS.get(study.dataset, STEPS["cifar10"]))
 

@@ -14,6 +14,7 @@ fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+
+#: By how much of their largest value the answers of one network may differ between machines and libraries.
+ROUNDING = 1e-2
 
 #: Field -> pandas dtype of the columns ``<attack>.<field>``. Rows not attacked (clean errors, rows
 #: beyond the attack's limit) have no evidence: broken False, attacked False, the rest missing.
@@ -53,7 +57,11 @@ class _Part(BaseModel):
 
 
 class ModelInfo(_Part):
-    """Who was judged."""
+    """Who was judged.
+
+    ``answers`` tell apart what equal weights do not: networks with another normalisation or other code
+    around the same weights. See `Classifier.answers`; empty: not known.
+    """
 
     id: str
     name: str
@@ -64,6 +72,21 @@ class ModelInfo(_Part):
     card_digest: str = ""
     published_row: str = ""
     training: str = ""
+    answers: list[float] = []
+
+    def same_as(self, other: ModelInfo) -> bool:
+        """Whether both are one function: the same weights, and answers equal but for rounding."""
+        return self.weights_sha256 == other.weights_sha256 and same_answers(self.answers, other.answers)
+
+
+def same_answers(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two lists of answers are one function's, up to `ROUNDING`; unknown ones agree with all."""
+    if not one or not other:
+        return True
+    scale = max(map(abs, [*one, *other]))
+    return len(one) == len(other) and all(
+        abs(a - b) <= ROUNDING * scale for a, b in zip(one, other, strict=True)
+    )
 
 
 class DataInfo(_Part):

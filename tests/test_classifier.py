@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from robustbench_cure.attacks.losses import cross_entropy, dlr, margin, margins
-from robustbench_cure.classifier import Classifier, Normalised, has_bf16, resolve_device
+from robustbench_cure.classifier import PROBES, Classifier, Normalised, has_bf16, resolve_device
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
 from robustbench_cure.zoo import build
@@ -30,6 +30,16 @@ def shake(net: nn.Module, seed: int = 0) -> nn.Module:
                 part.weight.copy_(0.7 + 0.6 * torch.rand(size, generator=generator))
                 part.bias.copy_(0.2 * torch.randn(size, generator=generator))
     return net.eval()
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :5] + torch.rand(5)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("never")
 
 
 class PreActivation(nn.Module):
@@ -392,3 +402,44 @@ def test_devices():
     for name in ("meta-morph", "cuda:99"):
         with pytest.raises(UsageError, match=f"--device {name}: not available"):
             resolve_device(name)
+
+
+# --- who it is -----------------------------------------------------------------------------------------
+
+
+def info_of(net: nn.Module, classes: int = 5, **options):
+    return Classifier(net, num_classes=classes, input_shape=SHAPE, **options).model_info()
+
+
+def test_answers_tell_apart_what_weights_do_not():
+    net = shake(PreActivation())
+    plain = info_of(net)
+    assert len(plain.answers) == PROBES
+    others = [
+        Normalised(net, (0.0,) * 3, (0.5,) * 3),
+        Normalised(net, (0.1,) * 3, (1.0,) * 3),
+        nn.Sequential(net, nn.Softmax(1)),
+    ]
+    for other in others:
+        info = info_of(other).model_copy(update={"weights_sha256": plain.weights_sha256})
+        assert not info.same_as(plain)
+        assert info.model_copy(update={"answers": []}).same_as(plain)  # not known: weights alone tell
+    assert not info_of(shake(PreActivation(), seed=1)).same_as(plain)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"precision": "bf16"}, {"batch_size": 64}])
+def test_answers_do_not_depend_on_how_the_network_is_run(options):
+    net = shake(PreActivation())
+    assert info_of(net, **options).same_as(info_of(net))
+    assert info_of(net, **options).answers == pytest.approx(info_of(net).answers, rel=1e-4, abs=1e-5)
+
+
+def test_answers_are_asked_once_and_leave_no_trace():
+    model = Classifier(shake(PreActivation()), num_classes=5, input_shape=SHAPE)
+    odd = [Classifier(net, num_classes=5, input_shape=SHAPE) for net in (Noisy(), Failing())]
+    before = torch.get_rng_state()
+    first = model.model_info()
+    assert model.model_info() is first
+    assert (model.forwards, model.backwards) == (0, 0)
+    assert [known.model_info().answers for known in odd] == [[], []]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -468,6 +468,23 @@ def test_resume_refuses_another_run_and_says_what_differs(tmp_path, change, name
         evaluate(out=tmp_path / "run", **base)
 
 
+def test_resume_refuses_the_same_weights_in_another_network(tmp_path):
+    """A softmax has no weights: their digest alone would let it go on with what the logits left."""
+    base = {"battery": battery(FGSM), "data": images(16), "shard_size": 8}
+    net = linear()
+    evaluate(classifier(net), out=tmp_path / "run", **base)
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    wrapped = Classifier(
+        nn.Sequential(net, nn.Softmax(1)),
+        num_classes=3,
+        input_shape=SHAPE,
+        info=classifier(net).model_info().model_copy(update={"answers": []}),
+    )
+    with pytest.raises(UsageError, match="the same weights in another network"):
+        evaluate(wrapped, out=tmp_path / "run", resume=True, **base)
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+
+
 def test_batch_size_draws_the_same_noise_and_moves_only_rounding():
     records = [
         evaluate(classifier(linear(), batch_size=size), battery(*FULL), images(40), seed=1)

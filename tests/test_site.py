@@ -96,6 +96,34 @@ def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
     assert boards([one, again])[0].rows[0].how.startswith("worst case of 1 attack,")
 
 
+def test_other_functions_of_the_same_weights_are_other_models(tmp_path):
+    """Another normalisation, say: nothing that one of them loses lowers the other."""
+    answers = {"right": [1.0, -2.0, 3.0], "again": [1.001, -2.0, 3.001], "wrong": [1.0, 2.0, -3.0]}
+    runs = {
+        name: record(battery(FGSM), "1111", {"fgsm": marks}, model={"answers": answers[name]})
+        for name, marks in {"right": "x...", "again": ".x..", "wrong": "..xx"}.items()
+    }
+    (board,) = boards([runs["right"], runs["wrong"], runs["again"]])
+    assert sorted(row.robust.rate.count for row in board.rows) == [2, 2]
+    assert [len(row.records) for row in board.rows if row.is_about(runs["right"].manifest.model)] == [2]
+    (row,) = boards([runs["right"], record(battery(PGD), "1111", {"pgd20": "xx.."})])[0].rows
+    assert row.robust.rate == Rate(2, 4)  # what was written before answers were kept is known by its weights
+    for name, run in runs.items():
+        run.save(tmp_path / "runs" / name)
+    study = tmp_path / "runs" / "curvature"
+    study.mkdir()
+    info = {"weights_sha256": runs["wrong"].manifest.model.weights_sha256, "answers": answers["wrong"]}
+    head = {"verb": "curvature", "models": {"net": info}, "files": ["a.svg"], "data": {}}
+    (study / "manifest.json").write_text(json.dumps(head))
+    (study / "a.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    site = build(scan([tmp_path / "runs"]))
+    pages = {
+        name: text for name, text in site.files.items() if re.fullmatch(r"models/[^/]+/index.html", name)
+    }
+    assert len(pages) == site.models == 2
+    assert sorted("a.svg" in str(text) for text in pages.values()) == [False, True]
+
+
 def test_boards_are_of_one_data_set_split_and_threat_model():
     wide = battery(FGSM, threat={"norm": "linf", "eps": "16/255"})
     runs = [
@@ -477,7 +505,7 @@ def test_a_list_of_files_that_points_outside_is_not_followed(tmp_path):
 def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
-        panels(scan([runs]).studies, "ab" * 32)
+        panels(scan([runs]).studies, other("cure", "..", model={"weights_sha256": "ab" * 32}).manifest.model)
 
 
 def test_reports_pass_over_what_studies_left_in_a_run(runs):

@@ -67,7 +67,7 @@ class Comparison:
     @property
     def same_weights(self) -> bool:
         """Whether the very same weights were judged."""
-        return bool(self.new and self.baseline and _weights(self.new) == _weights(self.baseline))
+        return bool(self.new and self.baseline and _same(self.new, self.baseline))
 
 
 def compare_runs(new: Sequence[Record], baseline: Sequence[Record], rules: Rules) -> list[Comparison]:
@@ -95,7 +95,7 @@ def compare(new: Record, baseline: Record, rules: Rules) -> Comparison:
     model, found = new.manifest.model.id, tuple(hindrances(new, baseline))
     if found:
         return Comparison(model, new, baseline, (), found, (), conclude(["not comparable"], rules))
-    rows = judge(accuracies(new, baseline), rules, same_weights=_weights(new) == _weights(baseline))
+    rows = judge(accuracies(new, baseline), rules, same_weights=_same(new, baseline))
     verdict = conclude([row.finding for row in rows], rules)
     return Comparison(model, new, baseline, rows, (), tuple(_notes(new, baseline)), verdict)
 
@@ -230,7 +230,10 @@ def _notes(new: Record, baseline: Record) -> list[Difference]:
         ("version", a.environment.version, b.environment.version),
         ("flags", _flags(new), _flags(baseline)),
     )
-    return [Difference(what, str(now), str(before)) for what, now, before in pairs if now != before]
+    noted = [Difference(what, str(now), str(before)) for what, now, before in pairs if now != before]
+    if _weights(new) == _weights(baseline) and not _same(new, baseline):
+        noted.insert(0, Difference("code, mean or std around the same weights", "other", "as they were"))
+    return noted
 
 
 def _flags(record: Record) -> str:
@@ -241,6 +244,10 @@ def _flags(record: Record) -> str:
 def _reliability(record: Record) -> str:
     kinds = {flag.kind for flag in record.manifest.flags if flag.about.severity == "unreliable"}
     return f"unreliable ({', '.join(sorted(kinds))})" if kinds else "reliable"
+
+
+def _same(new: Record, baseline: Record) -> bool:
+    return new.manifest.model.same_as(baseline.manifest.model)
 
 
 def _weights(record: Record) -> str:

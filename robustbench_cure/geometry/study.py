@@ -60,9 +60,12 @@ class Study:
     def identity(self, model: str, **settings: object) -> dict[str, str]:
         """What must agree for unfinished work of a model to be gone on with."""
         info = self.models[model].model_info()
+        scale = max(map(abs, info.answers), default=0.0) or 1.0
         return {
             "verb": self.verb,
             "weights": info.weights_sha256,
+            "answers": " ".join(f"{answer / scale:.2f}" for answer in info.answers),
+            "precision": self.models[model].precision,
             "data": self.data.digest,
             **{key: str(value) for key, value in sorted(settings.items())},
         }
@@ -92,6 +95,7 @@ class Study:
                 "notes": self.data.notes,
             },
             "seed": self.seed,
+            "precision": first.precision,
             "settings": settings,
             "environment": environment(first.device).model_dump(mode="json"),
             "files": sorted(path.name for path in self.files),

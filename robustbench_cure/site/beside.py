@@ -14,7 +14,7 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.recorded import from_record
-from robustbench_cure.record import Record
+from robustbench_cure.record import ModelInfo, Record
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.wording import data_words, threat_words
 from robustbench_cure.site.found import StudyFolder
@@ -84,23 +84,22 @@ class Panel:
         return Sheet(f"Gradient masking: {self.words}", self.about, heads, rows, data)
 
 
-def belonging(studies: Sequence[StudyFolder], weights: str) -> list[StudyFolder]:
-    """Studies of a model, known by its weights."""
-    return [study for study in studies if weights in study.models.values()]
+def belonging(studies: Sequence[StudyFolder], model: ModelInfo) -> list[StudyFolder]:
+    """Studies of a model."""
+    return [study for study in studies if study.names_of(model)]
 
 
-def panels(studies: Sequence[StudyFolder], weights: str) -> list[Panel]:
+def panels(studies: Sequence[StudyFolder], model: ModelInfo) -> list[Panel]:
     """Every diagnosis of a model.
 
     Raises:
         UsageError: a ``masking.json`` is damaged.
     """
     found = []
-    for study in belonging(studies, weights):
+    for study in belonging(studies, model):
         file = study.path / "masking.json"
         if study.verb == "masking" and file.is_file():
-            names = [name for name, digest in study.models.items() if digest == weights]
-            found += [_panel(file, study, name) for name in names]
+            found += [_panel(file, study, name) for name in study.names_of(model)]
     return found
 
 

@@ -28,7 +28,7 @@ from robustbench_cure.report.sheet import twins
 from robustbench_cure.site import pages, sheets
 from robustbench_cure.site.beside import FIGURES, TABLES, belonging, card_of, panels, study_files
 from robustbench_cure.site.found import SITE, Found, StudyFolder
-from robustbench_cure.site.standings import Board, boards
+from robustbench_cure.site.standings import Board, boards, by_model
 
 #: Files of a record that can be downloaded.
 RAW = ("manifest.json", "samples.parquet")
@@ -95,20 +95,18 @@ def _models(
     known: dict[str, Any],
     folders: Sequence[tuple[str, StudyFolder]],
 ) -> list[pages.Model]:
-    by_weights: dict[str, list[Record]] = {}
-    for record in found.records:
-        by_weights.setdefault(record.manifest.model.weights_sha256, []).append(record)
     taken: set[str] = set()
     models = []
-    for weights, records in by_weights.items():
-        own = belonging(found.studies, weights)
+    for records in by_model(found.records):
+        model = records[0].manifest.model
+        own = belonging(found.studies, model)
         models.append(
             pages.Model(
-                _slug(records[0].manifest.model.id, weights, taken),
+                _slug(model.id, model.weights_sha256, taken),
                 tuple(records),
                 card_of(records[0], known),
-                tuple((board, row) for board in rows for row in board.rows if row.weights == weights),
-                tuple(panels(found.studies, weights)),
+                tuple((board, row) for board in rows for row in board.rows if row.is_about(model)),
+                tuple(panels(found.studies, model)),
                 tuple((folder, study) for folder, study in folders if study in own),
             )
         )

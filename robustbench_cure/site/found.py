@@ -14,15 +14,22 @@ from pydantic import BaseModel, Field, ValidationError
 from robustbench_cure.errors import UsageError
 from robustbench_cure.external import MANIFEST as EXTERNAL
 from robustbench_cure.external import Evidence
-from robustbench_cure.record import Record
+from robustbench_cure.record import ModelInfo, Record, same_answers
 from robustbench_cure.strict import describe
 
 #: List of a site's files; a folder that has one is a site and holds copies of records, not records.
 SITE = "site.json"
 
 
-class _Weights(BaseModel):
+class StudiedModel(BaseModel):
+    """The part of a `ModelInfo` that says which model a study is about."""
+
     weights_sha256: str = ""
+    answers: list[float] = []
+
+    def is_about(self, model: ModelInfo) -> bool:
+        """Whether this is the same function with the same weights."""
+        return self.weights_sha256 == model.weights_sha256 and same_answers(self.answers, model.answers)
 
 
 class _Images(BaseModel):
@@ -35,7 +42,7 @@ class StudyManifest(BaseModel):
     """The part of a study's ``manifest.json`` that the site reads; the commands write more."""
 
     verb: Annotated[str, Field(pattern=r"^[a-z][a-z-]{0,30}$")]
-    models: dict[str, _Weights] = {}
+    models: dict[str, StudiedModel] = {}
     data: _Images = _Images()
     files: list[str] = []
 
@@ -53,9 +60,13 @@ class StudyFolder:
         return self.manifest.verb
 
     @property
-    def models(self) -> dict[str, str]:
-        """Name -> SHA-256 of the weights; empty for studies that are about no weights."""
-        return {name: info.weights_sha256 for name, info in self.manifest.models.items()}
+    def models(self) -> dict[str, StudiedModel]:
+        """By name; empty for studies that are about no weights."""
+        return self.manifest.models
+
+    def names_of(self, model: ModelInfo) -> list[str]:
+        """What it calls a model; nothing if it is not about it."""
+        return [name for name, studied in self.models.items() if studied.is_about(model)]
 
     @property
     def data(self) -> str:

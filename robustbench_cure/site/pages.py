@@ -114,6 +114,10 @@ def _raised(records: Sequence[Record]) -> dict[str, Any]:
 def index(boards: Sequence[Board], papers: Sequence[PaperTable], models: Sequence[Model]) -> str:
     """The leaderboard."""
     records = [record for model in models for record in model.records]
+
+    def page_of(row: Standing) -> str:
+        return next(model.page for model in models if row.is_about(model.records[0].manifest.model))
+
     kinds = {"measured": 0, "external": 0, "published": 0}
     for board in boards:
         for row in board.rows:
@@ -123,7 +127,7 @@ def index(boards: Sequence[Board], papers: Sequence[PaperTable], models: Sequenc
         title="Robustness leaderboard",
         scripts=scripts(),
         boards=boards,
-        pages={model.records[0].manifest.model.weights_sha256: model.page for model in models},
+        page_of=page_of,
         kinds=list(kinds.items()),
         tables=[_filled(paper) for paper in papers],
         lines=[_line(model) for model in models],

@@ -17,7 +17,7 @@ import pandas as pd
 from robustbench_cure.cards import PublishedCell, PublishedRow, PublishedTable
 from robustbench_cure.external import Evidence
 from robustbench_cure.flags import Flag
-from robustbench_cure.record import Record
+from robustbench_cure.record import ModelInfo, Record
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import threat_words
 from robustbench_cure.stats import Rate
@@ -97,9 +97,18 @@ class Standing:
         return False
 
     @property
+    def model(self) -> ModelInfo | None:
+        """Who was measured; None for published rows."""
+        return self.records[0].manifest.model if self.records else None
+
+    @property
     def weights(self) -> str:
         """SHA-256 of the weights; empty for published rows."""
-        return self.records[0].manifest.model.weights_sha256 if self.records else ""
+        return self.model.weights_sha256 if self.model else ""
+
+    def is_about(self, model: ModelInfo) -> bool:
+        """Whether it was measured on this model."""
+        return self.model is not None and self.model.same_as(model)
 
 
 @dataclass(frozen=True)
@@ -149,13 +158,27 @@ def boards(
     return sorted(found, key=lambda b: (not any(r.records for r in b.rows), b.data, b.split, b.threat.eps))
 
 
-def _groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Records of the same weights on the same images under the same threat model: one body of evidence."""
-    groups: dict[tuple[object, ...], list[Record]] = {}
+def by_model(records: Sequence[Record]) -> list[list[Record]]:
+    """Records put together by the model they are of, in order of the first of each."""
+    found: list[list[Record]] = []
     for record in records:
-        m = record.manifest
-        key = (m.model.weights_sha256, m.data.name, m.data.split, m.data.digest, m.battery.threat.model)
-        groups.setdefault(key, []).append(record)
+        model = record.manifest.model
+        own = next((group for group in found if group[0].manifest.model.same_as(model)), None)
+        if own is None:
+            found.append([record])
+        else:
+            own.append(record)
+    return found
+
+
+def _groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of the same model on the same images under the same threat model: one body of evidence."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for number, members in enumerate(by_model(records)):
+        for record in members:
+            m = record.manifest
+            key = (number, m.data.name, m.data.split, m.data.digest, m.battery.threat.model)
+            groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 
@@ -256,26 +279,22 @@ def _how(printed: int, quoted: bool) -> str:
 
 def _ranked(rows: Sequence[Standing]) -> list[Standing]:
     """Highest robust accuracy first, what cannot be compared last; equal numbers share a rank."""
-    most: dict[str, int] = {}
-    for row in rows:
-        if row.records:
-            most[row.weights] = max(most.get(row.weights, 0), row.n)
 
     def reason(row: Standing) -> str:
         if row.unranked:
             return row.unranked
         if row.unreliable:
             return "flagged unreliable: these numbers cannot be compared"
-        if row.n < most[row.weights]:
+        if any(other.is_about(row.records[0].manifest.model) and other.n > row.n for other in rows):
             return "the same model was measured on more samples"
         return ""
 
     # What an external row lowered stands right below it, not where its own number would put it.
-    lowered = {(row.weights, row.n): row.robust.value for row in rows if row.kind == "external"}
+    lowered = [row for row in rows if row.kind == "external"]
 
     def height(row: Standing) -> float:
-        known = lowered.get((row.weights, row.n)) if row.records else None
-        return (known if known is not None else row.robust.value) or 0.0
+        own = [other for other in lowered if row.model and other.is_about(row.model) and other.n == row.n]
+        return (own[0] if own else row).robust.value or 0.0
 
     noted = [replace(row, unranked=reason(row)) for row in rows]
     order = sorted(noted, key=lambda r: (r.unreliable, -height(r), r.label, r.n, r.kind))
