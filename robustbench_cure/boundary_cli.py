@@ -85,7 +85,7 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
 
     own = {key: options.pop(key) for key in ("norm", "xi", "method", "delta", "passes")}
     _length(own["xi"])
-    run(study_of("universal", words, options, 1000, precision="auto"), **own)
+    run(study_of("universal", words, options | {"precision": "auto"}, 1000), **own)
 
 
 PIXELS = click.option(

@@ -8,9 +8,11 @@ validating answer at once.
 
 from __future__ import annotations
 
+import re
 import tomllib
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     ConfigDict,
@@ -25,7 +27,7 @@ from pydantic import (
 from robustbench_cure.errors import UsageError
 from robustbench_cure.recipes import Recipe
 from robustbench_cure.strict import Fractional, Identifier, Positive, Strict, describe
-from robustbench_cure.threat import Norm, ThreatModel, parse_fraction
+from robustbench_cure.threat import Norm, ThreatModel, format_eps, parse_fraction
 
 # --- attacks -----------------------------------------------------------------------------------------
 
@@ -53,6 +55,13 @@ class _Attack(Strict):
 
     def check(self, threat: ThreatModel) -> None:
         """Refuse a budget that cannot be right under this threat model (ValueError)."""
+
+    def scaled(self, ratio: Fraction) -> Self:
+        """The same attack for a ball ``ratio`` times as large: steps grow with it."""
+        size = getattr(self, "step_size", None)
+        if size is None:
+            return self
+        return self.model_copy(update={"step_size": format_eps(parse_fraction(size) * ratio)})
 
 
 class FGSM(_Attack):
@@ -140,6 +149,12 @@ class Peer(_Attack):
         """Keyword arguments of the function that runs peers."""
         return {"kind": self.kind, "options": self.options}
 
+    def scaled(self, ratio: Fraction) -> Self:  # noqa: ARG002, D102 - as in the base
+        given = [key for key, value in (self.model_extra or {}).items() if "/" in str(value)]
+        if given:
+            raise ValueError(f"attack {self.id!r}: its {given[0]} belongs to the battery's own radius")
+        return self
+
 
 def _number(value: Any) -> Any:
     return float(parse_fraction(value)) if isinstance(value, str) and "/" in value else value
@@ -194,6 +209,30 @@ class Battery(Strict):
     notes: str
     threat: Threat
     attacks: Annotated[tuple[AttackSpec, ...], Field(min_length=1, strict=False)]
+
+    def at(self, eps: str) -> Battery:
+        """This protocol in a ball of another radius: a battery of its own, which is no paper's table.
+
+        Args:
+            eps: the radius, a fraction such as ``"4/255"``; step sizes change in proportion.
+
+        Raises:
+            ValueError: no radius, or an attack whose parameters cannot follow.
+        """
+        threat = ThreatModel.parse(self.threat.norm, eps)
+        if threat.eps <= 0:
+            raise ValueError(f"{eps!r} is no radius: must be positive")
+        ratio, words = threat.eps / self.threat.model.eps, format_eps(threat.eps)
+        if ratio == 1:
+            return self
+        return Battery(
+            **self.model_dump(exclude={"id", "name", "published", "threat", "attacks"}),
+            id=f"{self.id}_at_{re.sub('[^0-9]+', '_', words)}",
+            name=f"{self.id} at {'l∞' if threat.norm == 'linf' else 'l2'} {words}",
+            published="",
+            threat=Threat(norm=threat.norm, eps=words),
+            attacks=tuple(attack.scaled(ratio) for attack in self.attacks),
+        )
 
     @model_validator(mode="after")
     def _coherent(self) -> Battery:

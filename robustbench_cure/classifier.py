@@ -241,7 +241,9 @@ class Classifier:
 
     def _forward(self, module: nn.Module, x: Tensor) -> Tensor:
         # A copy always: networks that normalise in place must not reach the caller's images.
-        logits: Tensor = module(x.clone(memory_format=torch.channels_last))
+        logits = module(x.clone(memory_format=torch.channels_last))
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"it must return logits, a tensor (B, classes), not a {type(logits).__name__}")
         return logits.float()
 
     @staticmethod

@@ -57,6 +57,7 @@ def cli(context: click.Context) -> None:
     "--model", "models", multiple=True, metavar="ID", help="Card id, or package.module:factory; repeatable."
 )
 @click.option("--battery", metavar="ID", help="Protocol; default: the model card's own.")
+@click.option("--eps", metavar="EPS", help='Another radius for the battery, as "4/255"; steps follow it.')
 @click.option("--dataset", metavar="NAME", help="Data set; default: the battery's or the model's.")
 @DATA_DIR
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
@@ -83,6 +84,12 @@ def cli(context: click.Context) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/<battery>-<time>.")
 @click.option("--resume", is_flag=True, help="Go on with the run that --out holds.")
 @click.option("--shard", metavar="I/K", help="Do the I-th of K parts; join them with `cure-bench merge`.")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Samples that are written, resumed and split together; the same for all parts; default: 512.",
+)
 @click.option("--save-adversarials", is_flag=True, help="Keep every attack's images, float32.")
 @click.option(
     "--allow-unreliable", is_flag=True, help="Evaluate a random or batch-dependent model, marked as such."

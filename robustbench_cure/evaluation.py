@@ -102,7 +102,9 @@ def evaluate(
     Raises:
         UsageError: the model does not fit, or ``out`` holds another run.
         RunError: the model failed, or the device ran out of memory at batch size 1.
+        TypeError: a network, a name or a bare array where one of the classes above belongs.
     """
+    _check_types(classifier, battery, data)
     if flags is None:
         flags = admit(classifier, battery, data, n=n, allow_unreliable=allow_unreliable)
     subset = chosen(battery, data, n)
@@ -139,6 +141,22 @@ def evaluate(
         return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
     finally:
         classifier.heartbeat = None
+
+
+def _check_types(classifier: object, battery: object, data: object) -> None:
+    """Say what belongs there: networks and names are what people give first."""
+    wanted = (
+        (
+            classifier,
+            Classifier,
+            "Classifier(net, num_classes=10, input_shape=(3, 32, 32)) or load_model(id)",
+        ),
+        (battery, Battery, "load_battery(id)"),
+        (data, EvalSet, "load_dataset(name) or from_arrays(...) of robustbench_cure.datasets"),
+    )
+    for given, kind, how in wanted:
+        if not isinstance(given, kind):
+            raise TypeError(f"evaluate needs a {kind.__name__}, got a {type(given).__name__}: use {how}")
 
 
 def _peers(battery: Battery) -> list[str]:

@@ -51,6 +51,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "gradient attacks cannot move those images: their survival is no evidence of robustness",
         "look for quantisation, rounding, argmax or saturated logits; trust gradient-free attacks instead",
     ),
+    "extra_outputs": FlagKind(
+        "warning",
+        "More outputs than classes",
+        "the model has more outputs than the data has labels",
+        "it was made for another data set, or its head was not replaced; every output without a class is one "
+        "more way to be wrong",
+        "check that output k means class k of the data",
+    ),
     "near_chance": FlagKind(
         "warning",
         "Clean accuracy is that of guessing",

@@ -53,8 +53,8 @@ ITERATIONS = click.option(
 def study_of(verb: str, words: list[str] | None, options: dict[str, Any], default_n: int, **more: Any) -> Any:
     """The models, images and folder that `study_options` name.
 
-    Slopes are taken in float32, as distances, normals and differences are only as good as they are;
-    ``precision="auto"`` is for searches whose finds are verified.
+    Where the options name no precision slopes are taken in float32: distances, normals and differences are
+    only as good as they are. ``"auto"`` is for searches whose finds are verified.
     """
     from robustbench_cure.geometry.study import open_study
     from robustbench_cure.session import Request
@@ -64,7 +64,7 @@ def study_of(verb: str, words: list[str] | None, options: dict[str, Any], defaul
     command = shlex.join(["cure-bench", *(words or [])])
     return open_study(
         verb,
-        Request(**options, precision=more.pop("precision", "fp32")),
+        Request(**({"precision": "fp32"} | options)),
         step=step,
         default_n=default_n,
         command=command,
@@ -134,7 +134,9 @@ def curve(words: list[str] | None, /, **options: Any) -> None:
     if eps is None and norm != "linf":
         raise UsageError(f"--norm {norm} needs --eps: the usual radii are those of linf")
     radii = None if eps is None else _radii(eps)
-    study = study_of("curve", words, options, 2000, precision="auto")
+    if radii and norm == "linf" and radii[-1] > 1:
+        raise UsageError(f"--eps {eps}: pixels lie between 0 and 1; write grey levels as 8/255")
+    study = study_of("curve", words, options | {"precision": "auto"}, 2000)
     radii = radii or _radii(RADII.get(study.dataset, RADII["cifar10"]))
     run(study, eps=radii, norm=norm, steps=steps or STEPS.get(study.dataset, STEPS["cifar10"]))
 

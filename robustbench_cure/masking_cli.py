@@ -63,7 +63,7 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     work = {key: options.pop(key) for key in own}
     norm, eps, fail_on = options.pop("norm"), options.pop("eps"), options.pop("fail_on")
     surrogate = options.pop("surrogate")
-    study = study_of("masking", words, options, 200, precision="auto")
+    study = study_of("masking", words, options, 200)
     if surrogate is not None:
         surrogate = load_model(surrogate, device=options["device"], data=study.data, cards=options["cards"])
         if surrogate.input_shape != tuple(study.images.shape[1:]):

@@ -39,7 +39,8 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     x = data.images[:SAMPLE].to(classifier.device)
     y = data.labels[:SAMPLE].to(classifier.device)
     logits = _first_pass(classifier, x, data)
-    flags = [flag for flag in (_probabilities(logits), _repeatable(classifier, x, logits)) if flag]
+    found = (_extra(logits, data), _probabilities(logits), _repeatable(classifier, x, logits))
+    flags = [flag for flag in found if flag]
     zero = _zero_gradients(classifier, x, y)
     return flags + ([zero] if zero else [])
 
@@ -71,6 +72,13 @@ def _first_pass(classifier: Classifier, x: Tensor, data: EvalSet) -> Tensor:
             f"the model returns NaN or infinite logits for {bad} of {len(x)} images of {data.name}"
         )
     return logits
+
+
+def _extra(logits: Tensor, data: EvalSet) -> Flag | None:
+    outputs, classes = logits.shape[1], len(data.classes)
+    if outputs > classes:
+        return Flag(kind="extra_outputs", evidence=f"{outputs:,} outputs, {classes} classes in {data.name}")
+    return None
 
 
 def _probabilities(logits: Tensor) -> Flag | None:

@@ -16,7 +16,7 @@ from robustbench_cure.catalog import catalog, find
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet, Split, load_dataset
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation import admit, evaluate
+from robustbench_cure.evaluation import SHARD_SIZE, admit, evaluate
 from robustbench_cure.flags import Flag
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.record import Record
@@ -32,6 +32,7 @@ class Request:
 
     models: tuple[str, ...] = ()
     battery: str | None = None
+    eps: str | None = None
     dataset: str | None = None
     data_dir: Path | None = None
     split: Split = "test"
@@ -48,6 +49,7 @@ class Request:
     out: Path | None = None
     resume: bool = False
     shard: str | None = None
+    shard_size: int | None = None
     save_adversarials: bool = False
     allow_unreliable: bool = False
     cards: tuple[str, ...] = ()
@@ -64,7 +66,7 @@ def run(request: Request, command: str = "") -> list[Record]:
         raise UsageError("--resume needs --out DIR, the run to go on with")
     shard = parse_shard(request.shard)
     models = named_models(request)
-    battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
+    battery = _battery(request, models)
     dataset = request.dataset or _default_dataset(models[0], battery, request.cards)
     classifiers, data = load_all(models, dataset, request)
     if request.n_at_most and request.n is not None and request.n > len(data):
@@ -99,6 +101,7 @@ def run(request: Request, command: str = "") -> list[Record]:
                     out=out / info.id,
                     resume=request.resume,
                     shard=shard,
+                    shard_size=request.shard_size or SHARD_SIZE,
                     allow_unreliable=request.allow_unreliable,
                     save_adversarials=request.save_adversarials,
                     command=command,
@@ -116,6 +119,18 @@ def run(request: Request, command: str = "") -> list[Record]:
         # In the order in which `report` finds them, so that it writes the same files again.
         write_and_name(sorted(records, key=lambda record: record.manifest.model.id), out)
     return records
+
+
+def _battery(request: Request, models: tuple[str, ...]) -> Battery:
+    battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
+    if not request.models and request.dataset is None and battery.dataset not in ("", "digits"):
+        raise UsageError(f"--battery {battery.id} is of {battery.dataset}: name a model with --model")
+    if request.eps is None:
+        return battery
+    try:
+        return battery.at(request.eps)
+    except ValueError as error:
+        raise UsageError(f"--eps {request.eps}: {error}") from None
 
 
 def named_models(request: Request) -> tuple[str, ...]:
@@ -144,6 +159,8 @@ def load_all(models: tuple[str, ...], dataset: str, request: Request) -> tuple[l
     # Cards do without the data: a model that cannot be loaded is refused before anything is downloaded.
     loaded = {model: _classifier(model, request, None) for model in models if ":" not in model}
     data = load_dataset(dataset, request.split, request.data_dir)
+    if not request.models and dataset != "digits":
+        raise UsageError(f"--dataset {dataset}: name a model with --model; those built in know digits alone")
     return [loaded.get(model) or _classifier(model, request, data) for model in models], data
 
 

@@ -51,10 +51,17 @@ class ThreatModel:
 
     @classmethod
     def parse(cls, norm: Norm, eps: str) -> ThreatModel:
-        """Build from card text: ``ThreatModel.parse("linf", "8/255")``."""
+        """Build from card text: ``ThreatModel.parse("linf", "8/255")``.
+
+        Raises:
+            ValueError: another norm, no fraction, or an l∞ radius that is more than all grey levels.
+        """
         if norm not in ("linf", "l2"):
             raise ValueError(f"unknown norm {norm!r}; use linf or l2")
-        return cls(norm, parse_fraction(eps))
+        radius = parse_fraction(eps)
+        if norm == "linf" and radius > 1:
+            raise ValueError(f"{eps!r} is more than all of the pixels' range, 1; in grey levels: {eps}/255")
+        return cls(norm, radius)
 
     @property
     def radius(self) -> float:

@@ -221,7 +221,7 @@ def simple(name, command, *fragments):
     case(name, *fragments)(lambda bench: command.replace("TOY", bench.toy))
 
 
-VERBS = ("evaluate", "report", "merge", "train", "list", "validate", "where", "nonsense")
+VERBS = ("evaluate", "curve", "masking", "report", "merge", "train", "list", "validate", "where", "nonsense")
 
 # --- names and cards ----------------------------------------------------------------------------------
 
@@ -233,6 +233,13 @@ simple("unknown battery", "--battery tabel1", "unknown battery 'tabel1'", "did y
 simple("unknown dataset", "--dataset cifer10", "unknown dataset 'cifer10'", "'cifar10'")
 simple("unknown split", "--split val", "--split", "'val'", "test")
 simple("models of different batteries", "--model digits_cure --model wrn_cure", "digits, table2", "--battery")
+simple("no model for a battery of other data", "--battery table2", "table2 is of cifar10", "--model")
+simple("radius in grey levels", "--model digits_cure --eps 8", "--eps 8", "'8' is more", "8/255")
+simple("radius that is none", "--model digits_cure --eps 0", "--eps 0", "positive")
+simple("radius in words", "--model digits_cure --eps eight", "--eps eight", "not a fraction")
+simple("curve in grey levels", "curve --eps 0,2,4,8", "--eps 0,2,4,8", "8/255")
+simple("masking in grey levels", "masking --model digits_cure --eps 8", "'8' is more", "8/255")
+simple("a shard of nothing", "--model digits_cure --shard-size 0", "--shard-size", "0 is not in the range")
 simple("the same model twice", "--model digits_cure --model digits_cure", "digits_cure is given twice")
 simple("cards folder missing", "--cards nowhere", "--cards", "no such directory", "nowhere")
 
@@ -588,6 +595,11 @@ def _(bench):
     return bench.toy
 
 
+@case("no model for other data", "--dataset npz", "name a model with --model")
+def _(bench):
+    return f"--dataset npz --data-dir {bench.colour()}"
+
+
 @case("wrong input shape", "digits_cure", "(1, 8, 8)", "npz:colour", "(3, 32, 32)")
 def _(bench):
     return f"--model digits_cure --dataset npz --data-dir {bench.colour()}"
@@ -734,13 +746,8 @@ def _(bench):
 
 def parts(bench, *wanted, seed=0):
     """Parts of a run of 20 samples in 3 shards."""
-    bench.patch.setattr("robustbench_cure.evaluation.SHARD_SIZE", 8)
-    bench.patch.setattr(
-        "robustbench_cure.evaluation.evaluate.__kwdefaults__",
-        {**sys.modules["robustbench_cure.evaluation"].evaluate.__kwdefaults__, "shard_size": 8},
-    )
     for part in wanted:
-        bench.run(f"--shard {part}/2 --seed {seed}", f"part{part}")
+        bench.run(f"--shard {part}/2 --shard-size 8 --seed {seed}", f"part{part}")
 
 
 Bench.parts = parts
@@ -902,9 +909,9 @@ def test_what_nobody_foresaw_is_one_line_too_and_can_be_looked_into(bench, capsy
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        (13, "the model failed during the clean pass: tired"),
-        (14, "attack 'fgsm' failed: tired"),
-        (15, "the model failed during the check of attack 'fgsm': tired"),
+        (15, "the model failed during the clean pass: tired"),
+        (16, "attack 'fgsm' failed: tired"),
+        (17, "the model failed during the check of attack 'fgsm': tired"),
     ],
 )
 def test_a_model_that_fails_later_is_a_failed_run(bench, capsys, passes, message):

@@ -24,6 +24,7 @@ from robustbench_cure.cards import (
 )
 from robustbench_cure.catalog import FOLDERS, catalog, find
 from robustbench_cure.errors import UsageError
+from robustbench_cure.threat import format_eps
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"model": ModelCard, "battery": Battery, "published table": PublishedTable}
@@ -268,6 +269,33 @@ def test_digest_changes_with_every_hyper_parameter(name):
             seen.add(variant)
     threat = battery.threat.model_copy(update={"eps": "1/2"})
     assert battery.model_copy(update={"threat": threat}).digest not in seen
+
+
+@pytest.mark.parametrize("name", ["strong", "table1", "digits"])
+def test_a_battery_at_another_radius_is_another_protocol_whose_steps_follow(name):
+    whole = find(Battery, name).card
+    half = whole.at(format_eps(whole.threat.model.eps / 2))
+    assert half.threat.model.eps == whole.threat.model.eps / 2
+    assert half.threat.norm == whole.threat.norm
+    assert half.digest != whole.digest
+    assert half.published == ""
+    assert half.id.startswith(f"{name}_at_")
+    for one, other in zip(whole.attacks, half.attacks, strict=True):
+        assert other.hyper.get("step_size", 0) == pytest.approx(one.hyper.get("step_size", 0) / 2)
+        rest = {key: value for key, value in one.hyper.items() if key != "step_size"}
+        assert {key: value for key, value in other.hyper.items() if key != "step_size"} == rest
+    assert whole.at(format_eps(whole.threat.model.eps)) is whole
+    back = half.at(format_eps(whole.threat.model.eps))
+    assert [attack.hyper for attack in back.attacks] == [attack.hyper for attack in whole.attacks]
+
+
+def test_parameters_of_peers_that_hold_a_radius_do_not_follow():
+    spec = {"id": "a", "kind": "torchattacks:PGD", "name": "A", "limit": 0}
+    fields = find(Battery, "strong").card.model_dump(exclude={"attacks"})
+    plain = Battery(**fields, attacks=(spec | {"steps": 3},))
+    assert plain.at("1/255").threat.eps == "1/255"
+    with pytest.raises(ValueError, match="'a': its alpha belongs to the battery's own radius"):
+        Battery(**fields, attacks=(spec | {"alpha": "2/255"},)).at("1/255")
 
 
 def test_digest_does_not_depend_on_key_order():

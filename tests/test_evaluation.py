@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -227,6 +228,43 @@ class BatchStatistics(nn.Module):
 
     def forward(self, x):
         return self.net(x - x.mean(0) + 0.5)
+
+
+class Padded(nn.Module):
+    """Three classes, and 30 outputs that no image of theirs ever wins."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = linear()
+
+    def forward(self, x):
+        z = self.net(x)
+        return torch.cat((z, z.new_full((len(z), 30), -50.0)), 1)
+
+
+def test_outputs_without_a_class_are_flagged_where_labels_do_not_tell_how_many_there_are():
+    data = dataclasses.replace(images(40), name="npz:toy")
+    record = evaluate(classifier(Padded(), classes=33), battery(FGSM), data)
+    (flag,) = record.manifest.flags
+    assert flag.kind == "extra_outputs"
+    assert flag.evidence == "33 outputs, 3 classes in npz:toy"
+    with pytest.raises(UsageError, match="33 outputs, toy has 3 classes"):
+        evaluate(classifier(Padded(), classes=33), battery(FGSM), images(40))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"classifier": linear()}, r"needs a Classifier, got a Sequential: use Classifier\(net"),
+        ({"classifier": "digits_cure"}, "needs a Classifier, got a str"),
+        ({"battery": "strong"}, r"needs a Battery, got a str: use load_battery\(id\)"),
+        ({"data": torch.zeros(2, 1, 4, 4)}, "needs a EvalSet, got a Tensor: use load_dataset"),
+    ],
+)
+def test_networks_and_names_are_told_what_belongs_there(wrong, said):
+    given = {"classifier": classifier(linear()), "battery": battery(FGSM), "data": images(8)}
+    with pytest.raises(TypeError, match=said):
+        evaluate(**(given | wrong))
 
 
 DECEPTIVE = {

@@ -15,6 +15,14 @@ from robustbench_cure.threat import TOLERANCE, ThreatModel, distance, format_eps
 NORMS = ("linf", "l2")
 
 
+def test_more_than_all_grey_levels_is_no_radius():
+    """Grey levels given as they are: a ball of 8 holds every image, and accuracy in it is 0."""
+    assert ThreatModel.parse("linf", "1").radius == 1
+    assert ThreatModel.parse("l2", "8").radius == 8
+    with pytest.raises(ValueError, match="8/255"):
+        ThreatModel.parse("linf", "8")
+
+
 def images(n: int, seed: int = 0, shape: tuple[int, int, int] = (3, 4, 4)) -> torch.Tensor:
     return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))
 

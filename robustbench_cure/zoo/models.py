@@ -114,7 +114,7 @@ def _from_card(
     module, digest = load_card_module(found, Path(weights).expanduser() if weights else None)
     info = ModelInfo(
         id=card.id,
-        name=card.name,
+        name=f"{card.name} ({Path(weights).name})" if weights else card.name,
         source=f"weights given: {Path(weights).name}" if weights else "card",
         architecture=card.architecture,
         parameters=_count(module),
