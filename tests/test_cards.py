@@ -131,6 +131,17 @@ def test_normalisation_constants():
 
 # --- batteries ---------------------------------------------------------------------------------------
 
+GRADIENTS = [
+    "uniform_noise",
+    "fgsm",
+    "deepfool",
+    "pgd7",
+    "pgd10",
+    "pgd20",
+    "pgd40",
+    "pgd100",
+    "pgd100_margin",
+]
 PROTOCOLS = {
     "table1": ("cifar10", "4/255", "table1", ["fgsm", "deepfool", "pgd7", "pgd20"]),
     "table2": ("cifar10", "8/255", "table2", ["pgd20"]),
@@ -139,19 +150,10 @@ PROTOCOLS = {
         "",
         "8/255",
         "",
-        [
-            "uniform_noise",
-            "fgsm",
-            "deepfool",
-            "pgd7",
-            "pgd10",
-            "pgd20",
-            "pgd40",
-            "pgd100",
-            "pgd100_margin",
-            "spsa",
-        ],
+        [*GRADIENTS, "spsa"],
     ),
+    "white_box": ("", "8/255", "", GRADIENTS),
+    "strong_l2": ("", "1/2", "", GRADIENTS),
     "digits": (
         "digits",
         "51/255",
@@ -167,7 +169,8 @@ def test_battery_threat_and_attacks(name):
     dataset, eps, published, ids = PROTOCOLS[name]
     battery = batteries()[name]
     assert (battery.dataset, battery.published, battery.n) == (dataset, published, 0)
-    assert (battery.threat.norm, battery.threat.eps) == ("linf", eps)
+    norm = "l2" if name.endswith("_l2") else "linf"
+    assert (battery.threat.norm, battery.threat.eps) == (norm, eps)
     assert battery.threat.model.eps == Fraction(eps)
     assert [attack.id for attack in battery.attacks] == ids
 
@@ -190,7 +193,9 @@ def test_battery_hyper_parameters(name):
                 assert (attack.steps, attack.loss) == (100, "margin")
                 assert attack.restarts == (2 if name == "digits" else 1)
         else:
-            assert attack.name == NAMES[attack.id]
+            assert attack.name == NAMES[attack.id].replace(
+                "l∞", "l2" if battery.threat.norm == "l2" else "l∞"
+            )
         if isinstance(attack, DeepFool):
             assert (attack.mode, attack.steps, attack.overshoot) == ("bounded", 50, 0.02)
             assert (attack.candidates, attack.clip) == (10, True)
@@ -208,6 +213,12 @@ def test_spsa_budget(name, limit, steps, samples, step_size):
     (spsa,) = [attack for attack in batteries()[name].attacks if isinstance(attack, SPSA)]
     assert (spsa.limit, spsa.steps, spsa.samples, spsa.step_size) == (limit, steps, samples, step_size)
     assert (spsa.delta, spsa.stop) == (0.01, "first-success")
+
+
+def test_the_white_box_battery_is_the_strong_one_without_spsa():
+    strong, white_box = batteries()["strong"], batteries()["white_box"]
+    assert white_box.attacks == strong.attacks[:-1]
+    assert white_box.threat == strong.threat
 
 
 def test_published_columns_are_attacks_of_the_battery():
@@ -267,11 +278,11 @@ def test_digest_changes_with_every_hyper_parameter(name):
             variant = battery.model_copy(update={"attacks": attacks}).digest
             assert variant not in seen, f"{attack.id}.{key}"
             seen.add(variant)
-    threat = battery.threat.model_copy(update={"eps": "1/2"})
+    threat = battery.threat.model_copy(update={"eps": "1/3"})
     assert battery.model_copy(update={"threat": threat}).digest not in seen
 
 
-@pytest.mark.parametrize("name", ["strong", "table1", "digits"])
+@pytest.mark.parametrize("name", ["strong", "strong_l2", "table1", "digits"])
 def test_a_battery_at_another_radius_is_another_protocol_whose_steps_follow(name):
     whole = find(Battery, name).card
     half = whole.at(format_eps(whole.threat.model.eps / 2))

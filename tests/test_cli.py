@@ -288,6 +288,7 @@ def test_trained_weights_are_used_as_the_command_says(place, command):
     command(f"{line} --battery tiny --n 10 --dataset digits --out run")
     info = Record.load(place / "run" / "digits_normal").manifest.model
     assert info.source == "weights given: my weights.safetensors"
+    assert info.name == "Digits CNN, normal training (my weights.safetensors)"
 
 
 def test_trained_weights_of_a_card_without_its_own_are_found(place, command):
