@@ -25,7 +25,7 @@ from robustbench_cure.provenance import environment
 from robustbench_cure.threat import ThreatModel
 
 #: Images of the affine network, and their shape.
-ROWS, SHAPE = 64, (3, 8, 8)
+ROWS, SHAPE = 24, (3, 8, 8)
 #: Share of the way to the optimum that an attack must go on every image.
 REACHED = 0.95
 #: Letters that must be raised by a network that hides its gradients, and by an honest one.

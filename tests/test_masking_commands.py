@@ -307,12 +307,13 @@ def test_selftest_notices_an_attack_that_does_nothing(monkeypatch, remembered_sp
     assert all(what.startswith(spoken) for what in failed)
 
 
-def test_selftest_notices_an_attack_that_leaves_the_ball_and_ends_with_one(monkeypatch):
+def test_selftest_notices_an_attack_that_leaves_the_ball_and_ends_with_one(monkeypatch, remembered_spsa):
     def far(classifier, x, y, *, threat, **options):
         proposal = Proposal.start(x)
         proposal.x_adv = 1 - x
         return proposal
 
+    monkeypatch.setattr(selftest, "spsa", remembered_spsa)
     monkeypatch.setattr(selftest, "fgsm", far)
     monkeypatch.setattr(selftest, "_masking", lambda device: [])
     assert selftest.selftest("cpu", None) == 1
