@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustbench_cure.cards import Battery
     from robustbench_cure.classifier import Classifier
-    from robustbench_cure.datasets import EvalSet, load_dataset
+    from robustbench_cure.datasets import EvalSet, from_arrays, load_dataset
     from robustbench_cure.evaluation import evaluate
     from robustbench_cure.record import Record
     from robustbench_cure.shards import merge
@@ -32,6 +32,7 @@ _HOMES = {
     "Record": "record",
     "ThreatModel": "threat",
     "evaluate": "evaluation",
+    "from_arrays": "datasets",
     "load_dataset": "datasets",
     "load_model": "zoo.models",
     "merge": "shards",
@@ -44,6 +45,7 @@ __all__ = [
     "Record",
     "ThreatModel",
     "evaluate",
+    "from_arrays",
     "load_battery",
     "load_dataset",
     "load_model",

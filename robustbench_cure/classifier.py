@@ -132,6 +132,13 @@ class Classifier:
         if precision == "bf16":
             _store_bf16(self._search)
 
+    def __repr__(self) -> str:
+        name = self._info.id if self._info else type(self.module).__name__
+        return (
+            f"<Classifier {name}: {self.num_classes} classes, images {self.input_shape}, {self.device}, "
+            f"search in {self.precision}>"
+        )
+
     @classmethod
     def live(cls, module: nn.Module, *, num_classes: int, batch_size: int = 1 << 30) -> Classifier:
         """A view of a network being trained: no copy, no folding, its mode as the caller set it."""

@@ -28,8 +28,28 @@ class StoppedError(CureBenchError):
     exit_code = 130
 
 
+#: Verbs by what they are for, in the order of the help.
+SECTIONS = {
+    "Judge": ("evaluate", "report", "merge", "list", "where", "validate"),
+    "Trust": ("masking", "selftest", "compare", "baseline", "verify-adv"),
+    "Publish": ("site", "export", "import"),
+    "Train": ("train", "evolution"),
+    "Loss around images": ("curvature", "bounds", "curve", "section", "surface", "gallery"),
+    "Boundaries and regions": (
+        "distance", "boundary", "detect", "shared", "subspace", "universal", "connectivity",
+    ),
+}  # fmt: skip
+
+
 class _Verbs(click.Group):
-    """Catches Ctrl-C before click does, which would write an empty line and forget what was said."""
+    """Verbs by section; catches Ctrl-C before click does, which would forget what was said of it."""
+
+    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for section, verbs in SECTIONS.items():
+            with formatter.section(section):
+                rows = [(verb.ljust(width), self.commands[verb].get_short_help_str(100)) for verb in verbs]
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

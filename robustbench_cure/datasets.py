@@ -103,20 +103,38 @@ class EvalSet:
 def from_arrays(
     name: str,
     split: str,
-    images: Pixels,
-    labels: NDArray[np.int64],
+    images: Pixels | Tensor,
+    labels: NDArray[np.int64] | Tensor,
     *,
-    ids: Sequence[str],
-    classes: Sequence[str],
+    ids: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
     notes: str = "",
 ) -> EvalSet:
-    """Build from images (N,C,H,W), uint8 or float32 in [0, 1].
+    """Build from arrays or tensors.
+
+    Args:
+        name: of the data, for records and reports.
+        split: of it.
+        images: (N,C,H,W), uint8 or float32 in [0, 1].
+        labels: integers (N,).
+        ids: names of the samples, which their random draws depend on; default: ``name/0``, ``name/1``, ...
+        classes: names of the labels; default: numbers up to the largest.
+        notes: what a reader of the report should know of the data.
 
     Raises:
-        UsageError: empty, wrong range, NaN, or labels outside the classes.
+        UsageError: empty, wrong shape or range, NaN, or labels outside the classes.
     """
+    images, labels = (
+        np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given) for given in (images, labels)
+    )
     if len(images) == 0:
         raise UsageError(f"{name}: no images")
+    if images.ndim != 4 or labels.shape != (len(images),):
+        raise UsageError(
+            f"{name}: images must be (N, C, H, W) and labels (N,), got {images.shape} and {labels.shape}"
+        )
+    ids = [f"{name}/{row}" for row in range(len(images))] if ids is None else ids
+    classes = [str(label) for label in range(int(labels.max()) + 1)] if classes is None else classes
     if images.dtype == np.uint8:
         pixels = torch.from_numpy(images.astype(np.float32)) / 255.0
     else:

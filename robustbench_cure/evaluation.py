@@ -152,7 +152,7 @@ def _check_types(classifier: object, battery: object, data: object) -> None:
             "Classifier(net, num_classes=10, input_shape=(3, 32, 32)) or load_model(id)",
         ),
         (battery, Battery, "load_battery(id)"),
-        (data, EvalSet, "load_dataset(name) or from_arrays(...) of robustbench_cure.datasets"),
+        (data, EvalSet, "load_dataset(name) or from_arrays(name, split, x, y)"),
     )
     for given, kind, how in wanted:
         if not isinstance(given, kind):

@@ -182,6 +182,14 @@ class Record:
         self.samples = samples
         self.path = path
 
+    def __repr__(self) -> str:
+        worst, clean = self.worst_case_accuracy, self.clean_accuracy
+        flags = ", ".join(dict.fromkeys(flag.kind for flag in self.manifest.flags)) or "none"
+        return (
+            f"<Record {self.manifest.model.id} under {self.manifest.battery.id}: worst case "
+            f"{100 * worst.value:.1f} %, clean {100 * clean.value:.1f} %, n = {clean.total}, flags: {flags}>"
+        )
+
     # --- derived numbers ------------------------------------------------------------------------------
 
     @property

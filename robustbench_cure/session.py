@@ -179,11 +179,16 @@ def card_dataset(model: str, cards: tuple[str, ...]) -> str:
     return find(ModelCard, model, cards).card.dataset
 
 
-def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: Path, resume: bool) -> None:
-    """Refuse what would only show when the first models are done: a place taken, or one for two models."""
+def refuse_files(out: Path) -> None:
+    """Refuse a folder for results that is a file, or lies below one (UsageError)."""
     for part in (out, *out.parents):
         if part.exists() and not part.is_dir():
             raise UsageError(f"--out {out}: {part} is a file, not a directory; choose another --out")
+
+
+def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: Path, resume: bool) -> None:
+    """Refuse what would only show when the first models are done: a place taken, or one for two models."""
+    refuse_files(out)
     places: dict[str, str] = {}
     for model, classifier in zip(models, classifiers, strict=True):
         place = classifier.model_info().id

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from robustbench_cure import inventory
+from robustbench_cure import cli, inventory
 from robustbench_cure.cli import main
 from robustbench_cure.datasets import DATASETS
 from robustbench_cure.record import Record
@@ -302,6 +302,11 @@ def test_trained_weights_of_a_card_without_its_own_are_found(place, command):
     assert "`cure-bench evaluate --model mine` finds them there" in said
     command("evaluate --model mine --battery tiny --n 10 --out run")
     assert Record.load(place / "run" / "mine").n == 10
+
+
+def test_the_help_names_every_verb_once_under_what_it_is_for():
+    listed = [verb for verbs in cli.SECTIONS.values() for verb in verbs]
+    assert sorted(listed) == sorted(cli.cli.commands)
 
 
 # --- runs cut short, split and joined -----------------------------------------------------------------

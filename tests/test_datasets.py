@@ -332,3 +332,24 @@ def test_real_cifar10_images():
     # The first four test images of CIFAR-10: a cat, two ships, an aeroplane.
     assert data.labels[:4].tolist() == [3, 8, 8, 0]
     assert data.digest == "055e1b96bf5bcc41068be057c07da279b965a6f1719eb92d26cce103882581a7"
+
+
+# --- data of one's own ---------------------------------------------------------------------------------
+
+
+def test_tensors_are_data_too_with_ids_and_classes_of_their_own():
+    x, y = torch.rand((5, 1, 4, 4), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 2, 0])
+    data = from_arrays("mine", "test", x, y)
+    same = from_arrays(
+        "mine", "test", x.numpy(), y.numpy(), ids=[f"mine/{k}" for k in range(5)], classes=["0", "1", "2"]
+    )
+    assert data.digest == same.digest
+    assert torch.equal(data.images, x)
+    assert torch.equal(data.labels, y)
+    assert (data.ids, data.classes) == (same.ids, same.classes)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((5, 4, 4), 5), ((5, 1, 4, 4), 4)])
+def test_arrays_of_other_shapes_are_refused(shape, count):
+    with pytest.raises(UsageError, match=r"images must be \(N, C, H, W\) and labels \(N,\)"):
+        from_arrays("mine", "test", torch.zeros(shape), torch.zeros(count, dtype=torch.int64))

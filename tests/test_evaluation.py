@@ -252,6 +252,17 @@ def test_outputs_without_a_class_are_flagged_where_labels_do_not_tell_how_many_t
         evaluate(classifier(Padded(), classes=33), battery(FGSM), images(40))
 
 
+def test_records_and_classifiers_say_what_they_hold():
+    model = classifier(linear())
+    record = evaluate(model, battery(FGSM), images(40))
+    worst = 100 * record.worst_case_accuracy.value
+    assert repr(record) == (
+        f"<Record model under {record.manifest.battery.id}: worst case {worst:.1f} %, clean 80.0 %, n = 40, "
+        "flags: none>"
+    )
+    assert repr(model) == f"<Classifier model: 3 classes, images {SHAPE}, cpu, search in fp32>"
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -424,6 +424,29 @@ def test_planes_are_drawn_around_the_image_that_the_seed_chooses(verb, tmp_path)
     assert not np.array_equal(first, second)
 
 
+def test_the_image_is_one_that_all_models_classify_correctly(tmp_path):
+    """A seed whose first image one of them gets wrong: what surrounds it says nothing of its own region."""
+    data, models = (
+        load_dataset("digits"),
+        [load_model(f"digits_{name}", device="cpu") for name in ("cure", "pgd_at")],
+    )
+
+    def right(rows) -> bool:
+        return all(bool((model.logits(rows.images).argmax(1) == rows.labels).all()) for model in models)
+
+    seed = next(seed for seed in range(200) if not right(data.subset(1, seed)))
+    order = data.subset(20, seed)
+    chosen = next(k for k in range(20) if right(order.take([k])))
+    assert chosen > 0
+    invoke(
+        "section", "--model", "digits_cure", "--model", "digits_pgd_at", "--points", "3", "--seed", str(seed),
+        "--out", str(tmp_path / "a"),
+    )  # fmt: skip
+    with np.load(tmp_path / "a" / "section.npz") as archive:
+        for name in ("digits_cure", "digits_pgd_at"):
+            assert archive[f"{name}.labels"][1, 1] == int(order.labels[chosen])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

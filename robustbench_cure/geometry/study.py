@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from robustbench_cure.classifier import Classifier
@@ -18,7 +19,10 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.geometry.space import STEPS
 from robustbench_cure.provenance import environment
-from robustbench_cure.session import Request, card_dataset, load_all, named_models
+from robustbench_cure.session import Request, card_dataset, load_all, named_models, refuse_files
+
+#: Images among which one that all models classify correctly is looked for.
+LOOKED_AT = 64
 
 
 @dataclass
@@ -121,7 +125,7 @@ def open_study(
         step: of the finite differences; None: that of the data set.
         default_n: images, where the request does not say.
         command: the command line, for the provenance.
-        first_by_seed: one image, chosen by the seed.
+        first_by_seed: images that all models classify correctly, in the order that the seed gives.
 
     Raises:
         UsageError: a model or the data cannot be loaded, or the folder is taken.
@@ -129,14 +133,13 @@ def open_study(
     names = named_models(request)
     dataset = request.dataset or card_dataset(names[0], request.cards)
     out = request.out or Path("runs") / f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file, not a directory; choose another --out")
+    refuse_files(out)
     if (out / "manifest.json").exists():
         raise UsageError(f"--out {out}: already holds results; choose another --out")
     classifiers, data = load_all(names, dataset, request)
     seed = 0 if request.seed is None else request.seed
     wanted = min(default_n, len(data)) if request.n is None else request.n
-    data = data.subset(wanted, seed if first_by_seed else 0)
+    data = data.subset(0 if first_by_seed else wanted, seed if first_by_seed else 0)
     models: dict[str, Classifier] = {}
     for classifier in classifiers:
         name = classifier.model_info().id
@@ -148,6 +151,23 @@ def open_study(
                 f"{tuple(data.images.shape[1:])}"
             )
         models[name] = classifier
+    if first_by_seed:
+        data = _first_right(data, list(models.values()), wanted)
     if step is None:
         step = STEPS.get(dataset, STEPS["cifar10"])
     return Study(verb, models, data, out, step, seed, command, dataset)
+
+
+def _first_right(data: EvalSet, models: list[Classifier], wanted: int) -> EvalSet:
+    """The first images that all models classify correctly, if there are enough; else the first at all.
+
+    What surrounds a misclassified image says nothing of its own region.
+    """
+    if wanted > len(data):
+        raise UsageError(f"--n {wanted}: {data.name} has only {len(data)} {data.split} samples")
+    first = data.take(range(min(max(LOOKED_AT, wanted), len(data))))
+    right = torch.ones(len(first), dtype=torch.bool)
+    for model in models:
+        right &= model.logits(first.images.to(model.device)).argmax(1).cpu() == first.labels
+    rows = right.nonzero().flatten().tolist()
+    return first.take(rows[:wanted] if len(rows) >= wanted else range(wanted))
