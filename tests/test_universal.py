@@ -15,6 +15,7 @@ from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
 from robustbench_cure.errors import UsageError
+from robustbench_cure.geometry import universal as module
 from robustbench_cure.geometry import universal_study
 from robustbench_cure.geometry.universal import ITERATIONS, universal
 from robustbench_cure.geometry.universal import fooled as fooled_of
@@ -92,11 +93,9 @@ def test_looking_ahead_changes_nothing():
     for done in range(2):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(30_000 + done))
         for row in order.tolist():
-            moved, label = x[row : row + 1] + v, labels[row : row + 1]
+            moved, label = (x[row : row + 1] + v).clamp(0, 1), labels[row : row + 1]
             if int(model.logits(moved).argmax(1)) == int(label):
-                step = deepfool(
-                    model, moved, label, threat=ThreatModel.parse("l2", "0"), clip=False, steps=ITERATIONS
-                )
+                step = deepfool(model, moved, label, threat=ThreatModel.parse("l2", "0"), steps=ITERATIONS)
                 if bool(step.converged):
                     v = (v + step.x_adv - moved).clamp(-51 / 255, 51 / 255)
         shares.append(float((model.logits((x + v).clamp(0, 1)).argmax(1) != labels).double().mean()))
@@ -138,6 +137,114 @@ def test_what_is_counted_is_an_image(affine):
     x, v = torch.tensor([0.9]).view(1, 1, 1, 1), torch.tensor([0.5]).view(1, 1, 1)
     assert model.logits(x + v).argmax(1) == [1]
     assert not fooled(model.classifier, x, v).any()
+
+
+def black_and_bright(affine):
+    """Two black pixels that darkening would count most for, two bright ones; 40 images of label 0."""
+    w = np.array([-1, -1, -0.5, -0.5])
+    model = affine(np.stack([np.zeros(4), w]), [0.0, 0.7], (1, 2, 2)).classifier
+    bright = 0.9 + 0.1 * torch.rand((40, 2), generator=torch.Generator().manual_seed(0))
+    return model, torch.cat([torch.zeros(40, 2), bright], 1).view(-1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("method", ["deepfool", "gradient"])
+def test_black_pixels_do_not_hold_the_search(affine, method):
+    """Without the box the shortest way darkens black pixels: all images are fooled, and none that is one."""
+    model, x = black_and_bright(affine)
+    assert not model.logits(x).argmax(1).any()
+    found = universal(model, x, threat=radius("l2", 1), method=method, delta=0.0)
+    assert found.fooled[-1] == 1.0
+    assert len(found.fooled) == 1
+    assert fooled(model, x, found.v).all()
+    if method == "deepfool":
+        assert not found.v[0, 0].any()  # what cannot darken takes no part
+
+
+def test_no_image_is_visited_again_that_is_fooled_and_all_others_are(affine, monkeypatch):
+    """One call of DeepFool for every image that stands, and no more: the box counts for both."""
+    model, x = black_and_bright(affine)
+    seen = []
+
+    def counted(classifier, moved, label, **options):
+        seen.append(moved)
+        assert options["clip"]
+        return deepfool(classifier, moved, label, **options)
+
+    monkeypatch.setattr(module, "deepfool", counted)
+    universal(model, x, threat=radius("l2", 0.1), delta=0.0, passes=1)
+    assert len(seen) == 40  # out of reach: each is tried
+    assert all((moved >= 0).all() and (moved <= 1).all() for moved in seen)
+
+
+def test_the_best_pass_is_kept_not_the_last():
+    model, data = load_model("digits_cure", device="cpu", precision="fp32"), load_dataset("digits")
+    x = data.images[:150]
+    found = universal(model, x, threat=ThreatModel.parse("linf", "51/255"), delta=0.0, passes=3)
+    best = max(found.fooled)
+    assert found.fooled[-1] < best
+    assert float(fooled(model, x, found.v).double().mean()) == best
+    assert float(fooled(model, x, found.last).double().mean()) == found.fooled[-1]
+
+
+def test_what_deepfool_could_not_move_adds_nothing(affine, monkeypatch):
+    model, x = black_and_bright(affine)
+
+    def gives_up(classifier, moved, label, **options):
+        found = deepfool(classifier, moved, label, **options)
+        found.converged = torch.zeros_like(found.converged)
+        return found
+
+    monkeypatch.setattr(module, "deepfool", gives_up)
+    assert not universal(model, x, threat=radius("l2", 1), passes=1).v.any()
+
+
+def test_deepfool_has_the_iterations_of_the_authors_code(affine, monkeypatch):
+    model, x = black_and_bright(affine)
+    steps = []
+
+    def counted(classifier, moved, label, **options):
+        steps.append(options["steps"])
+        return deepfool(classifier, moved, label, **options)
+
+    monkeypatch.setattr(module, "deepfool", counted)
+    universal(model, x, threat=radius("l2", 1), passes=1)
+    assert set(steps) == {10}
+
+
+def test_fooled_images_stop_to_count_in_the_gradient_method(affine):
+    """Where the loss is above the ceiling there is nothing to gain; below it there is."""
+    model = affine([[0.0, 0.0], [4.0, 40.0]], [0.0, -2.0], (1, 1, 2)).classifier
+    x, label, zero = (
+        torch.tensor([[0.1, 0.9], [0.1, 0.0]]).view(2, 1, 1, 2),
+        torch.tensor([0]),
+        torch.zeros(1, 1, 2),
+    )
+    losses = torch.nn.functional.cross_entropy(model.logits(x), label.repeat(2), reduction="none")
+    assert losses[0] > module.CEILING > losses[1]
+    moved = [module._gradient_pass(model, row[None], label, zero, radius("l2", 1), 0.1, None) for row in x]
+    assert [bool(v.any()) for v in moved] == [False, True]
+
+
+def test_pixels_at_an_end_of_the_box_do_not_turn_the_gradient(affine):
+    """A steep black pixel that could only darken, a flat one that can move: the step is along the latter."""
+    model = affine([[0.0, 0.0], [-40.0, 4.0]], [0.0, -2.0], (1, 1, 2)).classifier
+    x, v = torch.tensor([-0.0, 0.2]).view(1, 1, 1, 2), torch.tensor([-0.1, 0.0]).view(1, 1, 2)
+    moved = module._gradient_pass(model, x, torch.tensor([0]), v, radius("l2", 1), 0.1, None)
+    torch.testing.assert_close(moved - v, torch.tensor([0.0, 0.1]).view(1, 1, 2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [10**18, 2**63 - 1])
+def test_every_seed_is_one(seed):
+    model, data = load_model("digits_normal", device="cpu", precision="fp32"), load_dataset("digits")
+    arguments = {
+        "threat": ThreatModel.parse("linf", "51/255"),
+        "method": "gradient",
+        "passes": 2,
+        "delta": 0.0,
+    }
+    one, other = (universal(model, data.images[:40], seed=s, **arguments) for s in (seed, seed - 1))
+    assert one.passes == 2
+    assert not torch.equal(one.last, other.last)
 
 
 def test_models_that_cannot_be_moved_leave_nothing():

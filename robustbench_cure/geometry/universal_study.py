@@ -111,7 +111,7 @@ def universal_perturbations(
             "method": method,
             "delta": delta,
             "passes": passes,
-            "sought_on": f"{half} images",
+            "sought_on": f"{half} images, cut to [0, 1]",
             "judged_on": f"{len(test)} others, cut to [0, 1]",
         },
     )
