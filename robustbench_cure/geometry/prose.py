@@ -71,19 +71,30 @@ the CURE paper finds it gone, and the surface nearly linear, after its training.
 
 SUBSPACE = _paragraphs("""
 How much longer a perturbation must be when it may use a random subspace of m of the d inputs only: on the
-way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew.
+way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew. Lengths end where
+the label first changes on DeepFool's way, not where DeepFool ends; on a line (m = 1) both ways are looked
+along.
 
 beta = sqrt(m/d) x (shortest in the subspace) / (shortest of all), averaged over the images. Flat boundaries
-give 1, and the thesis finds real networks near it, down to m = d/100. Above 1, boundaries curve away; or m is
-a few, and some subspaces run along the boundary: the median is then the better number.
+keep it in the interval named below, near 1 for all but few m, and the thesis finds real networks there, down
+to m = d/100. Where m is a few, some subspaces run along the nearest boundary and make the mean large, others
+meet the boundary of another class first: the median is then the better number, and neither tells curvature.
+
+In the median and the interval, images for which nothing was found in the subspace count as infinitely far; a
+star marks means without them.
 """)
 
 FREQUENCY = _paragraphs("""
 The shortest perturbation made of one band of frequencies alone (blocks along the diagonal of the discrete
-cosine transform), beside the shortest of all.
+cosine transform), beside the shortest of all. Lengths end where the label first changes on DeepFool's way; in
+a band of one frequency both ways are looked along.
 
-beta = sqrt(m/d) x (shortest in the band) / (shortest of all), averaged over the images: 1 is what a random
-subspace of the same dimension gives. Below 1 the network reacts to this band more than to noise.
+beta = sqrt(m/d) x rho in the band / rho, where rho is the mean over the images of the perturbation's length
+divided by the image's own (thesis, Eq. 3.20): 1 is what a random subspace of the same dimension gives. Below
+1 the network reacts to this band more than to noise. Median and std are those of the ratios of single images.
+
+In the median, images for which nothing was found in the band count as infinitely far. A star marks numbers
+without them: of the images easiest to move, and so too small.
 """)
 
 UNIVERSAL = _paragraphs("""

@@ -16,8 +16,8 @@ Deviations. (1) x + v is cut to the box, and r keeps to it, while v is sought as
 counted: what is counted is an image. The thesis adds v without cutting. An image that is fooled outside the
 box alone is then never visited again, and on black or white images the search stands still. (2) An image that
 DeepFool cannot move within its iterations leaves v as it is, as in the authors' code. (3) Passes are limited.
-(4) Shares of fooled images go up and down with the passes: the perturbation of the best pass is kept, not that
-of the last.
+(4) Shares of fooled images go up and down with the passes: the perturbation of the best pass is kept, not
+that of the last.
 """
 
 from __future__ import annotations
