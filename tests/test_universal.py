@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.stats import binomtest
 
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
 from robustbench_cure.errors import UsageError
+from robustbench_cure.geometry import baselines, label_graph, universal_study
 from robustbench_cure.geometry import universal as module
-from robustbench_cure.geometry import universal_study
+from robustbench_cure.geometry.space import odds_against
+from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.universal import ITERATIONS, universal
 from robustbench_cure.geometry.universal import fooled as fooled_of
 from robustbench_cure.threat import ThreatModel
@@ -291,6 +297,162 @@ def test_the_command_judges_on_other_images_and_on_every_model(tmp_path):
     for name in table.index:
         assert at_one.loc[name, "fooled"] == pytest.approx(table.loc[name, "fooled"])
     assert (lengths[lengths["radii"] == 0]["fooled"] == 0).all()
+
+
+@pytest.fixture(scope="module", params=[("linf", 0.2, 0), ("l2", 1.25, 3)], ids=["linf", "l2"])
+def judged(request, tmp_path_factory):
+    """A finished run of one model, what it printed, and all that is needed to compute it again."""
+    norm, xi, seed = request.param
+    out = tmp_path_factory.mktemp("judged") / "a"
+    run = invoke(
+        "--model", "digits_normal", "--n", "80", "--norm", norm, "--xi", str(xi), "--delta", "0.5",
+        "--passes", "3", "--seed", str(seed), "--out", str(out),
+    )  # fmt: skip
+    assert run.exit_code == 0
+    model, data = load_model("digits_normal", device="cpu"), load_dataset("digits").subset(80)
+    return out, run.output, ThreatModel.parse(norm, str(xi)), seed, model, data
+
+
+def test_every_number_of_the_table_follows_from_the_vector(judged):
+    out, said, threat, seed, model, data = judged
+    v = torch.from_numpy(np.load(out / "universal.npz")["digits_normal"])
+    x, held_out = data.images[:40], data.images[40:]
+    before, after = model.logits(held_out).argmax(1), model.logits((held_out + v).clamp(0, 1)).argmax(1)
+    hit = before != after
+    (row,) = pd.read_csv(out / "universal.csv").to_dict("records")
+    again = universal(model, x, threat=threat, delta=0.5, passes=3, seed=seed)
+    torch.testing.assert_close(v, again.v, rtol=0, atol=1e-5)
+    assert (row["model"], row["passes"]) == ("digits_normal", again.passes)
+    assert (row["n_sought"], row["n"]) == (40, 40)
+    assert row["l2"] == pytest.approx(float(v.norm()))
+    assert row["linf"] == pytest.approx(float(v.abs().max()))
+    assert row["fooled_sought"] == pytest.approx(float(fooled(model, x, v).double().mean()))
+    assert row["fooled"] == pytest.approx(float(hit.double().mean()))
+    interval = binomtest(int(hit.sum()), 40).proportion_ci(method="wilson")
+    assert (row["ci_low"], row["ci_high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    most = after[hit].bincount()
+    assert 0 < most.max() < most.sum()
+    assert str(row["most_frequent_label"]) == data.classes[int(most.argmax())]
+    assert row["share_of_it"] == pytest.approx(float(most.max() / most.sum()))
+    assert f"{100 * row['fooled_sought']:.1f}" in said
+    noise = Noise.for_samples(seed, "universal", [f"random/{draw}" for draw in range(10)])
+    drawn = (noise.normal if threat.norm == "l2" else noise.signs)((1, 8, 8), 0)
+    unit = drawn / (drawn.flatten(1).norm(dim=1).view(-1, 1, 1, 1) if threat.norm == "l2" else 1)
+    shares = [float(fooled(model, held_out, threat.radius * w).double().mean()) for w in unit]
+    assert len(set(shares)) > 1
+    assert row["random"] == pytest.approx(np.mean(shares))
+    assert row["random_most"] == pytest.approx(max(shares))
+    assert row["random_draws"] == 10
+    assert f"{100 * np.mean(shares):.1f}" in said
+
+
+def test_labels_are_counted_where_they_go(judged):
+    out, _, _, _, model, data = judged
+    v = torch.from_numpy(np.load(out / "universal.npz")["digits_normal"])
+    held_out = data.images[40:]
+    before, after = (model.logits(x).argmax(1).tolist() for x in (held_out, (held_out + v).clamp(0, 1)))
+    table = pd.read_csv(out / "universal-labels.csv")
+    counted = {(int(row.before), int(row.after)): int(row.count_) for row in table.rename(
+        columns={"count": "count_"}).itertuples()}  # fmt: skip
+    assert counted == Counter((i, j) for i, j in zip(before, after, strict=True) if i != j)
+    assert table["images"].tolist() == [before.count(label) for label in table["before"]]
+    graph = label_graph.sentence(table.astype({"before": str, "after": str}))
+    assert graph in (out / "index.html").read_text(encoding="utf-8")
+
+
+def test_others_are_added_at_every_length(judged):
+    """Directions again from their definitions; a tenth of the radius apart, from nothing to twice of it."""
+    out, _, threat, seed, model, data = judged
+    x, held_out = data.images[:40], data.images[40:]
+    label = model.logits(x).argmax(1)
+    r = deepfool(model, x, label, threat=ThreatModel.parse("l2", "0"), clip=False).x_adv - x
+    one = int(Noise.for_samples(seed, "universal", ["image"]).uniform((40,), 0)[0].argmax())
+    # The way of the cross-entropy, whose own gradient is lost in rounding where the model is sure.
+    gradient = model.value_and_gradient(x, lambda z: odds_against(z, label), reference=True)[1]
+    expected = {
+        "one image's": r[one],
+        "one image's FGSM": gradient[one].sign(),
+        "sum of all images'": r.sum(0),
+        "mean image": x.mean(0),
+        "universal": torch.from_numpy(np.load(out / "universal.npz")["digits_normal"]),
+    }
+    table = pd.read_csv(out / "universal-lengths.csv")
+    assert set(table["perturbation"]) == {*expected, "random"}
+    for name, direction in expected.items():
+        part = table[table["perturbation"] == name]
+        np.testing.assert_allclose(part["radii"], np.linspace(0, 2, 11))
+        np.testing.assert_allclose(part["length"], np.linspace(0, 2, 11) * threat.radius)
+        size = direction.norm() if threat.norm == "l2" else direction.abs().max()
+        for row in part.itertuples():
+            share = float(fooled(model, held_out, direction * (row.length / size)).double().mean())
+            assert row.fooled == pytest.approx(share, abs=1 / 40 + 1e-9)
+            assert (row.most, row.draws) == (row.fooled, 1)
+        assert part["fooled"].max() > 0
+
+
+def test_images_that_cannot_be_moved_are_no_baseline(monkeypatch):
+    """Failed perturbations are not drawn and not summed, whatever DeepFool left of them."""
+    model, x = load_model("digits_normal", device="cpu", precision="fp32"), load_dataset("digits").images[:12]
+    whole = baselines.baselines(model, x, norm="l2", seed=0)
+    seeds = [baselines.baselines(model, x, norm="l2", seed=seed)["one image's"] for seed in range(5)]
+    assert any(not torch.equal(other, whole["one image's"]) for other in seeds)
+
+    def fails(classifier, x, y, **options):
+        found = deepfool(classifier, x, y, **options)
+        found.x_adv[:11] += 100
+        found.converged[:11] = False
+        return found
+
+    monkeypatch.setattr(baselines, "deepfool", fails)
+    few = baselines.baselines(model, x, norm="l2", seed=0)
+    assert float(few["sum of all images'"].norm()) < 10
+    torch.testing.assert_close(few["one image's"], few["sum of all images'"])
+
+
+def test_the_graph_of_labels_by_hand():
+    before, after = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 5]), torch.tensor([1, 1, 2, 0, 2, 3, 2, 4, 3, 5])
+    found = label_graph.moves(before, after, tuple("abcdef"))
+    assert found.to_numpy().tolist() == [
+        ["a", "b", 2, 4], ["a", "c", 1, 4], ["b", "c", 1, 2], ["b", "d", 1, 2], ["d", "e", 1, 1],
+        ["e", "d", 1, 1],
+    ]  # fmt: skip
+    graph = label_graph.edges(found)
+    assert graph == {"a": "b", "b": "c", "d": "e", "e": "d"}
+    assert sorted(map(sorted, label_graph.components(graph))) == [["a", "b", "c"], ["d", "e"]]
+    assert label_graph.components({"a": "b", "c": "d", "d": "a"}) == [{"a", "b", "c", "d"}]
+    assert "images of 4 labels" in label_graph.sentence(found)
+    assert label_graph.sentence(found).endswith("components: 2")
+    assert label_graph.sentence(found[:0]) == "no image is fooled"
+
+
+def test_the_usual_radius_is_the_thesis_share_of_an_image():
+    data = load_dataset("digits").subset(50)
+    study = Study("universal", {}, data, Path("nowhere"), 1, 0, "", "digits")
+    mean = float(data.images.flatten(1).norm(dim=1).mean())
+    assert universal_study.radius_of(study, "l2") == f"{0.04 * mean:.2f}"  # 2,000 of 50,000
+    assert universal_study.radius_of(study, "linf") == "51/255"
+    study.dataset = "cifar10"
+    assert universal_study.radius_of(study, "linf") == "10/255"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [["--seed", "1"], ["--delta", "0.9"], ["--xi", "0.1"], ["--method", "gradient"], ["--passes", "3"]],
+)
+def test_unfinished_work_with_other_settings_is_not_taken_over(tmp_path, other):
+    arguments = ["--model", "digits_normal", "--n", "6", "--passes", "1", "--out", str(tmp_path / "a")]
+    assert invoke(*arguments).exit_code == 0
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="of another measurement"):
+        invoke(*arguments, *other)
+
+
+def test_the_search_ends_at_the_share_asked_for(tmp_path):
+    """With delta near 1 one pass is enough, with 0 all are made."""
+    for delta, passes in (("0.99", 1), ("0", 3)):
+        arguments = ["--n", "40", "--passes", "3", "--delta", delta, "--out", str(tmp_path / delta)]
+        assert invoke("--model", "digits_normal", *arguments).exit_code == 0
+        assert pd.read_csv(tmp_path / delta / "universal.csv")["passes"].tolist() == [passes]
 
 
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):

@@ -99,13 +99,15 @@ without them: of the images easiest to move, and so too small.
 
 UNIVERSAL = _paragraphs("""
 One perturbation added to every image, sought on half of the images (by DeepFool on one after the other, or by
-the gradient of batches; kept short) and judged on the other half. "Sought" and "fooled" are the shares of
-images, in per cent, whose predicted label changes on the one and on the other; "random" is that of noise of
-the largest length allowed.
+the gradient of batches; kept short) and judged on the other half, on both with the sum cut to [0, 1]: what
+counts is an image. "Sought" and "fooled" are the shares of images, in per cent, whose predicted label changes
+on the one and on the other; "random" is that of noise of the largest length allowed, on average over several
+vectors.
 
-The thesis finds such perturbations for all networks it looks at; they carry over to other networks,
-and most images end at the same few labels. What is counted is the change of the prediction, right or wrong:
-robust accuracy is another number.
+The thesis finds such perturbations for all networks it looks at; they carry over to other networks, and most
+images end at the same few labels. Below the pictures: for how many labels some images change, which labels
+most of the images of each become, and how many parts the graph of these changes has. What is counted is the
+change of the prediction, right or wrong: robust accuracy is another number.
 """)
 
 DETECTION = _paragraphs("""
