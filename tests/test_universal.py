@@ -447,6 +447,16 @@ def test_unfinished_work_with_other_settings_is_not_taken_over(tmp_path, other):
         invoke(*arguments, *other)
 
 
+@pytest.mark.parametrize("xi", ["1e18", "1e-18"])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_radii_at_the_ends_of_the_range_and_the_largest_seed_are_taken(tmp_path, norm, xi):
+    arguments = ["--n", "8", "--passes", "1", "--norm", norm, "--xi", xi, "--seed", str(2**63 - 1)]
+    assert invoke("--model", "digits_normal", *arguments, "--out", str(tmp_path / "a")).exit_code == 0
+    table = pd.read_csv(tmp_path / "a" / "universal.csv")
+    assert table["l2"].notna().all()
+    assert (table["fooled"] == 0).all() == (xi == "1e-18")
+
+
 def test_the_search_ends_at_the_share_asked_for(tmp_path):
     """With delta near 1 one pass is enough, with 0 all are made."""
     for delta, passes in (("0.99", 1), ("0", 3)):
@@ -483,6 +493,10 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     [
         (["--xi", "0"], "must be positive"),
         (["--xi", "eight"], "--xi eight"),
+        (["--xi", "1e400"], "--xi 1e400: must be positive, from 1e-18 to 1e18"),
+        (["--xi", "1e39"], "--xi 1e39: must be positive"),
+        (["--xi", "1e-400"], "--xi 1e-400: must be positive"),
+        (["--xi", "1e-19"], "--xi 1e-19: must be positive"),
         (["--n", "3"], "at least 4 images"),
     ],
 )

@@ -38,7 +38,8 @@ BOUNDS = _paragraphs("""
 If the loss were quadratic around an image, its distance to the threshold would lie between two bounds
 that fall as the curvature nu grows. Here they are computed for the log-loss of the label against the
 best other class, whose threshold log 2 is exactly the change of label, and set beside the distance
-DeepFool finds in the same normalised inputs. "Quadratic" is the exact distance of the quadratic model.
+DeepFool finds in the same normalised inputs, without its 2 % overshoot. "Quadratic" is the exact distance of
+the quadratic model.
 
 Networks are not quadratic: the last column says how often the found distance lies inside. The model
 depends on the step: where it is longer than the distance it sees past the boundary. Images that
@@ -162,13 +163,14 @@ CONNECTIVITY = _paragraphs("""
 Is a classification region connected? Two points with the same predicted label are joined by a polyline that
 does not leave their region: two images; an image and one of another region, carried into the first one's by
 the smallest perturbation; an image and a random point of an image's norm, carried likewise. Pairs whose
-second point cannot be carried there are left out.
+second point cannot be carried there, or lies on a tie of two labels, are left out.
 
-"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends where
-a segment is not enough, D the length of the path over the distance of its ends, "outside" the share of
-anchors with a pixel outside [0, 1]; a dash: no path is bent. The thesis finds a path for all pairs, with
-about 10 anchors and D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples
-only, and where none is found there may still be one.
+"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends, D the
+length of the path over the distance of its ends: first over all paths found, segments among them, as in the
+thesis, then over those where a segment is not enough. "Outside" is the share of anchors with a pixel outside
+[0, 1]; a dash: there is no such path. The thesis finds a path for all pairs, with about 10 anchors and
+D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples only, and where none is
+found there may still be one.
 
 A region is convex if every convex combination of its images stays in it; for two images the thesis finds
 that with probability about 0.8, and less for more.
