@@ -82,9 +82,7 @@ def universal_perturbations(
     study.table("universal", table)
     _write(study, "universal-lengths", curves)
     _write(study, "universal-labels", moved)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
-    study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
+    _write_vectors(study, found)
     shown = [_pictures(study, found, test, clean, moved), _lengths(study, threat, curves)]
     if len(study.models) > 1:
         shown.append(_transfer(study, found, test, clean))
@@ -113,6 +111,13 @@ def _write(study: Study, name: str, tables: dict[str, pd.DataFrame]) -> None:
     """One table of all models, the model's name last."""
     rows = pd.concat([table.assign(model=model) for model, table in tables.items()], ignore_index=True)
     study.table(name, rows)
+
+
+def _write_vectors(study: Study, found: dict[str, Universal]) -> None:
+    """``universal.npz``: each model's perturbation under its name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
+    study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
 
 
 def _seek(
