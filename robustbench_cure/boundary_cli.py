@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import click
@@ -212,6 +213,10 @@ def connectivity(words: list[str] | None, /, **options: Any) -> None:
     run(study_of("connectivity", words, options, 1000), **own)
 
 
+#: Lengths of perturbations whose squares float32 holds; exact, as the lengths given.
+LENGTHS = Fraction(1, 10**18), Fraction(10**18)
+
+
 def _length(xi: str | None) -> None:
     if xi is None:
         return
@@ -219,8 +224,8 @@ def _length(xi: str | None) -> None:
         length = parse_fraction(xi)
     except ValueError as error:
         raise UsageError(f"--xi {xi}: {error}") from None
-    if length <= 0:
-        raise UsageError(f"--xi {xi}: must be positive")
+    if not LENGTHS[0] <= length <= LENGTHS[1]:
+        raise UsageError(f"--xi {xi}: must be positive, from 1e-18 to 1e18")
 
 
 def _scales(text: str) -> list[float]:

@@ -609,3 +609,11 @@ def test_exhaustive_search_agrees_with_the_attacks(plane, judge, norm):
         assert broken.any(), name
         if name == "pgd":
             assert (broken & exists).sum() >= 0.95 * exists.sum()
+
+
+@pytest.mark.parametrize("candidates", [1, 0, -1])
+def test_deepfool_without_another_class_is_refused_in_words(affine, candidates):
+    model = affine(np.eye(3, 12), [0.0] * 3, (3, 2, 2))
+    x, y = torch.rand(2, 3, 2, 2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=f"candidates {candidates}: the label's own and at least one other"):
+        deepfool(model.classifier, x, y, threat=ball("l2", 1), candidates=candidates)

@@ -17,7 +17,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli, main
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import connectivity, connectivity_study, kept
+from robustbench_cure.geometry import connectivity, connectivity_study, connectivity_tables, kept
 from robustbench_cure.geometry.connectivity import (
     Path,
     coarse_to_fine,
@@ -170,6 +170,26 @@ def test_a_point_on_the_boundary_is_carried_off_it():
     assert 0 < float(moved[0, 0, 0, 0]) < 1e-4
 
 
+def test_a_way_of_many_steps_is_gone_to_its_end():
+    """f = 1 - exp(-x): from far below every Newton step leads one farther, and the last ones creep."""
+    model = region(lambda x, y: 1 - torch.exp(-x))
+    start, target = points([-10, 0]), torch.tensor([1])
+    moved, reached = onto_region(model, start, target)
+    assert reached.all()
+    assert 0 < float(moved[0, 0, 0, 0]) < 1
+    assert not onto_region(model, start, target, steps=5)[1].any()
+    assert onto_region(model, start, target, steps=30)[1].all()
+
+
+def test_rounding_does_not_hold_a_point_on_a_far_boundary():
+    """At 1,000 the shortest step of all is lost in float32: steps are a share of the way made, too."""
+    moved, reached = onto_region(
+        region(lambda x, y: x - 1000), points([0, 0]), torch.tensor([1]), overshoot=0
+    )
+    assert reached.all()
+    assert 1000 < float(moved[0, 0, 0, 0]) < 1002
+
+
 # --- paths -------------------------------------------------------------------------------------------
 
 
@@ -311,7 +331,7 @@ def test_an_anchor_that_cannot_be_carried_ends_the_search():
 
 def test_anchors_outside_the_box_are_counted_on_both_sides():
     def facts(*rows):
-        return connectivity_study._facts(Path(points([0.1, 0.2], *rows, [0.3, 0.9]), 3))
+        return connectivity_tables.facts(Path(points([0.1, 0.2], *rows, [0.3, 0.9]), 3))
 
     for rows, outside, excess in (
         ([[0.5, 0.5]], 0, 0),
@@ -321,7 +341,7 @@ def test_anchors_outside_the_box_are_counted_on_both_sides():
         found = facts(*rows)
         assert (found["outside"], found["anchors"]) == (outside, len(rows))
         assert found["excess"] == pytest.approx(excess)
-        assert connectivity_study.OUTCOMES[found["outcome"]] == "bent"
+        assert connectivity_tables.OUTCOMES[found["outcome"]] == "bent"
 
 
 def test_ends_of_different_labels_are_refused_and_equal_ends_are_joined():
@@ -452,7 +472,9 @@ def test_the_picture_shows_the_labels_where_it_says():
     assert (found.path[len(found.height) // 2] == 1).all()
     assert (found.straight[len(found.height) // 2] == 0).any()
     assert found.height[len(found.height) // 2] == pytest.approx(0, abs=1e-12)
-    normal = normal_plane(model, path.points[0]).n.flatten().double().numpy()
+    plane = normal_plane(model, path.points[0])
+    assert found.height[[0, -1]].tolist() == pytest.approx([-plane.distance, plane.distance])
+    normal = plane.n.flatten().double().numpy()
     way = np.linspace(0, 1, found.straight.shape[1])
     a, b = (end.flatten().double().numpy() for end in ENDS)
     there = a + way[None, :, None] * (b - a) + found.height[:, None, None] * normal
@@ -514,6 +536,10 @@ def test_the_table_follows_from_the_pairs(whole):
             assert line["anchors"] == pytest.approx(bent["anchors"].mean())
             assert line["outside"] == pytest.approx(bent["outside"].sum() / bent["anchors"].sum())
             assert f"{line['D'] - 1:.1e}" in said
+        found = joined[joined["outcome"].isin(["bent", "straight"])]
+        assert line["D_all"] == pytest.approx(found["D"].mean())
+        assert line["anchors_all"] == pytest.approx(found["anchors"].mean())
+        assert f"{line['D_all'] - 1:.1e}" in said
         assert f"{line['found']}/{line['n']}" in said
     assert (table["bent"] > 0).any()
     straight = pairs[pairs["outcome"] == "straight"]
@@ -607,12 +633,56 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, wh
         invoke(*ONE, "--out", str(tmp_path / "a"))
 
 
-def test_unfinished_work_with_other_settings_is_not_taken_over(tmp_path, whole):
+@pytest.mark.parametrize(
+    ("option", "value"), [("--spacing", "0.03"), ("--pairs", "41"), ("--draws", "51"), ("--seed", "1")]
+)
+def test_unfinished_work_with_other_settings_is_not_taken_over(tmp_path, whole, option, value):
     (tmp_path / "a").mkdir()
     name = "connectivity-digits_cure.npz"
     (tmp_path / "a" / name).write_bytes((whole[0] / name).read_bytes())
     with pytest.raises(UsageError, match="of another measurement"):
-        invoke(*ONE[:-3], "0.03", *ONE[-2:], "--out", str(tmp_path / "a"))
+        invoke(*ONE, option, value, "--out", str(tmp_path / "a"))
+
+
+def test_another_seed_draws_other_pairs(tmp_path, whole):
+    assert invoke(*ONE, "--seed", "1", "--out", str(tmp_path / "a")).exit_code == 0
+    one, other = (pd.read_csv(folder / "connectivity-pairs.csv") for folder in (whole[0], tmp_path / "a"))
+    for scenario in connectivity_study.SCENARIOS:
+        first, second = (rows[rows["scenario"] == scenario] for rows in (one, other))
+        assert (first["first"].to_numpy() != second["first"].to_numpy()).mean() > 0.8
+        assert (first["distance"].to_numpy() != second["distance"].to_numpy()).mean() > 0.9
+
+
+@pytest.mark.parametrize("end", ["first", "second"])
+def test_an_end_whose_label_rounding_decides_anew_is_no_end(monkeypatch, tmp_path, whole, end):
+    """Labels of one batch size need not be those of another: the pair is counted, the run goes on."""
+    real = connectivity_study.draw_pairs
+
+    def flips(classifier, x, labels, scenario, noise):
+        ends = real(classifier, x, labels, scenario, noise)
+        other = (labels != labels[ends.rows[0, 0]]).nonzero().flatten()[0]
+        getattr(ends, end)[0] = x[other]  # as if a tie had fallen the other way since
+        return ends
+
+    monkeypatch.setattr(connectivity_study, "draw_pairs", flips)
+    assert invoke(*ONE, "--out", str(tmp_path / "a")).exit_code == 0
+    rows = pd.read_csv(tmp_path / "a" / "connectivity-pairs.csv").set_index(["scenario", "pair"])["outcome"]
+    before = pd.read_csv(whole[0] / "connectivity-pairs.csv").set_index(["scenario", "pair"])["outcome"]
+    for (scenario, pair), outcome in rows.items():
+        first = pair % connectivity_study.BLOCK == 0
+        assert outcome == ("no end" if first else before[scenario, pair])
+    table = pd.read_csv(tmp_path / "a" / "connectivity.csv")
+    assert (table["n"] <= 38).all()
+
+
+def test_known_labels_of_ends_on_a_tie_are_taken_as_given():
+    """An end on the boundary itself has the other label; by itself it would be refused."""
+    model = region(lambda x, y: x)
+    a, b = points([0, 0.2]), points([1, 0.3])
+    assert labels_of(model, a).tolist() == [0]
+    with pytest.raises(ValueError, match="same label"):
+        find_paths(model, a, b)
+    assert find_paths(model, a, b, labels=torch.tensor([1]))[0].deviation == 1
 
 
 def test_the_batch_size_does_not_count(tmp_path, whole):

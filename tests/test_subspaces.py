@@ -16,11 +16,14 @@ from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
+from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import subspace_study
 from robustbench_cure.geometry.distance import smallest
+from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
 from robustbench_cure.threat import ThreatModel
+from robustbench_cure.zoo.models import load_model
 
 L2 = ThreatModel.parse("l2", "0")
 SHAPE = (3, 8, 8)
@@ -232,22 +235,116 @@ def invoke(*arguments: str):
 
 def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
     run = invoke(
-        "--model", "digits_cure", "--n", "20", "--dimensions", "4,16", "--out", str(tmp_path / "a")
+        "--model", "digits_cure", "--n", "20", "--dimensions", "1,4,16", "--out", str(tmp_path / "a")
     )  # fmt: skip
     assert run.exit_code == 0
     rows = pd.read_csv(tmp_path / "a" / "subspace-images.csv")
     table = pd.read_csv(tmp_path / "a" / "subspace.csv")
-    assert table["m"].tolist() == [4, 16]
-    assert len(rows) == 40
+    assert table["m"].tolist() == [1, 4, 16]
+    assert len(rows) == 60
     for _, line in table.iterrows():
         part = rows[rows["m"] == line["m"]].dropna()
         beta = (line["m"] / 64) ** 0.5 * part["l2_in_subspace"] / part["l2"]
         assert line["beta"] == pytest.approx(beta.mean())
-        assert line["n"] == len(part) > 15
-        assert f"{line['beta']:.3f}" in run.output
+        every = rows[rows["m"] == line["m"]]["beta"].fillna(math.inf)
+        assert line["median"] == pytest.approx(every.median())
+        assert line["std"] == pytest.approx(beta.std())
+        assert line["n"] == len(part) >= 19
+        assert line["images"] == 20
+        low, high = (math.sqrt(z) for z in zeta(line["m"], 0.1 / 22))
+        assert (line["affine_low"], line["affine_high"]) == (pytest.approx(low), pytest.approx(high))
+        assert line["inside"] == pytest.approx(((every >= low) & (every <= high)).mean())
+        assert line["rho"] == pytest.approx((part["l2"] / part["image_norm"]).mean())
+        assert line["rho_in_subspace"] == pytest.approx((part["l2_in_subspace"] / part["image_norm"]).mean())
+        assert f"{line['beta']:.3f}{'*' * (len(part) < 20)} " in run.output
     page = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
     assert "affine" in page
+    assert "to the first change of label on the way" in page
     assert "data:image/svg+xml" in page
+    # Lengths are those of cut perturbations of the very images, each in the subspace of its own stream.
+    model, data = load_model("digits_cure", device="cpu"), load_dataset("digits").subset(20)
+    noise = Noise.for_samples(0, "subspace", data.ids)
+    for m in (1, 4):
+        basis = random_subspaces((1, 8, 8), m, noise)
+        found = smallest(model, data.images, basis=basis, cut=True).length.numpy()
+        np.testing.assert_allclose(rows[rows["m"] == m]["l2_in_subspace"], found, rtol=1e-3)
+    np.testing.assert_allclose(
+        rows[rows["m"] == 1]["l2"], smallest(model, data.images, cut=True).length, rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        rows[rows["m"] == 1]["image_norm"], data.images.flatten(1).norm(dim=1), rtol=1e-6
+    )
+
+
+def test_the_draws_depend_on_the_seed_and_not_on_the_batch(tmp_path):
+    arguments = ["--model", "digits_normal", "--n", "12", "--dimensions", "3"]
+    for name, more in {"a": [], "b": ["--batch-size", "5"], "c": ["--seed", "1"]}.items():
+        assert invoke(*arguments, *more, "--out", str(tmp_path / name)).exit_code == 0
+    a, b, c = (pd.read_csv(tmp_path / name / "subspace-images.csv") for name in "abc")
+    np.testing.assert_allclose(a["l2_in_subspace"], b["l2_in_subspace"], rtol=1e-3)
+    np.testing.assert_allclose(a["l2"], c["l2"], rtol=1e-3)
+    assert (np.abs(a["l2_in_subspace"] / c["l2_in_subspace"] - 1) > 1e-2).mean() > 0.9
+
+
+def test_without_dimensions_they_are_those_of_the_thesis_and_a_line(tmp_path):
+    """Table 5.1: d/m of 4, 16, 36, 64 and 100."""
+    assert invoke("--model", "digits_normal", "--n", "2", "--out", str(tmp_path / "a")).exit_code == 0
+    assert pd.read_csv(tmp_path / "a" / "subspace.csv")["m"].tolist() == [1, 2, 4, 16]
+    assert subspace_study.RATIOS == (4, 16, 36, 64, 100)
+
+
+def test_the_interval_of_affine_classifiers_in_numbers():
+    """delta = 0.1 / (2 x 11); zeta of 12 worked out by hand."""
+    log = math.log(220)
+    low = 1 / (1 + 2 * math.sqrt(log / 12) + log / 6)
+    root = 220 ** (-1 / 6)
+    high = 1 / max(root / math.e, 1 - math.sqrt(2 * (1 - root)))
+    assert subspace_study._interval(12, 10) == (pytest.approx(low**0.5), pytest.approx(high**0.5))
+    assert subspace_study._interval(12, 10) == (
+        pytest.approx(0.5556, abs=1e-4),
+        pytest.approx(2.5843, abs=1e-4),
+    )
+
+
+def table_of(whole, inside, norms, m=4) -> pd.DataFrame:
+    whole, inside = np.array(whole, float), np.array(inside, float)
+    beta = (m / 64) ** 0.5 * inside / whole
+    return pd.DataFrame(
+        {"model": "a", "subspace": "s", "m": m, "l2": whole, "l2_in_subspace": inside, "beta": beta,
+         "image_norm": norms}
+    )  # fmt: skip
+
+
+def test_images_without_a_perturbation_are_infinitely_far_in_the_median_and_marked_in_the_mean():
+    nan = math.nan
+    rows = table_of([1, 1, 1, 1, nan], [4, 8, nan, nan, 5], [2, 4, 2, 2, 2])
+    row = subspace_study._row(rows, "random", 64, 10)
+    assert (row["n"], row["images"]) == (2, 5)
+    assert row["beta"] == pytest.approx((1 + 2) / 2)
+    assert math.isinf(row["median"])  # of 1, 2, inf, inf; the last has no shortest to compare with
+    assert row["inside"] == 0.5
+    cells = subspace_study._cells(row, "random")
+    assert cells[4:8] == ["1.500*", "inf", "0.707*", "2/5"]
+    assert subspace_study._row(rows[:3], "random", 64, 10)["median"] == 2
+    assert subspace_study._row(rows[:2], "random", 64, 10)["inside"] == 1
+
+
+def test_beta_of_a_band_is_the_ratio_of_means_of_relative_lengths():
+    """Eq. 3.20: sqrt(m/d) rho_S / rho, by hand; the mean of ratios would be 1.5, without norms 1.33."""
+    rows = table_of([1, 2], [4, 16], [2, 1])
+    row = subspace_study._row(rows, "dct", 64, 10)
+    assert (row["rho"], row["rho_in_subspace"]) == (pytest.approx(1.25), pytest.approx(9))
+    assert row["beta"] == pytest.approx(0.25 * 9 / 1.25)
+    assert subspace_study._row(rows, "random", 64, 10)["beta"] == pytest.approx(1.5)
+
+
+def test_unfinished_work_of_other_subspaces_or_another_seed_is_not_taken_over(tmp_path):
+    arguments = ["--model", "digits_normal", "--n", "4", "--out", str(tmp_path / "a")]
+    assert invoke(*arguments, "--dimensions", "2").exit_code == 0
+    (tmp_path / "a" / "manifest.json").unlink()
+    for other in (["--dimensions", "3"], ["--dimensions", "2", "--seed", "1"], ["--subspaces", "dct"]):
+        with pytest.raises(UsageError, match="of another measurement"):
+            invoke(*arguments, *other)
 
 
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
@@ -283,6 +380,30 @@ def test_bands_of_frequencies(tmp_path):
     assert table["subspace"].tolist() == ["dct-0", "dct-1", "dct-2", "dct-3"]
     assert (table["m"] == 4).all()
     assert "in interval" not in run.output
+    rows = pd.read_csv(tmp_path / "a" / "subspace-images.csv")
+    for _, line in table.iterrows():
+        part = rows[rows["subspace"] == line["subspace"]].dropna()
+        means = [(part[key] / part["image_norm"]).mean() for key in ("l2_in_subspace", "l2")]
+        assert line["beta"] == pytest.approx(0.25 * means[0] / means[1])
+
+
+@pytest.mark.parametrize("sensitive", [0, 2, 5])
+def test_the_band_that_a_classifier_looks_at_is_named(affine, tmp_path, sensitive):
+    """It sees one frequency, on the diagonal: in its band lies the shortest way of all, in no other any."""
+    wave = frequency_band((1, 8, 8), sensitive, 1)[0, 0].flatten().numpy()
+    data = load_dataset("digits").subset(12)
+    bias = -float(np.median(data.images.flatten(1).numpy() @ wave))
+    model = affine(np.stack([np.zeros(64), wave]), [0.0, bias], (1, 8, 8)).classifier
+    study = Study("subspace", {"one": model}, data, tmp_path / "a", 1, 0, "")
+    table = subspace_study.subspace(study, kind="dct", dimensions=None, width=None).set_index("subspace")
+    assert list(table.index) == [f"dct-{band}" for band in range(8)]
+    for band in range(8):
+        found = table.loc[f"dct-{band}"]
+        if band == sensitive:
+            assert found["n"] == 12
+            assert found["beta"] == pytest.approx((1 / 64) ** 0.5, rel=1e-2)
+        else:  # what rounding leaves of other frequencies is a million times farther
+            assert found["median"] > 1e3
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,12 @@ def deepfool(
         Rows already past the boundary are returned as they are, with zero steps.
 
     Raises:
-        ValueError: a ``basis`` where a perturbation would not stay in its span, or of another shape.
+        ValueError: fewer than two ``candidates``: none would be another class; a ``basis`` where a
+            perturbation would not stay in its span, or of another shape.
     """
     del noise
+    if candidates < 2:
+        raise ValueError(f"candidates {candidates}: the label's own and at least one other")
     if basis is not None:
         if mode != "minimal" or threat.norm != "l2" or clip:
             raise ValueError("a basis needs mode 'minimal', the l2 norm and clip=False")

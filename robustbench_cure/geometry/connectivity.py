@@ -199,6 +199,7 @@ def find_paths(
     a: Tensor,
     b: Tensor,
     *,
+    labels: Tensor | None = None,
     spacing: float = 1e-4,
     depth: int = DEPTH,
     advance: Callable[[int], None] | None = None,
@@ -209,6 +210,8 @@ def find_paths(
         classifier: the model.
         a: one end of each path, float32 (B,C,H,W).
         b: the other; the same label as ``a``, row by row.
+        labels: of the regions, int64 (B,), where they are known: an end on a tie gets one label or the other
+            by the rounding of its batch. None: those predicted.
         spacing: of the samples that decide whether a segment is inside, as a share of ||a - b||.
         depth: halvings at most.
         advance: told of pairs that are done.
@@ -217,15 +220,17 @@ def find_paths(
         ValueError: the ends of a pair have different labels, or ``spacing`` is not positive.
 
     Guarantees:
-        Every point of a path has the label, and so have samples on all its segments, no farther apart than
+        Every anchor of a path has the label, and so have samples on all its segments, no farther apart than
         ``spacing`` says; a path from b to a has the same anchors, up to rounding.
     """
     if not spacing > 0:
         raise ValueError(f"spacing {spacing}: must be positive")
     a, b = a.to(classifier.device), b.to(classifier.device)
-    labels = labels_of(classifier, a)
-    if not torch.equal(labels, labels_of(classifier, b)):
-        raise ValueError("the ends of a path must have the same label")
+    if labels is None:
+        labels = labels_of(classifier, a)
+        if not torch.equal(labels, labels_of(classifier, b)):
+            raise ValueError("the ends of a path must have the same label")
+    labels = labels.to(a.device)
     gap = spacing * (b - a).flatten(1).double().norm(dim=1).clamp_min(1e-30)
     searches = [_Search(*ends) for ends in zip(a, b, strict=True)]
     for search, good in zip(searches, inside(classifier, a, b, labels, gap).tolist(), strict=True):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,24 +14,29 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
 from robustbench_cure.geometry.connectivity import AHEAD, DEPTH, Path, find_paths, labels_of
+from robustbench_cure.geometry.connectivity_tables import (
+    BENT,
+    HEADS,
+    OUTCOMES,
+    Columns,
+    cells,
+    facts,
+    pair_rows,
+    scenario_row,
+    stay_row,
+)
 from robustbench_cure.geometry.convexity import mixtures
 from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.path_picture import Crossing, cross, draw_paths
-from robustbench_cure.geometry.region_pairs import SCENARIOS, draw_pairs
+from robustbench_cure.geometry.region_pairs import SCENARIOS, Pairs, draw_pairs
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.progress import ProgressLine
-from robustbench_cure.stats import Rate
 
-#: What became of a pair.
-OUTCOMES = ("no end", "not found", "bent", "straight")
-NO_END, NOT_FOUND, BENT, STRAIGHT = range(4)
 #: Pairs worked on together, and kept together when a command is interrupted.
 BLOCK = 32
 #: Images in a convex combination.
 COUNTS = range(2, 11)
-
-Columns = dict[str, NDArray[Any]]
 
 
 def connectivity(study: Study, *, pairs: int, spacing: float, draws: int) -> pd.DataFrame:
@@ -53,26 +56,26 @@ def connectivity(study: Study, *, pairs: int, spacing: float, draws: int) -> pd.
     labels = {name: _labels(study, name, classifier) for name, classifier in study.models.items()}
     found = {name: _measure(study, name, labels[name], pairs, spacing, draws) for name in study.models}
     everything = pd.concat(
-        [_pairs(study, name, labels[name], found[name]) for name in study.models], ignore_index=True
+        [pair_rows(study, name, labels[name], found[name]) for name in study.models], ignore_index=True
     )
     study.table("connectivity-pairs", everything)
     table = pd.DataFrame(
         [
-            _row(str(name), str(scenario), part, spacing)
+            scenario_row(str(name), str(scenario), part, spacing)
             for (name, scenario), part in everything.groupby(["model", "scenario"], sort=False)
         ]
     )
     study.table("connectivity", table)
     convexity = pd.DataFrame(
-        [_stay(name, k, found[name][f"mixtures-{k}"]) for name in study.models for k in COUNTS]
+        [stay_row(name, k, found[name][f"mixtures-{k}"]) for name in study.models for k in COUNTS]
     )
     study.table("convexity", convexity)
     present(
         study,
         title="Connected regions",
         lead=prose.CONNECTIVITY,
-        columns=("model", "to", "found", "95 %", "straight", "anchors", "D - 1", "largest", "outside"),
-        rows=[_cells(row) for row in table.to_dict("records")],
+        columns=HEADS,
+        rows=[cells(row) for row in table.to_dict("records")],
         figures=[*_paths(study, labels, everything, spacing), _convexity(study, convexity)],
         settings={
             "pairs": pairs,
@@ -151,119 +154,43 @@ def _block(
 ) -> Columns:
     """Columns of some pairs of a scenario, found together."""
     ends = draw_pairs(classifier, study.images, labels, scenario, _streams(study, scenario, block))
-    paths: list[Path | None] = [None] * len(block)
-    there = ends.reached.nonzero().flatten()
-    advance(len(block) - len(there))
-    if len(there):
-        joined = find_paths(
-            classifier, ends.first[there], ends.second[there], spacing=spacing, advance=advance
-        )
-        for row, path in zip(there.tolist(), joined, strict=True):
-            paths[row] = path
-    facts = [_facts(path) for path in paths]
+    rows = [facts(path) for path in _join(classifier, ends, labels, spacing, advance)]
     return {
         "first": ends.rows[:, 0].numpy(),
         "second": ends.rows[:, 1].numpy(),
         "carried": ends.carried.numpy(),
         "distance": (ends.second - ends.first).flatten(1).norm(dim=1).cpu().numpy(),
-        **{key: np.array([fact[key] for fact in facts]) for key in facts[0]},
+        **{key: np.array([row[key] for row in rows]) for key in rows[0]},
     }
 
 
-def _facts(path: Path | None) -> dict[str, float]:
-    """A path in numbers; `path` None: its second end was not reached."""
-    if path is None or path.points is None:
-        outcome, depth = (NO_END, 0) if path is None else (NOT_FOUND, path.depth)
-        return {"outcome": outcome, "depth": depth, "anchors": 0, "D": np.nan, "outside": 0, "excess": np.nan}
-    anchors = path.points[1:-1]
-    excess = torch.maximum(-anchors, anchors - 1).flatten(1).amax(1).clamp_min(0)
-    return {
-        "outcome": BENT if path.anchors else STRAIGHT,
-        "depth": path.depth,
-        "anchors": path.anchors,
-        "D": path.deviation,
-        "outside": int((excess > 0).sum()),
-        "excess": float(excess.max()) if len(excess) else np.nan,
-    }
+def _join(
+    classifier: Classifier,
+    ends: Pairs,
+    labels: Tensor,
+    spacing: float,
+    advance: Callable[[int], None] | None = None,
+) -> list[Path | None]:
+    """A path for every pair; None: an end is not in the region.
 
-
-def _pairs(study: Study, name: str, labels: Tensor, found: Columns) -> pd.DataFrame:
-    """One row a pair, with names instead of numbers."""
-    parts = []
-    for scenario in SCENARIOS:
-        columns = {
-            key.partition(".")[2]: column for key, column in found.items() if key.startswith(f"{scenario}.")
-        }
-        first, second = columns.pop("first"), columns.pop("second")
-        outcome = columns.pop("outcome").astype(int)
-        ends = {
-            "model": name,
-            "scenario": scenario,
-            "pair": np.arange(len(first)),
-            "first": [study.data.ids[row] for row in first],
-            "second": ["random" if row < 0 else study.data.ids[row] for row in second],
-            "label": [study.data.classes[label] for label in labels[first].tolist()],
-            "outcome": [OUTCOMES[code] for code in outcome],
-        }
-        parts.append(pd.DataFrame(ends | columns))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _row(name: str, scenario: str, part: pd.DataFrame, spacing: float) -> dict[str, object]:
-    """A scenario in numbers; anchors and D are those of the paths that are not straight."""
-    joined = part[part["outcome"] != OUTCOMES[NO_END]]
-    straight = int((joined["outcome"] == OUTCOMES[STRAIGHT]).sum())
-    bent = joined[joined["outcome"] == OUTCOMES[BENT]]
-    rate = Rate(straight + len(bent), len(joined))
-    low, high = rate.interval
-    anchors = int(bent["anchors"].sum())
-    return {
-        "model": name,
-        "scenario": scenario,
-        "pairs": len(part),
-        "n": len(joined),
-        "found": rate.count,
-        "ci_low": low,
-        "ci_high": high,
-        "straight": straight,
-        "bent": len(bent),
-        "anchors": bent["anchors"].mean(),
-        "D": bent["D"].mean(),
-        "D_largest": bent["D"].max(),
-        "outside": int(bent["outside"].sum()) / anchors if anchors else np.nan,
-        "spacing": spacing,
-    }
-
-
-def _cells(row: dict[Hashable, Any]) -> list[str]:
-    bent = [
-        f"{row['anchors']:.1f}",
-        f"{row['D'] - 1:.1e}",
-        f"{row['D_largest'] - 1:.1e}",
-        f"{100 * row['outside']:.0f} %",
-    ]
-    return [
-        row["model"],
-        row["scenario"],
-        f"{row['found']}/{row['n']}",
-        f"{100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}",
-        f"{row['straight']}/{row['n']}",
-        *(bent if row["bent"] else ["-"] * len(bent)),
-    ]
-
-
-def _stay(name: str, k: int, stayed: NDArray[Any]) -> dict[str, object]:
-    rate = Rate(int(stayed.sum()), len(stayed))
-    low, high = rate.interval if rate.total else (np.nan, np.nan)
-    return {
-        "model": name,
-        "k": k,
-        "draws": rate.total,
-        "stayed": rate.count,
-        "share": rate.value,
-        "ci_low": low,
-        "ci_high": high,
-    }
+    Labels were predicted in other batches: where two classes tie, rounding decides anew.
+    """
+    wanted = labels[ends.rows[:, 0]].to(ends.first.device)
+    there = ends.reached.clone()
+    for end in (ends.first, ends.second):
+        there &= labels_of(classifier, end) == wanted
+    paths: list[Path | None] = [None] * len(there)
+    if advance is not None:
+        advance(int((~there).sum()))
+    rows = there.nonzero().flatten()
+    if len(rows):
+        joined = find_paths(
+            classifier, ends.first[rows], ends.second[rows], labels=wanted[rows], spacing=spacing,
+            advance=advance,
+        )  # fmt: skip
+        for row, path in zip(rows.tolist(), joined, strict=True):
+            paths[row] = path
+    return paths
 
 
 def _paths(study: Study, labels: dict[str, Tensor], rows: pd.DataFrame, spacing: float) -> list[Shown]:
@@ -276,7 +203,8 @@ def _paths(study: Study, labels: dict[str, Tensor], rows: pd.DataFrame, spacing:
             noise = _streams(study, scenario, [pair])
             ends = draw_pairs(classifier, study.images, labels[name], scenario, noise)
             # Among other pairs it was another batch, and other rounding: it need not bend again.
-            crossing = cross(classifier, find_paths(classifier, ends.first, ends.second, spacing=spacing)[0])
+            path = _join(classifier, ends, labels[name], spacing)[0]
+            crossing = None if path is None else cross(classifier, path)
             if crossing is not None:
                 drawn[name] = crossing
     return [draw_paths(study, drawn)] if drawn else []

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.geometry.crossing import along_line, along_segment
 from robustbench_cure.geometry.space import odds_against
 from robustbench_cure.threat import Norm, ThreatModel, distance
 
@@ -43,8 +44,9 @@ class Smallest:
     """The smallest perturbation that DeepFool finds, row by row, on the CPU.
 
     Attributes:
-        length: ||r|| in the norm asked for, pixels, float64 (B,); NaN where the label never changed.
-        steps: iterations taken, int64 (B,).
+        length: ||r|| in the norm asked for, pixels, float64 (B,), DeepFool's overshoot of 2 % included unless
+            cut; NaN where the label never changed.
+        steps: iterations of DeepFool, int64 (B,); 0 on a line that is cut.
     """
 
     length: Tensor
@@ -52,7 +54,12 @@ class Smallest:
 
 
 def smallest(
-    classifier: Classifier, x: Tensor, *, norm: Norm = "l2", basis: Tensor | None = None
+    classifier: Classifier,
+    x: Tensor,
+    *,
+    norm: Norm = "l2",
+    basis: Tensor | None = None,
+    cut: bool = False,
 ) -> Smallest:
     """Distance to the nearest change of the predicted label.
 
@@ -61,15 +68,23 @@ def smallest(
         x: images, float32 (B,C,H,W) in [0, 1].
         norm: that is to be small.
         basis: of the subspace that r lies in, as `deepfool` takes it; None: all inputs.
+        cut: end r where the label first changes on the way along it, instead of where DeepFool ends: at least
+            2 % beyond a boundary. In a subspace of one dimension, a line, look both ways instead: DeepFool
+            goes one only.
     """
     x = x.to(classifier.device)
     label = classifier.logits(x).argmax(1)
     basis = None if basis is None else basis.to(x.device)
+    if cut and norm == "l2" and basis is not None and basis.shape[1] == 1:
+        nearer = along_line(classifier, x, label, basis[:, 0].expand_as(x))
+        return Smallest(nearer, torch.zeros_like(label).cpu())
     threat = ThreatModel.parse(norm, "0")  # any radius: minimal DeepFool takes none
     found = deepfool(classifier, x, label, threat=threat, mode="minimal", clip=False, basis=basis)
-    length = distance(norm, x.double(), found.x_adv.double())
     reached = found.converged if found.converged is not None else torch.ones_like(label, dtype=torch.bool)
-    return Smallest(torch.where(reached, length, torch.nan).cpu(), found.steps.cpu())
+    length = torch.where(reached, distance(norm, x.double(), found.x_adv.double()), torch.nan).cpu()
+    if cut:
+        length *= along_segment(classifier, x, label, found.x_adv - x)
+    return Smallest(length, found.steps.cpu())
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ BOUNDS = _paragraphs("""
 If the loss were quadratic around an image, its distance to the threshold would lie between two bounds
 that fall as the curvature nu grows. Here they are computed for the log-loss of the label against the
 best other class, whose threshold log 2 is exactly the change of label, and set beside the distance
-DeepFool finds in the same normalised inputs. "Quadratic" is the exact distance of the quadratic model.
+DeepFool finds in the same normalised inputs, without its 2 % overshoot. "Quadratic" is the exact distance of
+the quadratic model.
 
 Networks are not quadratic: the last column says how often the found distance lies inside. The model
 depends on the step: where it is longer than the distance it sees past the boundary. Images that
@@ -71,30 +72,43 @@ the CURE paper finds it gone, and the surface nearly linear, after its training.
 
 SUBSPACE = _paragraphs("""
 How much longer a perturbation must be when it may use a random subspace of m of the d inputs only: on the
-way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew.
+way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew. Lengths end where
+the label first changes on DeepFool's way, not where DeepFool ends; on a line (m = 1) both ways are looked
+along.
 
 beta = sqrt(m/d) x (shortest in the subspace) / (shortest of all), averaged over the images. Flat boundaries
-give 1, and the thesis finds real networks near it, down to m = d/100. Above 1, boundaries curve away; or m is
-a few, and some subspaces run along the boundary: the median is then the better number.
+keep it in the interval named below, near 1 for all but few m, and the thesis finds real networks there, down
+to m = d/100. Where m is a few, some subspaces run along the nearest boundary and make the mean large, others
+meet the boundary of another class first: the median is then the better number, and neither tells curvature.
+
+In the median and the interval, images for which nothing was found in the subspace count as infinitely far; a
+star marks means without them.
 """)
 
 FREQUENCY = _paragraphs("""
 The shortest perturbation made of one band of frequencies alone (blocks along the diagonal of the discrete
-cosine transform), beside the shortest of all.
+cosine transform), beside the shortest of all. Lengths end where the label first changes on DeepFool's way; in
+a band of one frequency both ways are looked along.
 
-beta = sqrt(m/d) x (shortest in the band) / (shortest of all), averaged over the images: 1 is what a random
-subspace of the same dimension gives. Below 1 the network reacts to this band more than to noise.
+beta = sqrt(m/d) x rho in the band / rho, where rho is the mean over the images of the perturbation's length
+divided by the image's own (thesis, Eq. 3.20): 1 is what a random subspace of the same dimension gives. Below
+1 the network reacts to this band more than to noise. Median and std are those of the ratios of single images.
+
+In the median, images for which nothing was found in the band count as infinitely far. A star marks numbers
+without them: of the images easiest to move, and so too small.
 """)
 
 UNIVERSAL = _paragraphs("""
 One perturbation added to every image, sought on half of the images (by DeepFool on one after the other, or by
-the gradient of batches; kept short) and judged on the other half. "Sought" and "fooled" are the shares of
-images, in per cent, whose predicted label changes on the one and on the other; "random" is that of noise of
-the largest length allowed.
+the gradient of batches; kept short) and judged on the other half, on both with the sum cut to [0, 1]: what
+counts is an image. "Sought" and "fooled" are the shares of images, in per cent, whose predicted label changes
+on the one and on the other; "random" is that of noise of the largest length allowed, on average over several
+vectors.
 
-The thesis finds such perturbations for all networks it looks at; they carry over to other networks,
-and most images end at the same few labels. What is counted is the change of the prediction, right or wrong:
-robust accuracy is another number.
+The thesis finds such perturbations for all networks it looks at; they carry over to other networks, and most
+images end at the same few labels. Below the pictures: for how many labels some images change, which labels
+most of the images of each become, and how many parts the graph of these changes has. What is counted is the
+change of the prediction, right or wrong: robust accuracy is another number.
 """)
 
 DETECTION = _paragraphs("""
@@ -149,13 +163,14 @@ CONNECTIVITY = _paragraphs("""
 Is a classification region connected? Two points with the same predicted label are joined by a polyline that
 does not leave their region: two images; an image and one of another region, carried into the first one's by
 the smallest perturbation; an image and a random point of an image's norm, carried likewise. Pairs whose
-second point cannot be carried there are left out.
+second point cannot be carried there, or lies on a tie of two labels, are left out.
 
-"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends where
-a segment is not enough, D the length of the path over the distance of its ends, "outside" the share of
-anchors with a pixel outside [0, 1]; a dash: no path is bent. The thesis finds a path for all pairs, with
-about 10 anchors and D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples
-only, and where none is found there may still be one.
+"Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends, D the
+length of the path over the distance of its ends: first over all paths found, segments among them, as in the
+thesis, then over those where a segment is not enough. "Outside" is the share of anchors with a pixel outside
+[0, 1]; a dash: there is no such path. The thesis finds a path for all pairs, with about 10 anchors and
+D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples only, and where none is
+found there may still be one.
 
 A region is convex if every convex combination of its images stays in it; for two images the thesis finds
 that with probability about 0.8, and less for more.

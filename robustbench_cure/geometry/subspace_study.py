@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -71,51 +72,16 @@ def subspace(study: Study, *, kind: Kind, dimensions: list[int] | None, width: i
         UsageError: dimensions or a width that the images do not have.
     """
     chosen = _subspaces(study, kind, dimensions, width)
-    shape = tuple(study.images.shape[1:])
-    size = int(np.prod(shape))
-    rows, cells, series, tables = [], [], {}, []
+    tables, rows = [], []
     for name, classifier in study.models.items():
         whole, found = _measure(study, name, classifier, chosen)
-        points = []
         for part in chosen:
-            beta = (part.m / size) ** 0.5 * found[part.name] / whole
-            known = beta[np.isfinite(beta)]
-            low, high = _interval(part.m, classifier.num_classes)
-            mean = float(known.mean()) if len(known) else float("nan")
-            points.append(mean)
-            row = {
-                "model": name,
-                "subspace": part.name,
-                "m": part.m,
-                "d": size,
-                "n": len(known),
-                "beta": mean,
-                "median": float(np.median(known)) if len(known) else float("nan"),
-                "std": float(known.std(ddof=1)) if len(known) > 1 else float("nan"),
-                "affine_low": low,
-                "affine_high": high,
-                "inside": float(((known >= low) & (known <= high)).mean()) if len(known) else float("nan"),
-            }
-            rows.append(row)
-            cells.append(_cells(row, len(study.data), kind))
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "model": name,
-                        "sample_id": study.data.ids,
-                        "subspace": part.name,
-                        "m": part.m,
-                        "l2": whole,
-                        "l2_in_subspace": found[part.name],
-                        "beta": beta,
-                    }
-                )
-            )
-        series[name] = (np.array([float(part.place) for part in chosen]), np.array(points))
+            tables.append(_images(study, name, part, whole, found[part.name]))
+            rows.append(_row(tables[-1], kind, study.images[0].numel(), classifier.num_classes))
     study.table("subspace-images", pd.concat(tables, ignore_index=True))
     table = pd.DataFrame(rows)
     study.table("subspace", table)
-    files = figures.save(_figure(kind, series, chosen, study), study.out / "subspace")
+    files = figures.save(_figure(kind, table, chosen, study), study.out / "subspace")
     study.files += files
     heads = ("subspace", "m", "m/d", "beta", "median", "std", "found")
     present(
@@ -123,21 +89,24 @@ def subspace(study: Study, *, kind: Kind, dimensions: list[int] | None, width: i
         title="Perturbations in random subspaces" if kind == "random" else "Perturbations by frequency",
         lead=prose.SUBSPACE if kind == "random" else prose.FREQUENCY,
         columns=("model", *heads, "in interval") if kind == "random" else ("model", *heads),
-        rows=cells,
+        rows=[_cells(row, kind) for row in table.to_dict("records")],
         figures=[Shown(files[0], "beta by subspace", _CAPTIONS[kind])],
         settings={
             "subspaces": kind,
             "dimensions": ", ".join(str(part.m) for part in chosen),
-            "attack": "DeepFool, l2, to the nearest boundary, not cut to the box",
+            "attack": "DeepFool, l2, to the nearest boundary, not cut to the box; on lines both ways",
+            "lengths": "to the first change of label on the way",
+            "beta": _BETAS[kind],
         },
     )
     return table
 
 
+_BETAS = {"random": "mean of the ratios (thesis, Table 5.1)", "dct": "ratio of the means (thesis, Eq. 3.20)"}
 _CAPTIONS = {
-    "random": "Mean over images. The grey band is where beta of a single image lies with probability "
-    f"{100 * SURE:.0f} % if the classifier is affine.",
-    "dct": "Mean over images; band 0 holds the lowest frequencies. 1: as sensitive as to noise.",
+    "random": "Mean over the images found. The grey band is where beta of a single image lies with "
+    f"probability {100 * SURE:.0f} % if the classifier is affine.",
+    "dct": "Of the images found; band 0 holds the lowest frequencies. 1: as sensitive as to noise.",
 }
 
 
@@ -161,7 +130,11 @@ def _measure(
     study: Study, name: str, classifier: Classifier, chosen: list[Subspace]
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
     """Distances of all images: in the whole space, and in each subspace by its name."""
-    settings = {"subspaces": ",".join(f"{part.name}:{part.m}" for part in chosen), "seed": study.seed}
+    settings = {
+        "subspaces": ",".join(f"{part.name}:{part.m}" for part in chosen),
+        "seed": study.seed,
+        "lengths": "first change",
+    }
     kept = Kept(study.out / f"subspace-{name}.npz", study.identity(name, **settings))
     found: dict[str, NDArray[np.float64]] = {key: rows.astype(np.float64) for key, rows in kept.rows.items()}
     x, shape = study.images, tuple(study.images.shape[1:])
@@ -177,7 +150,7 @@ def _measure(
                 rows = slice(start, start + step)
                 noise = Noise.for_samples(study.seed, "subspace", study.data.ids[rows])
                 basis = None if part is None else part.of(noise, shape)  # type: ignore[arg-type]
-                lengths.append(smallest(classifier, x[rows], basis=basis).length)
+                lengths.append(smallest(classifier, x[rows], basis=basis, cut=True).length)
                 done += len(lengths[-1])
                 line(done, total, key)
             found[key] = torch.cat(lengths).numpy()
@@ -192,28 +165,76 @@ def _interval(m: float, classes: int) -> tuple[float, float]:
     return low**0.5, high**0.5
 
 
-def _cells(row: dict[str, object], n: int, kind: Kind) -> list[str]:
-    m, size = int(str(row["m"])), int(str(row["d"]))
+def _images(
+    study: Study, name: str, part: Subspace, whole: NDArray[np.float64], inside: NDArray[np.float64]
+) -> pd.DataFrame:
+    """One row an image: its own length, the shortest perturbation of all, the shortest in a subspace."""
+    return pd.DataFrame(
+        {
+            "model": name,
+            "sample_id": study.data.ids,
+            "subspace": part.name,
+            "m": part.m,
+            "l2": whole,
+            "l2_in_subspace": inside,
+            "beta": (part.m / study.images[0].numel()) ** 0.5 * inside / whole,
+            "image_norm": study.images.flatten(1).double().norm(dim=1).numpy(),
+        }
+    )
+
+
+def _row(images: pd.DataFrame, kind: Kind, size: int, classes: int) -> dict[str, Any]:
+    """A subspace in numbers. Means are those of the images found; in the median all others are infinite."""
+    first = images.iloc[0]
+    known = images[images["beta"].notna()]
+    with_image = known[known["image_norm"] > 0]
+    rho, rho_in_subspace = (
+        float((with_image[key] / with_image["image_norm"]).mean()) for key in ("l2", "l2_in_subspace")
+    )
+    beta = float(known["beta"].mean())
+    if kind == "dct":
+        beta = (first["m"] / size) ** 0.5 * rho_in_subspace / rho
+    ratios = images[images["l2"].notna()]["beta"].fillna(np.inf).to_numpy()
+    low, high = _interval(first["m"], classes)
+    return {
+        "model": first["model"],
+        "subspace": first["subspace"],
+        "m": first["m"],
+        "d": size,
+        "n": len(known),
+        "beta": beta,
+        "median": float(np.median(ratios)) if len(ratios) else float("nan"),
+        "std": float(known["beta"].std()),
+        "affine_low": low,
+        "affine_high": high,
+        "inside": float(((ratios >= low) & (ratios <= high)).mean()) if len(ratios) else float("nan"),
+        "images": len(images),
+        "rho": rho,
+        "rho_in_subspace": rho_in_subspace,
+    }
+
+
+def _cells(row: dict[Hashable, Any], kind: Kind) -> list[str]:
+    mark = "" if row["n"] == row["images"] else "*"
     cells = [
-        str(row["model"]),
-        str(row["subspace"]),
-        str(m),
-        f"{m / size:.3g}",
-        f"{row['beta']:.3f}",
+        row["model"],
+        row["subspace"],
+        str(row["m"]),
+        f"{row['m'] / row['d']:.3g}",
+        f"{row['beta']:.3f}{mark}",
         f"{row['median']:.3f}",
-        f"{row['std']:.3f}",
-        f"{row['n']}/{n}",
+        f"{row['std']:.3f}{mark}",
+        f"{row['n']}/{row['images']}",
     ]
-    return [*cells, f"{100 * float(str(row['inside'])):.0f} %"] if kind == "random" else cells
+    return [*cells, f"{100 * row['inside']:.0f} %"] if kind == "random" else cells
 
 
-def _figure(
-    kind: Kind,
-    series: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
-    chosen: list[Subspace],
-    study: Study,
-) -> Figure:
+def _figure(kind: Kind, table: pd.DataFrame, chosen: list[Subspace], study: Study) -> Figure:
     """Beta over the dimension, with the interval of affine classifiers, or over the band."""
+    places = np.array([float(part.place) for part in chosen])
+    series = {
+        str(name): (places, part["beta"].to_numpy(float)) for name, part in table.groupby("model", sort=False)
+    }
     if kind == "dct":
         return figures.lines(series, xlabel="band of frequencies", ylabel="beta", marks=True)
     classes = next(iter(study.models.values())).num_classes

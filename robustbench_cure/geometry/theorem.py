@@ -26,6 +26,8 @@ from robustbench_cure.threat import ThreatModel
 
 #: Where the log-loss of two classes changes its label.
 THRESHOLD = math.log(2)
+#: Of DeepFool, to cross the boundary; the theorem's bounds are of the way to it.
+OVERSHOOT = 0.02
 
 
 class TwoClass:
@@ -56,7 +58,7 @@ class TheoremRows:
         bounds: of the distance.
         quadratic: that distance: the shortest way of the quadratic model itself to the threshold, infinite
             where it never gets there, NaN where the bounds do not apply.
-        deepfool: l2 distance DeepFool found; NaN where it found none.
+        deepfool: l2 distance DeepFool found, without its overshoot; NaN where it found none.
     """
 
     c: Tensor
@@ -95,8 +97,11 @@ def theorem(
     ends = lanczos(two, u, y, h=h, iterations=iterations, start="gradient", advance=advance)
     length = ends.gradient.flatten(1).double().norm(dim=1).cpu()
     along = (ends.gradient.flatten(1).double() * ends.vector.flatten(1)).sum(1).abs().cpu()
-    found = deepfool(space.network, u, y, threat=ThreatModel.parse("l2", "0"), mode="minimal", clip=False)
-    distance = (found.x_adv - u).flatten(1).double().norm(dim=1).cpu()
+    found = deepfool(
+        space.network, u, y, threat=ThreatModel.parse("l2", "0"), mode="minimal", clip=False,
+        overshoot=OVERSHOOT,
+    )  # fmt: skip
+    distance = (found.x_adv - u).flatten(1).double().norm(dim=1).cpu() / (1 + OVERSHOOT)
     converged = found.converged.cpu() if found.converged is not None else torch.ones(len(u), dtype=torch.bool)
     limits = bounds(c, length, along, ends.largest)
     return TheoremRows(

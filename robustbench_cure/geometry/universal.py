@@ -7,15 +7,17 @@ Source: Moosavi-Dezfooli, Fawzi, Fawzi & Frossard 2017, arXiv 1610.08401; thesis
                  if k(x + v) = k(x):   v = shorten(v + r),  r the smallest change of the label of x + v
     until k(x + v) != k(x) for a share 1 - delta of the images, or passes run out
 
-shorten cuts v to ||v||_p <= xi. Images and v are pixels in [0, 1]; x + v is not cut to the box while v is
-sought, as in the authors' code, and is cut when fooled images are counted: what is counted is an image.
+shorten cuts v to ||v||_p <= xi. Images and v are pixels in [0, 1].
 
 The method ``gradient`` instead climbs the mean cross-entropy of small batches, cut at `CEILING` for each
 image so that fooled ones stop to count (Shafahi et al. 2020, arXiv 1811.11304), with steps that shrink.
 
-Deviations. (1) An image that DeepFool cannot move within its iterations leaves v as it is, as in the
-authors' code. (2) Passes are limited. (3) Shares of fooled images go up and down with the passes: the
-perturbation of the best pass is kept, not that of the last.
+Deviations. (1) x + v is cut to the box, and r keeps to it, while v is sought as when fooled images are
+counted: what is counted is an image. The thesis adds v without cutting. An image that is fooled outside the
+box alone is then never visited again, and on black or white images the search stands still. (2) An image that
+DeepFool cannot move within its iterations leaves v as it is, as in the authors' code. (3) Passes are limited.
+(4) Shares of fooled images go up and down with the passes: the perturbation of the best pass is kept, not
+that of the last.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def universal(
     zero = torch.zeros(x.shape[1:])
     state = known or Universal(zero, zero)
     while state.passes < passes and max(state.fooled, default=0.0) < 1 - delta:
-        generator = torch.Generator().manual_seed(seed * 10_000 + state.passes)
+        generator = torch.Generator().manual_seed((seed * 10_000 + state.passes) % 2**63)
         order = torch.randperm(len(x), generator=generator).to(x.device)
         v = state.last.to(x.device)
         if method == "deepfool":
@@ -131,7 +133,7 @@ def _deepfool_pass(
     """
     place, window = 0, 1
     while place < len(x):
-        moved = x[place : place + window] + v
+        moved = (x[place : place + window] + v).clamp(0, 1)
         ahead = labels[place : place + window]
         standing = (classifier.logits(moved).argmax(1) == ahead).nonzero().flatten().tolist()
         seen = len(moved)
@@ -143,7 +145,7 @@ def _deepfool_pass(
                 ahead[row],
                 threat=L2,
                 mode="minimal",
-                clip=False,
+                clip=True,
                 steps=ITERATIONS,
             )
             if bool(found.converged):

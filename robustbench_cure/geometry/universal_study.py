@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -13,16 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustbench_cure.attacks.deepfool import deepfool
-from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry.baselines import DRAWS, baselines, by_length
 from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.geometry.label_graph import moves, sentence
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.study import Study
-from robustbench_cure.geometry.subspaces import L2
 from robustbench_cure.geometry.universal import Method, Universal, fooled, labels_with, universal
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
@@ -33,8 +30,6 @@ RADII = {"digits": "51/255"}
 RADIUS = "10/255"
 #: Radius in l2, as a share of the images' mean length: the thesis' 2,000 of about 50,000.
 SHARE = 0.04
-#: Lengths at which perturbations are compared, in radii of the universal one.
-LENGTHS = np.linspace(0, 2, 11)
 #: Held-out images on the page.
 SHOWN = 6
 
@@ -74,28 +69,21 @@ def universal_perturbations(
     found = {name: _seek(study, name, seek, threat, method, delta, passes) for name in study.models}
     zero = torch.zeros(test.images.shape[1:])
     clean = {name: labels_with(classifier, test.images, zero) for name, classifier in study.models.items()}
-    curves = {
-        name: _by_length(
-            classifier,
-            test.images,
-            clean[name],
-            threat,
-            {"universal": found[name].v, **_others(classifier, seek, norm, study.seed)},
-        )
-        for name, classifier in study.models.items()
-    }
+    curves, moved = {}, {}
+    for name, classifier in study.models.items():
+        others = baselines(classifier, seek.images, norm=norm, seed=study.seed)
+        directions = {"universal": found[name].v[None], **others}
+        curves[name] = by_length(classifier, test.images, clean[name], threat, directions)
+        after = labels_with(classifier, test.images, found[name].v)
+        moved[name] = moves(clean[name], after, test.classes)
     table = pd.DataFrame(
-        [_row(study, name, found[name], curves[name], half, test, clean[name]) for name in study.models]
+        [_row(name, found[name], curves[name], moved[name], half, len(test)) for name in study.models]
     )
     study.table("universal", table)
-    study.table(
-        "universal-lengths",
-        pd.concat([curve.assign(model=name) for name, curve in curves.items()], ignore_index=True),
-    )
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
-    study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
-    shown = [_pictures(study, found, test, clean), _lengths(study, threat, curves)]
+    _write(study, "universal-lengths", curves)
+    _write(study, "universal-labels", moved)
+    _write_vectors(study, found)
+    shown = [_pictures(study, found, test, clean, moved), _lengths(study, threat, curves)]
     if len(study.models) > 1:
         shown.append(_transfer(study, found, test, clean))
     present(
@@ -111,11 +99,25 @@ def universal_perturbations(
             "method": method,
             "delta": delta,
             "passes": passes,
-            "sought_on": f"{half} images",
+            "sought_on": f"{half} images, cut to [0, 1]",
             "judged_on": f"{len(test)} others, cut to [0, 1]",
+            "random": f"mean of {DRAWS} vectors",
         },
     )
     return table
+
+
+def _write(study: Study, name: str, tables: dict[str, pd.DataFrame]) -> None:
+    """One table of all models, the model's name last."""
+    rows = pd.concat([table.assign(model=model) for model, table in tables.items()], ignore_index=True)
+    study.table(name, rows)
+
+
+def _write_vectors(study: Study, found: dict[str, Universal]) -> None:
+    """``universal.npz``: each model's perturbation under its name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: state.v.numpy() for name, state in found.items()})  # type: ignore[arg-type]
+    study.write("universal.npz", lambda file: file.write_bytes(buffer.getvalue()))
 
 
 def _seek(
@@ -128,7 +130,14 @@ def _seek(
     passes: int,
 ) -> Universal:
     """The perturbation of one model, from where an interrupted run left it."""
-    settings = {"threat": threat, "method": method, "delta": delta, "passes": passes, "seed": study.seed}
+    settings = {
+        "threat": threat,
+        "method": method,
+        "delta": delta,
+        "passes": passes,
+        "seed": study.seed,
+        "images": "cut to the box",
+    }
     kept = Kept(study.out / f"universal-{name}.npz", study.identity(name, **settings))
     known = None
     if kept.rows:
@@ -161,20 +170,12 @@ def _seek(
 
 
 def _row(
-    study: Study,
-    name: str,
-    state: Universal,
-    curve: pd.DataFrame,
-    sought: int,
-    test: EvalSet,
-    clean: Tensor,
+    name: str, state: Universal, curve: pd.DataFrame, moved: pd.DataFrame, sought: int, n: int
 ) -> dict[str, object]:
-    """What one perturbation does to the held-out images of its own model."""
-    labels = labels_with(study.models[name], test.images, state.v)
-    hit = labels != clean
-    rate = Rate(int(hit.sum()), len(hit))
-    label, share = _favourite(labels[hit], test.classes)
-    noise = curve[(curve["perturbation"] == "random") & (curve["radii"] == 1)]
+    """What one perturbation does to the ``n`` held-out images, on its own model."""
+    rate = Rate(int(moved["count"].sum()), n)
+    label, share = _favourite(moved)
+    noise = curve[(curve["perturbation"] == "random") & (curve["radii"] == 1)].iloc[0]
     low, high = rate.interval
     return {
         "model": name,
@@ -187,9 +188,11 @@ def _row(
         "n": rate.total,
         "ci_low": low,
         "ci_high": high,
-        "random": float(noise["fooled"].iloc[0]),
+        "random": float(noise["fooled"]),
         "most_frequent_label": label,
         "share_of_it": share,
+        "random_most": float(noise["most"]),
+        "random_draws": int(noise["draws"]),
     }
 
 
@@ -207,40 +210,12 @@ def _cells(row: dict[Hashable, Any]) -> list[str]:
     ]
 
 
-def _favourite(labels: Tensor, classes: tuple[str, ...]) -> tuple[str, float]:
-    """The most frequent of some labels and its share; nothing of none."""
-    counted = Counter(labels.tolist()).most_common(1)
-    return (classes[counted[0][0]], counted[0][1] / len(labels)) if counted else ("", 0.0)
-
-
-def _others(classifier: Classifier, images: EvalSet, norm: Norm, seed: int) -> dict[str, Tensor]:
-    """What a universal perturbation is compared with (thesis, section 4.4): directions, (C,H,W) each."""
-    x = images.images.to(classifier.device)
-    label = classifier.logits(x).argmax(1)
-    r = (deepfool(classifier, x, label, threat=L2, mode="minimal", clip=False).x_adv - x).cpu()
-    noise = Noise.for_samples(seed, "universal", ["random"])
-    draw = noise.normal if norm == "l2" else noise.signs  # of the ball's surface; in linf of its corners
-    return {
-        "random": draw(tuple(x.shape[1:]), 0)[0],
-        "one image's": r[0],
-        "sum of all images'": r.sum(0),
-        "mean image": images.images.mean(0),
-    }
-
-
-def _by_length(
-    classifier: Classifier, x: Tensor, clean: Tensor, threat: ThreatModel, directions: dict[str, Tensor]
-) -> pd.DataFrame:
-    """Shares of fooled images for every direction at every length of `LENGTHS`, in the threat's norm."""
-    rows = []
-    for name, direction in directions.items():
-        size = float(threat.distance(torch.zeros_like(direction)[None], direction[None]))
-        for radii in LENGTHS:
-            length = radii * threat.radius
-            v = direction * (length / size) if size else direction
-            share = float(fooled(classifier, x, clean, v).double().mean())
-            rows.append({"perturbation": name, "radii": radii, "length": length, "fooled": share})
-    return pd.DataFrame(rows)
+def _favourite(moved: pd.DataFrame) -> tuple[str, float]:
+    """The label that most fooled images become, and its share of them; nothing of none."""
+    if moved.empty:
+        return "", 0.0
+    counts = moved.groupby("after", sort=False)["count"].sum()
+    return str(counts.idxmax()), float(counts.max() / counts.sum())
 
 
 def _lengths(study: Study, threat: ThreatModel, curves: dict[str, pd.DataFrame]) -> Shown:
@@ -256,10 +231,20 @@ def _lengths(study: Study, threat: ThreatModel, curves: dict[str, pd.DataFrame])
     figure = figures.panels(series, xlabel=label, ylabel="fooled (%)")
     files = figures.save(figure, study.out / "universal-lengths")
     study.files += files
-    return Shown(files[0], "Fooled images by length", "Held-out images, by the length of what is added.")
+    return Shown(
+        files[0],
+        "Fooled images by length",
+        f"Held-out images, by the length of what is added; random: the mean of {DRAWS} vectors.",
+    )
 
 
-def _pictures(study: Study, found: dict[str, Universal], test: EvalSet, clean: dict[str, Tensor]) -> Shown:
+def _pictures(
+    study: Study,
+    found: dict[str, Universal],
+    test: EvalSet,
+    clean: dict[str, Tensor],
+    moved: dict[str, pd.DataFrame],
+) -> Shown:
     """The perturbations stretched to all grey levels, and images with them added."""
     few = test.take(range(min(SHOWN, len(test))))
     blank = np.ones((1, *few.images.shape[1:]), np.float32)
@@ -281,7 +266,8 @@ def _pictures(study: Study, found: dict[str, Universal], test: EvalSet, clean: d
     return Shown(
         files[0],
         "Universal perturbations and images with them",
-        "Above: true labels of held-out images. Below: label before and after. Perturbations are stretched.",
+        "Above: true labels of held-out images. Below: label before and after. Perturbations are stretched. "
+        "Where labels go: " + "; ".join(f"{name}: {sentence(rows)}" for name, rows in moved.items()) + ".",
     )
 
 
