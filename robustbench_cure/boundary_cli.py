@@ -12,6 +12,9 @@ from robustbench_cure.geometry_cli import positive_step, study_of, study_options
 from robustbench_cure.options import NumberRange
 from robustbench_cure.threat import parse_fraction
 
+#: Of the smallest perturbation: further than the box is wide.
+LARGEST_SCALE = 1000
+
 
 @click.command()
 @study_options
@@ -183,8 +186,8 @@ def shared(words: list[str] | None, /, **options: Any) -> None:
 
     own = {key: options.pop(key) for key in ("directions", "learn", "dimension", "xi", "draws", "step")}
     positive_step(own["step"])
-    _length(own["xi"])
-    run(study_of("shared", words, options, 100), **own)
+    xi = _length(own.pop("xi"))
+    run(study_of("shared", words, options, 100), xi=xi, **own)
 
 
 @click.command()
@@ -217,15 +220,16 @@ def connectivity(words: list[str] | None, /, **options: Any) -> None:
 LENGTHS = Fraction(1, 10**18), Fraction(10**18)
 
 
-def _length(xi: str | None) -> None:
+def _length(xi: str | None) -> Fraction | None:
     if xi is None:
-        return
+        return None
     try:
         length = parse_fraction(xi)
     except ValueError as error:
         raise UsageError(f"--xi {xi}: {error}") from None
     if not LENGTHS[0] <= length <= LENGTHS[1]:
         raise UsageError(f"--xi {xi}: must be positive, from 1e-18 to 1e18")
+    return length
 
 
 def _scales(text: str) -> list[float]:
@@ -233,8 +237,8 @@ def _scales(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--scales {text}: numbers, separated by commas") from None
-    if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] < float("inf"):
-        raise UsageError(f"--scales {text}: must ascend from 1 or more")
+    if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= LARGEST_SCALE:
+        raise UsageError(f"--scales {text}: must ascend from 1 or more to {LARGEST_SCALE:,} at most")
     return found
 
 

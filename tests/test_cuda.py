@@ -13,6 +13,7 @@ from robustbench_cure.attacks import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
 from robustbench_cure.datasets import from_arrays
+from robustbench_cure.geometry.detection import detect
 from robustbench_cure.zoo import build
 
 pytestmark = [
@@ -88,6 +89,14 @@ def test_a_run_fits_the_memory_it_is_given():
     assert model.batch_size < 4096
     differ = small.samples["pgd20.broken"] != large.samples["pgd20.broken"]
     assert differ.sum() <= 5
+
+
+@pytest.mark.parametrize("at", ["image", "boundary"])
+def test_a_detector_on_the_gpu_takes_images_from_the_cpu(digits, at):
+    model = load_model("digits_cure", device="cuda", precision="fp32")
+    said = detect(model, digits.images[:4], h=0.5, at=at, directions=3)
+    assert said.score.device.type == "cuda"
+    assert not said.score.isnan().any()
 
 
 @pytest.mark.parametrize(

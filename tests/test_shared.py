@@ -10,23 +10,29 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli import cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import shared_study
-from robustbench_cure.geometry.boundary import Nearest, tangent_frame
+from robustbench_cure.geometry import shared_learn
+from robustbench_cure.geometry.boundary import Nearest, nearest_boundary, tangent_frame
 from robustbench_cure.geometry.shared import (
+    Learned,
     common,
     cosines,
+    curvatures_along,
     ends,
+    in_inputs,
     most_curved,
     random_in,
     random_outside,
     relative_curvatures,
     share_inside,
 )
+from robustbench_cure.geometry.shared_judge import LENGTHS, Unseen, changed_by_noise
 
 SHAPE = (1, 4, 5)
 SIZE = 20
@@ -96,6 +102,29 @@ def test_shares_of_a_subspace():
     assert float(square.mean()) == pytest.approx(5 / SIZE, abs=4 * float(square.std()) / 2000**0.5)
 
 
+def test_products_with_subspaces_are_not_rounded():
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if "matmul" in function.__name__:
+                seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return function(*args, **(kwargs or {}))
+
+    tangent, matrix = tangent_frame(torch.eye(SIZE)[0]), torch.eye(SIZE - 1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with Watch():
+            ends(tangent, matrix)
+            in_inputs(tangent, matrix)
+            random_in(frame(5), streams(3), 0)
+            random_outside(frame(5), streams(3), 0)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert len(seen) == 6
+    assert not any(seen)
+
+
 def test_draws_point_everywhere_in_their_subspace():
     basis = frame(3)
     for unit, share in (
@@ -156,18 +185,50 @@ class Cylinder(torch.nn.Module):
 def build(): return Cylinder()
 """
 
+BOWL = """
+import torch
+
+class Bowl(torch.nn.Module):
+    def forward(self, x):
+        u = (x - 128 / 255).flatten(1)
+        value = u[:, 0] + 2 * u[:, 1:4].square().sum(1) - 0.2
+        value = torch.where(u[:, 0] < -0.1, 0 * value - 1, value)
+        return torch.stack((0 * value, value), 1)
+
+def build(): return Bowl()
+"""
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Points found in bfloat16 would not be those that are found here again."""
+    monkeypatch.setattr("robustbench_cure.zoo.models.has_bf16", lambda device: False)
+
 
 def invoke(*arguments: str):
     return CliRunner().invoke(cli, ["shared", *arguments, "--device", "cpu"], catch_exceptions=False)
 
 
+def toy(tmp_path, monkeypatch, name, code, x, classes):
+    """A model of your own, and images for it, uint8 (N,6,6,1)."""
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    np.savez(tmp_path / "toy.npz", x=x, y=np.arange(len(x)) % classes)
+    return ("--model", f"{name}:build", "--dataset", "npz", "--data-dir", str(tmp_path / "toy.npz"))
+
+
+def bowl(tmp_path, monkeypatch, first):
+    """Images of one grey but for the first pixel, along which all normals point."""
+    grey = np.full((len(first), 6, 6, 1), 128, dtype=np.uint8)
+    order = np.random.default_rng(0).permutation(len(first))  # in which the command takes them
+    grey[order, 0, 0, 0] = first
+    return toy(tmp_path, monkeypatch, "bowl", BOWL, grey, 2)
+
+
 def test_a_cylinder_gives_away_its_directions(tmp_path, monkeypatch):
     """Label 0 inside a cylinder over three directions: they hold all normals and all that is curved."""
-    (tmp_path / "cylinder.py").write_text(CYLINDER)
-    monkeypatch.syspath_prepend(tmp_path)
     grey = np.random.default_rng(0).integers(115, 141, size=(40, 6, 6, 1), dtype=np.uint8)
-    np.savez(tmp_path / "toy.npz", x=grey, y=np.arange(40) % 3)
-    model = ("--model", "cylinder:build", "--dataset", "npz", "--data-dir", str(tmp_path / "toy.npz"))
+    model = toy(tmp_path, monkeypatch, "cylinder", CYLINDER, grey, 3)
     given = (*model, "--learn", "15", "--dimension", "3", "--xi", "0.6", "--out", str(tmp_path / "a"))
     run = invoke(*given)
     assert run.exit_code == 0
@@ -182,52 +243,220 @@ def test_a_cylinder_gives_away_its_directions(tmp_path, monkeypatch):
     assert table["fooled_S_c"] == table["fooled_S_f"] == 1
     assert table["fooled_any"] < 0.5
     assert table["chance"] == pytest.approx((3 / 36) ** 0.5)
+    assert (table["n"], table["n_boundary"], table["m_S_f"]) == (25, 25, 3)
+    bending = pd.read_csv(tmp_path / "a" / "shared-bending.csv").set_index("subspace")
+    # Along the three directions a circle of radius 0.25; of all 35 along the boundary two are curved.
+    assert sorted(bending.loc["S_c", "m"]) == [1, 2, 3]
+    np.testing.assert_allclose(bending.loc["S_c", "mean"], 1 / 0.25, rtol=0.01)
+    np.testing.assert_allclose(bending.loc["S_c", ["std", "std_draws"]], 0, atol=0.1)
+    assert bending.loc["any", "mean"] == pytest.approx(2 / 35 / 0.25, abs=4 * bending.loc["any", "std_draws"])
+    assert 0 < bending.loc["any", "std_draws"] < 0.5
     invoke(*model, "--dimension", "3", "--xi", "0.05", "--n", "8", "--out", str(tmp_path / "short"))
     short = pd.read_csv(tmp_path / "short" / "shared-fooling.csv")
     assert (short["fooled"] == 0).all()  # no image is that near
     fooling = pd.read_csv(tmp_path / "a" / "shared-fooling.csv")
     assert set(fooling["m"][fooling["subspace"] == "S_c"]) == {1, 2, 3}
     assert (fooling["best"] >= fooling["fooled"]).all()
+    assert ((fooling["ci_low"] <= fooling["fooled"]) & (fooling["fooled"] <= fooling["ci_high"])).all()
     assert set(fooling["n"]) == {25}
+
+
+def test_normals_and_curved_directions_are_told_apart(tmp_path, monkeypatch):
+    """All normals along the first pixel, all curvature along the next three."""
+    given = bowl(tmp_path, monkeypatch, range(125, 137))
+    invoke(*given, "--learn", "5", "--dimension", "3", "--out", str(tmp_path / "a"))
+    with np.load(next((tmp_path / "a").glob("shared-*.npz"))) as kept:
+        curved, flat, u = kept["curved"], kept["flat"], kept["shared"]
+    assert abs(flat[0, 0]) == pytest.approx(1, abs=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(curved[:, 1:4], axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(u[:, 0], 0, atol=1e-3)
+    rho = pd.read_csv(tmp_path / "a" / "shared-relative.csv")["rho"]
+    # Curvature 4 along three of 36 inputs: 4 |P u|^2 along u, 4 x 3/36 on average.
+    np.testing.assert_allclose(rho, 12 * np.square(u[:, 1:4]).sum(1), rtol=0.1, atol=0.05)
+    bending = pd.read_csv(tmp_path / "a" / "shared-bending.csv").set_index("subspace")
+    np.testing.assert_allclose(bending.loc["S_c", "mean"], 4, rtol=0.01)
+
+
+def test_images_without_a_boundary_are_counted_and_too_few_of_them_refused(tmp_path, monkeypatch):
+    far, near = [20, 40, 60, 80], [125, 127, 129, 131, 133, 135]
+    given = bowl(tmp_path, monkeypatch, [*near, *near, *far])
+    run = invoke(*given, "--learn", "6", "--dimension", "3", "--out", str(tmp_path / "a"))
+    assert run.exit_code == 0
+    table = pd.read_csv(tmp_path / "a" / "shared.csv").iloc[0]
+    assert (table["n"], table["n_boundary"]) == (10, 6)
+    assert set(pd.read_csv(tmp_path / "a" / "shared-bending.csv")["n"]) == {6}
+    with pytest.raises(UsageError, match="no boundary near the 4 images to judge on"):
+        invoke(*given, "--learn", "12", "--dimension", "3", "--out", str(tmp_path / "b"))
+    given = bowl(tmp_path, monkeypatch, [*far, *near])
+    with pytest.raises(UsageError, match="1 of the 5 images to learn from have a boundary, 11 shared"):
+        invoke(*given, "--learn", "5", "--dimension", "11", "--out", str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
 
 
 PAIR = ("--model", "digits_normal", "--model", "digits_cure", "--n", "12", "--directions", "5")
 
 
-def test_projections_in_the_table_are_those_of_unseen_images(tmp_path):
-    run = invoke(*PAIR, "--out", str(tmp_path / "a"))
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """One run of both models, in passes of five images: its folder, and what it said."""
+    out = tmp_path_factory.mktemp("shared") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robustbench_cure.zoo.models.has_bf16", lambda device: False)
+        run = invoke(*PAIR, "--batch-size", "5", "--out", str(out))
     assert run.exit_code == 0
-    table = pd.read_csv(tmp_path / "a" / "shared.csv").set_index("model")
-    from robustbench_cure import load_dataset, load_model
-    from robustbench_cure.geometry.boundary import nearest_boundary
+    return out, run.output
 
-    x = load_dataset("digits").subset(12).images[6:]
-    for name in table.index:
-        with np.load(tmp_path / "a" / f"shared-{name}.npz") as kept:
-            basis = kept["shared"]
-        assert basis.shape == (4, 64)
-        np.testing.assert_allclose(basis @ basis.T, np.eye(4), atol=1e-5)
-        r = (nearest_boundary(load_model(name), x).point - x).flatten(1).numpy()
-        expected = (np.linalg.norm(r @ basis.T, axis=1) / np.linalg.norm(r, axis=1)).mean()
-        assert table.loc[name, "adversarial"] == pytest.approx(expected, rel=1e-4)
-        shift = np.gradient(x.numpy(), axis=3).reshape(6, 64)
-        difference = (x - x[[5, 0, 1, 2, 3, 4]]).flatten(1).numpy()
-        for kind, v in {"shift": shift, "difference": difference}.items():
-            expected = (np.linalg.norm(v @ basis.T, axis=1) / np.linalg.norm(v, axis=1)).mean()
-            assert table.loc[name, kind] == pytest.approx(expected, rel=1e-4)
-    noise = pd.read_csv(tmp_path / "a" / "shared-noise.csv")
+
+def unseen(name):
+    """The images that were judged, the model, their boundaries."""
+    data, model = load_dataset("digits").subset(12).take(range(6, 12)), load_model(name, precision="fp32")
+    return data, model, nearest_boundary(model, data.images)
+
+
+@pytest.mark.parametrize("name", ["digits_normal", "digits_cure"])
+def test_projections_in_the_table_are_those_of_unseen_images(pair, name):
+    out, _ = pair
+    table = pd.read_csv(out / "shared.csv").set_index("model")
+    data, _, near = unseen(name)
+    x = data.images
+    with np.load(out / f"shared-{name}.npz") as kept:
+        basis = kept["shared"]
+    assert basis.shape == (4, 64)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(4), atol=1e-5)
+    r = (near.point - x).flatten(1).numpy()
+    shift = np.gradient(x.numpy(), axis=3).reshape(6, 64)
+    difference = (x - x[[5, 0, 1, 2, 3, 4]]).flatten(1).numpy()
+    for kind, v in {"adversarial": r, "shift": shift, "difference": difference}.items():
+        expected = (np.linalg.norm(v @ basis.T, axis=1) / np.linalg.norm(v, axis=1)).mean()
+        assert table.loc[name, kind] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["digits_normal", "digits_cure"])
+def test_curvature_in_the_table_is_that_of_unseen_images(pair, name):
+    out, _ = pair
+    row = pd.read_csv(out / "shared.csv").set_index("model").loc[name]
+    data, model, near = unseen(name)
+    with np.load(out / f"shared-{name}.npz") as kept:
+        u, curved, flat = (torch.from_numpy(kept[key]) for key in ("shared", "curved", "flat"))
+    noise, h = Noise.for_samples(0, "shared/relative", data.ids), near.distance.float()
+    rho = relative_curvatures(model, near, u, h=h, references=5, noise=noise).mean(0)
+    relative = pd.read_csv(out / "shared-relative.csv").set_index("model").loc[name, "rho"]
+    np.testing.assert_allclose(relative, rho.numpy(), rtol=0.01)
+    assert row["rho_1"] == pytest.approx(float(rho[0]), rel=0.01)
+    for kind, basis in {"S_c": curved, "S_f": flat[:4]}.items():
+        v = random_in(basis, Noise.for_samples(0, f"shared/{kind}", [str(k) for k in range(10)]), 0)
+        along = curvatures_along(model, near, v, h=h)
+        assert row[f"curvature_{kind}"] == pytest.approx(float(along.mean()), rel=0.01, abs=1e-3)
+        assert row[f"curvature_{kind}_std"] == pytest.approx(float(along.mean(1).numpy().std()), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["digits_normal", "digits_cure"])
+def test_labels_changed_are_those_of_unseen_images(pair, name):
+    out, _ = pair
+    row = pd.read_csv(out / "shared.csv").set_index("model").loc[name]
+    data, model, near = unseen(name)
+    x, labels = data.images, near.own
+    length = float(near.distance.median()) * 8 / 5  # a fifth of sqrt(d) times the distance
+    assert row["length"] == pytest.approx(length, rel=1e-4)
+    with np.load(out / f"shared-{name}.npz") as kept:
+        curved, flat = (torch.from_numpy(kept[key]) for key in ("curved", "flat"))
+    for kind, basis in {"S_c": curved, "S_f": flat[:4]}.items():
+        v = random_in(basis, Noise.for_samples(0, f"shared/{kind}", [str(k) for k in range(10)]), 0)
+        moved = (x[:, None] + length * v.view(1, 10, *x.shape[1:])).clamp(0, 1)
+        changed = model.logits(moved.flatten(0, 1)).argmax(1).view(6, 10) != labels[:, None]
+        by_draw = changed.double().mean(0)
+        assert row[f"fooled_{kind}"] == pytest.approx(float(by_draw.mean()))
+        assert row[f"fooled_{kind}_std"] == pytest.approx(float(by_draw.numpy().std()))
+
+
+def test_noise_is_inside_or_outside_of_the_shared_directions_and_not_cut(pair):
+    out, _ = pair
+    with np.load(out / "shared-digits_normal.npz") as kept:
+        known = Learned(**{key: torch.from_numpy(kept[key]) for key in kept.files if key != "identity"})
+    data, model = load_dataset("digits").subset(500), load_model("digits_normal", precision="fp32")
+    x, labels = data.images, model.logits(data.images).argmax(1)
+    noise = Noise.for_samples(0, "shared/noise", data.ids)
+    inside, outside = random_in(known.shared, noise, 0), random_outside(known.shared, noise, 1)
+    usual = x.flatten(1).norm(dim=1).mean()
+
+    def changed(unit, low=-torch.inf, high=torch.inf):
+        moved = [(x + share * usual * unit.view_as(x)).clamp(low, high) for share in LENGTHS]
+        return [float((model.logits(there).argmax(1) != labels).double().mean()) for there in moved]
+
+    table = changed_by_noise(Unseen(model, data, nearest_boundary(model, x), 0), known)
+    found = table.set_index("noise")["changed"]
+    for kind, unit in {"inside": inside, "outside": outside}.items():
+        assert found[kind].tolist() == pytest.approx(changed(unit))
+        assert found[kind].iloc[0] == 0
+        assert changed(unit) != changed(unit, 0, 1)
+    assert changed(inside) != changed(outside)
+    assert ((table["ci_low"] <= table["changed"]) & (table["changed"] <= table["ci_high"])).all()
+
+
+def test_a_table_for_the_terminal_and_angles_of_two_models(pair):
+    out, said = pair
+    noise = pd.read_csv(out / "shared-noise.csv")
     assert (noise[noise["length"] == 0]["changed"] == 0).all()
-    angles = pd.read_csv(tmp_path / "a" / "shared-angles.csv")
+    angles = pd.read_csv(out / "shared-angles.csv")
     assert set(angles["subspaces"]) == {"digits_normal, digits_cure", "random"}
-    rows = [line for line in run.output.splitlines() if line.startswith(("model ", "digits_"))]
+    rows = [line for line in said.splitlines() if line.startswith(("model ", "digits_"))]
     rows = [row for row in rows if ":" not in row]
     assert max(map(len, rows)) <= 80 - len("resnet18s_deepfool") + len("digits_normal")
+    assert max(len(line) for line in said.splitlines() if str(out) not in line) <= 80
+    assert (out / "shared-bending.svg").exists()
+
+
+@pytest.mark.parametrize("step", [None, 0.7])
+def test_the_step_of_learning_is_the_distance_of_each_images_boundary(tmp_path, monkeypatch, step):
+    real, seen = shared_learn.bending, []
+
+    def looks(*given, h, **more):
+        seen.append(h)
+        return real(*given, h=h, **more)
+
+    monkeypatch.setattr(shared_learn, "bending", looks)
+    given = ("--model", "digits_cure", "--n", "8", "--directions", "2", "--out", str(tmp_path / "a"))
+    invoke(*given, *([] if step is None else ["--step", str(step)]))
+    x = load_dataset("digits").subset(8).images[:4]
+    near = nearest_boundary(load_model("digits_cure", precision="fp32"), x)
+    expected = near.distance.numpy() if step is None else [step] * 4
+    np.testing.assert_allclose(seen, expected, rtol=1e-4)
+
+
+def test_unfinished_work_of_another_measurement_is_refused(tmp_path):
+    given = ("--model", "digits_normal", "--n", "8", "--directions", "2", "--out", str(tmp_path / "a"))
+    invoke(*given)
+    (tmp_path / "a" / "manifest.json").unlink()
+    for change in (["--step", "0.3"], ["--seed", "1"], ["--dimension", "3"], ["--learn", "3"]):
+        with pytest.raises(UsageError, match="of another measurement"):
+            invoke(*given, *change)
+
+
+WEIGHTED = """
+import os, torch
+
+def build():
+    torch.manual_seed(int(os.environ["TOY"]))
+    hidden = torch.nn.Linear(36, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2)
+    return torch.nn.Sequential(torch.nn.Flatten(), *hidden)
+"""
+
+
+def test_unfinished_work_on_other_weights_is_refused(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).integers(0, 256, size=(8, 6, 6, 1), dtype=np.uint8)
+    given = (*toy(tmp_path, monkeypatch, "weighted", WEIGHTED, x, 2), "--out", str(tmp_path / "a"))
+    monkeypatch.setenv("TOY", "1")
+    invoke(*given)
+    (tmp_path / "a" / "manifest.json").unlink()
+    monkeypatch.setenv("TOY", "2")
+    with pytest.raises(UsageError, match="of another measurement"):
+        invoke(*given)
 
 
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("robustbench_cure.geometry.kept.INTERVAL", 0.0)
     invoke(*PAIR, "--out", str(tmp_path / "whole"))
-    real, calls = shared_study.bending, []
+    real, calls = shared_learn.bending, []
 
     def stops(*given, **more):
         calls.append(1)
@@ -235,11 +464,11 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*given, **more)
 
-    monkeypatch.setattr(shared_study, "bending", stops)
+    monkeypatch.setattr(shared_learn, "bending", stops)
     CliRunner().invoke(cli, ["shared", *PAIR, "--device", "cpu", "--out", str(tmp_path / "parts")])
     assert not (tmp_path / "parts" / "manifest.json").exists()
     again = []
-    monkeypatch.setattr(shared_study, "bending", lambda *g, **m: again.append(1) or real(*g, **m))
+    monkeypatch.setattr(shared_learn, "bending", lambda *g, **m: again.append(1) or real(*g, **m))
     assert invoke(*PAIR, "--out", str(tmp_path / "parts")).exit_code == 0
     assert len(again) == 4
     for name in (
@@ -257,10 +486,13 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     [
         (["--n", "3"], "at least 4 images"),
         (["--n", "10", "--learn", "9"], "--learn 9: of 10 images, 2 must be left"),
+        (["--n", "8", "--learn", "2", "--dimension", "48"], "--learn 2: 48 shared dimensions need 5 images"),
         (["--dimension", "64"], "--dimension 64: the images have 64 inputs"),
         (["--xi", "0"], "--xi 0: must be positive"),
         (["--xi", "far"], "--xi far"),
+        (["--xi", "1e400"], "--xi: longer than the diagonal of the images' box, 8 pixels"),
         (["--step", "0"], "--step 0: must be positive"),
+        (["--step", "1e300"], "--step: longer than the diagonal of the images' box, 8 pixels"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(tmp_path, arguments, message):

@@ -1,8 +1,8 @@
 """The boundary nearest to an image, and how it bends there.
 
-Source: thesis, section 7.4, Eq. 7.2, and section 7.5, algorithm 6. At z = x + r(x), the nearest point of the
-boundary between the image's own label k and another j, with F = f_j - f_k and the unit normal
-n = grad F / ||grad F||, the principal curvatures are the eigenvalues of
+Source: thesis, section 7.4, Eq. 7.2. At z = x + r(x), the nearest point of the boundary between the image's
+own label k and another j, with F = f_j - f_k and the unit normal n = grad F / ||grad F||, the principal
+curvatures are the eigenvalues of
 
     P H_F P / ||grad F(z)||,   P = I - n n',
 
@@ -12,16 +12,15 @@ that bends towards the image, as the inside of a sphere does; a negative one ben
 Differences are central, of a step h that is finite on purpose: boundaries of piecewise linear networks have
 no curvature in the limit. h is the distance of the boundary unless a command says otherwise.
 
-The mean curvature needs no gradient: by the mean value property, the trace of H_F is what F averages to on a
-sphere of radius h around a point, beyond its value there, times 2 d / h^2. Exact for a quadratic F; for
-networks it and the mean of the principal curvatures are two estimates at one scale.
+At the nearest point r is parallel to grad F. DeepFool's r need not be: it ends on the boundary, near the
+nearest point. All curvature here is that of the point where it ends, with the normal of grad F there, and
+`cosine_to_normal` says how far r is from it.
 
-Everything in pixels, not cut to [0, 1]: r must stay normal to the boundary.
+Everything in pixels, not cut to [0, 1]: a cut way would end elsewhere.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,9 +28,8 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
-from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.hessian import NO_GRADIENT, on_sphere
+from robustbench_cure.classifier import Classifier, full_precision
+from robustbench_cure.geometry.hessian import NO_GRADIENT
 from robustbench_cure.geometry.subspaces import L2
 
 #: Halvings of DeepFool's way to the boundary: 2^-16 of it is left.
@@ -61,6 +59,12 @@ class Nearest:
         """Rows with a boundary, bool (B,)."""
         return ~self.distance.isnan()
 
+    def __getitem__(self, rows: Tensor) -> Nearest:
+        """Some rows: their numbers, int64, or a mask."""
+        return Nearest(
+            self.own[rows], self.other[rows], self.point[rows], self.beyond[rows], self.distance[rows]
+        )
+
 
 def nearest_boundary(classifier: Classifier, x: Tensor) -> Nearest:
     """Walk to the nearest boundary by DeepFool (l2), then halve the way until the point lies on it.
@@ -82,6 +86,24 @@ def nearest_boundary(classifier: Classifier, x: Tensor) -> Nearest:
     other = classifier.logits(point).argmax(1)
     distance = (point - x).flatten(1).double().norm(dim=1)
     return Nearest(own, other, point, reached.x_adv, torch.where(other != own, distance, torch.nan))
+
+
+def cosine_to_normal(classifier: Classifier, x: Tensor, near: Nearest) -> Tensor:
+    """Cosine of the angle between z - x and grad F(z), float64 (B,): 1 where z is the nearest point.
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W).
+        near: their boundaries.
+
+    Returns:
+        On the device of the points; NaN without a boundary or where F has no gradient.
+    """
+    way = (near.point - x.to(near.point.device)).flatten(1).double()
+    normal = slopes_of(classifier, near.point, near.own, near.other[:, None])[:, 0].flatten(1).double()
+    lengths = way.norm(dim=1) * normal.norm(dim=1)
+    known = near.found & (normal.norm(dim=1) > NO_GRADIENT) & (lengths > 0)
+    return torch.where(known, (way * normal).sum(1) / lengths, torch.nan)
 
 
 def principal_curvatures(
@@ -106,6 +128,7 @@ def principal_curvatures(
     return curvatures
 
 
+@full_precision()
 def bending(
     classifier: Classifier,
     point: Tensor,
@@ -163,86 +186,6 @@ def tangent_frame(normal: Tensor) -> Tensor:
     frame = torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
     frame -= 2 * torch.outer(mirror, mirror) / mirror.square().sum()
     return torch.cat((frame[:pivot], frame[pivot + 1 :]))
-
-
-def mean_curvatures(
-    classifier: Classifier,
-    x: Tensor,
-    own: Tensor,
-    others: Tensor,
-    *,
-    h: Tensor,
-    directions: int = 100,
-    noise: Noise | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Mean of P H_F P / ||grad F|| over the tangent space of F = f_j - f_own, for several j at once.
-
-    At a boundary point: the mean principal curvature. Elsewhere: that of the level set of F through x, which
-    is what the thesis' detector looks at.
-
-    Args:
-        classifier: the model.
-        x: points, float32 (B,C,H,W).
-        own: int64 (B,).
-        others: the j of every row, int64 (B, m).
-        h: step, l2 in pixels, float (B,).
-        directions: random ones on the sphere, for each row; two forward passes each.
-        noise: of the directions, one stream a row; default: rows known by their place.
-        advance: told of images passed forward.
-
-    Returns:
-        float64 (B, m), on the device of x, 1/pixel; NaN where F has no gradient.
-    """
-    noise = Noise.for_rows(len(x), device=x.device) if noise is None else noise
-    here = classifier.logits(x)
-    slopes = slopes_of(classifier, x, own, others).flatten(2)
-    length = slopes.norm(dim=2)  # (B, m)
-
-    def bend(unit: Tensor) -> Tensor:
-        if advance is not None:
-            advance(2 * len(x))
-        return second_difference(classifier, x, here, own, others, unit, h)
-
-    total = torch.zeros_like(length, dtype=torch.float64)
-    for k in range(directions):
-        total += bend(on_sphere(noise, tuple(x.shape[1:]), k))
-    d = math.prod(x.shape[1:])
-    along = torch.zeros_like(total)
-    for k in range(others.shape[1]):
-        unit = slopes[:, k] / length[:, k, None].clamp_min(NO_GRADIENT)
-        along[:, k] = bend(unit.view_as(x))[:, k]
-    mean = (d * total / directions - along) / (d - 1) / length.double().clamp_min(NO_GRADIENT)
-    return torch.where(length > NO_GRADIENT, mean, torch.nan)
-
-
-def second_difference(
-    classifier: Classifier,
-    x: Tensor,
-    here: Tensor,
-    own: Tensor,
-    others: Tensor,
-    unit: Tensor,
-    h: Tensor,
-) -> Tensor:
-    """(F(x + h v) + F(x - h v) - 2 F(x)) / h^2 for every F = f_j - f_own, along one direction v a row.
-
-    Args:
-        classifier: the model.
-        x: points, float32 (B,C,H,W).
-        here: logits at the points, (B, L).
-        own: int64 (B,).
-        others: the j of every row, int64 (B, m).
-        unit: directions of length 1, shape of x.
-        h: step, l2 in pixels, float (B,).
-
-    Returns:
-        float64 (B, m): v' H_F v where F is quadratic.
-    """
-    step = h.to(x).view(-1, 1, 1, 1) * unit
-    bend = classifier.logits(x + step).double() + classifier.logits(x - step).double() - 2 * here.double()
-    differences: Tensor = bend.gather(1, others) - bend.gather(1, own[:, None])
-    return differences / h.double().square()[:, None]
 
 
 def slopes_of(classifier: Classifier, x: Tensor, own: Tensor, others: Tensor) -> Tensor:

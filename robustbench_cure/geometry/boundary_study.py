@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
 from robustbench_cure.geometry.boundary import (
     Nearest,
-    mean_curvatures,
+    cosine_to_normal,
     nearest_boundary,
     principal_curvatures,
 )
 from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.geometry.mean_curvature import ESTIMATE, mean_curvatures
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.profile import Basis, random_basis
 from robustbench_cure.geometry.study import Study
@@ -49,14 +52,19 @@ def boundary(
         profile: whether to take all principal curvatures: 2 (d - 1) gradients an image.
 
     What an interrupted run finished is taken over.
+
+    Raises:
+        UsageError: the step is longer than the box.
     """
     d = study.images[0].numel()
+    refuse_longer("--step", step, d)
     whole = profile and d <= DENSE
     samples, rows, profiles = [], [], {}
     for name, classifier in study.models.items():
-        table = _sides(study, name, classifier, step, directions)
+        near = nearest_of(name, classifier, study.images)
+        table = _sides(study, name, classifier, near, step, directions)
         if whole:
-            values = _profile(study, name, classifier, step, basis)
+            values = _profile(study, name, classifier, near, step, basis)
             profiles[name] = values[~np.isnan(values).any(1)]
             table["largest"], table["smallest"] = values[:, 0], values[:, -1]
         samples.append(table)
@@ -64,12 +72,11 @@ def boundary(
     study.table("boundary-images", pd.concat(samples, ignore_index=True))
     result = pd.DataFrame(rows)
     study.table("boundary", result)
-    heads = ["dist.", "mean", "away", "towards"]
     present(
         study,
         title="Curvature of the boundary",
         lead=prose.BOUNDARY,
-        columns=("model", "n", *heads, *(["largest", "smallest"] if whole else [])),
+        columns=("model", "distance", "curvature", *_ENDS[: 2 * whole], "away", "towards"),
         rows=[_cells(row, whole) for row in result.to_dict("records")],
         figures=[*_draw_profiles(study, profiles), _draw_means(study, samples)],
         settings={
@@ -78,8 +85,16 @@ def boundary(
             "principal_curvatures": _how(whole, profile, d, basis),
             "attack": "DeepFool, l2, to the nearest boundary, not cut to the box",
         },
+        note=_NOTE,
     )
     return result
+
+
+#: Heads of the two ends of the principal curvatures.
+_ENDS = ("largest", "smallest")
+_NOTE = """\
+away: boundaries that bend away from their image (mean curvature below 0);
+towards: those that bend towards an image carried just past them."""
 
 
 def _how(whole: bool, asked: bool, d: int, basis: str) -> str:
@@ -88,26 +103,46 @@ def _how(whole: bool, asked: bool, d: int, basis: str) -> str:
     return f"none: more than {DENSE} inputs" if asked and d > DENSE else "none asked for"
 
 
+def refuse_longer(option: str, length: float | Fraction | None, d: int) -> None:
+    """Refuse an l2 length, in pixels, that no two points of the box [0, 1]^d are apart.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if length is not None and length > d**0.5:
+        raise UsageError(f"{option}: longer than the diagonal of the images' box, {d**0.5:.4g} pixels")
+
+
+def nearest_of(name: str, classifier: Classifier, images: Tensor) -> Nearest:
+    """The nearest boundary of every image, in passes of the batch size; progress under the model's name."""
+    parts = []
+    with ProgressLine(name, "images") as line:
+        for start in range(0, len(images), classifier.batch_size):
+            line(start, len(images), "nearest boundary")
+            parts.append(nearest_boundary(classifier, images[start : start + classifier.batch_size]))
+    fields = ("own", "other", "point", "beyond", "distance")
+    return Nearest(*(torch.cat([getattr(part, field) for part in parts]) for field in fields))
+
+
 def _sides(
-    study: Study, name: str, classifier: Classifier, step: float | None, directions: int
+    study: Study, name: str, classifier: Classifier, near: Nearest, step: float | None, directions: int
 ) -> pd.DataFrame:
     """Distance and mean curvature of the boundary near each image, and near its perturbed version."""
-    kept = Kept(
-        study.out / f"boundary-{name}.npz",
-        study.identity(name, h=step, directions=directions, seed=study.seed),
-    )
+    settings = {"h": step, "directions": directions, "seed": study.seed, "estimate": ESTIMATE}
+    kept = Kept(study.out / f"boundary-{name}.npz", study.identity(name, **settings))
     found: dict[str, NDArray[np.generic]] = kept.rows
     done, n = len(found["distance"]) if found else 0, len(study.data)
     with ProgressLine(name, "images") as line:
-        for rows in torch.split(torch.arange(done, n), classifier.batch_size):
-            x = study.images[rows].to(classifier.device)
-            near = nearest_boundary(classifier, x)
-            across = nearest_boundary(classifier, near.beyond)
+        for start in range(done, n, classifier.batch_size):
+            rows = torch.arange(start, min(start + classifier.batch_size, n))
+            part = near[rows]
+            across = nearest_boundary(classifier, part.beyond)
             ids = [study.data.ids[row] for row in rows.tolist()]
-            h = steps(near, step)
-            columns = {"label": near.own, "other": near.other, "distance": near.distance, "step": h}
-            for key, side in (("natural", near), ("perturbed", across)):
-                noise = Noise.for_samples(study.seed, f"boundary/{key}", ids, x.device)
+            h = steps(part, step)
+            columns = {"label": part.own, "other": part.other, "distance": part.distance, "step": h}
+            columns["cosine"] = cosine_to_normal(classifier, study.images[rows], part)
+            for key, side in (("natural", part), ("perturbed", across)):
+                noise = Noise.for_samples(study.seed, f"boundary/{key}", ids, classifier.device)
                 columns[key] = _mean(classifier, side, h, noise, directions)
             new = {key: value.cpu().numpy() for key, value in columns.items()}
             found = {key: np.concatenate([found[key], new[key]]) if found else new[key] for key in new}
@@ -132,11 +167,12 @@ def _mean(classifier: Classifier, near: Nearest, h: Tensor, noise: Noise, direct
     usable = near.found & ~h.isnan()
     mean = torch.full_like(near.distance, torch.nan)
     if bool(usable.any()):
+        place = near[usable]
         mean[usable] = mean_curvatures(
             classifier,
-            near.point[usable],
-            near.own[usable],
-            near.other[usable, None],
+            place.point,
+            place.own,
+            place.other[:, None],
             h=h[usable],
             directions=directions,
             noise=noise[usable],
@@ -144,14 +180,15 @@ def _mean(classifier: Classifier, near: Nearest, h: Tensor, noise: Noise, direct
     return mean
 
 
-def _profile(study: Study, name: str, classifier: Classifier, step: float | None, basis: Basis) -> Values:
+def _profile(
+    study: Study, name: str, classifier: Classifier, near: Nearest, step: float | None, basis: Basis
+) -> Values:
     """All principal curvatures of every image, (n, d - 1), descending; NaN where there is no boundary."""
     d, n = study.images[0].numel(), len(study.data)
     kept = Kept(
         study.out / f"curvatures-{name}.npz", study.identity(name, h=step, basis=basis, seed=study.seed)
     )
     values = list(kept.rows["curvatures"]) if kept.rows else []
-    near = nearest_boundary(classifier, study.images)
     h = steps(near, step)
     rotation = None if basis == "canonical" else random_basis(d - 1, study.seed, classifier.device)
     each = 2 * (d - 1)
@@ -179,34 +216,31 @@ def _profile(study: Study, name: str, classifier: Classifier, step: float | None
 
 
 def _row(name: str, table: pd.DataFrame) -> dict[str, Any]:
+    """Of one model; boundaries without a gradient have no curvature, and are missing from its counts."""
     row: dict[str, Any] = {"model": name, "n": int(table["distance"].notna().sum()), "of": len(table)}
     row["distance"] = float(table["distance"].median())
+    row["cosine"] = float(table["cosine"].median())
     for side, sign in (("natural", -1), ("perturbed", 1)):
         known = table[side].dropna()
-        rate = Rate(int((sign * known > 0).sum()), len(known)) if len(known) else None
+        rate = Rate(int((sign * known > 0).sum()), len(known))
+        row[f"{side}_n"] = rate.total
         row[f"{side}_mean"] = float(known.mean())
-        row[f"{side}_expected"] = rate.value if rate else float("nan")
-        row[f"{side}_ci_low"], row[f"{side}_ci_high"] = rate.interval if rate else (float("nan"),) * 2
-    for end in ("largest", "smallest"):
+        row[f"{side}_expected"] = rate.value
+        row[f"{side}_ci_low"], row[f"{side}_ci_high"] = rate.interval if rate.total else (float("nan"),) * 2
+    for end in _ENDS:
         if end in table:
             row[end] = float(table[end].mean())
     return row
 
 
 def _cells(row: dict[Hashable, Any], whole: bool) -> list[str]:
-    def share(side: str) -> str:
-        value = row[f"{side}_expected"]
-        return f"{100 * value:.0f} %" if np.isfinite(value) else "-"
+    def counted(side: str) -> str:
+        n = row[f"{side}_n"]
+        return f"{round(row[f'{side}_expected'] * n) if n else 0}/{n}"
 
-    cells = [
-        row["model"],
-        f"{row['n']}/{row['of']}",
-        f"{row['distance']:.3f}",
-        f"{row['natural_mean']:.2g}",
-        share("natural"),
-        share("perturbed"),
-    ]
-    return [*cells, f"{row['largest']:.3g}", f"{row['smallest']:.3g}"] if whole else cells
+    numbers = {"distance": ".3f", "natural_mean": ".2g"} | dict.fromkeys(_ENDS[: 2 * whole], ".3g")
+    cells = [f"{row[key]:{form}}" if np.isfinite(row[key]) else "-" for key, form in numbers.items()]
+    return [row["model"], *cells, counted("natural"), counted("perturbed")]
 
 
 def _draw_profiles(study: Study, profiles: dict[str, Values]) -> list[Shown]:

@@ -4,7 +4,8 @@ Source: thesis, section 7.5, algorithm 6. Boundaries near natural images bend aw
 minimal perturbation carries the image to the other side, from where the same boundary bends towards it. The
 score is the mean curvature of the level sets of F_i = f_i - f_k through the image itself, over all directions
 and all classes i but the predicted one, k. From a threshold on, 0 in the thesis, the image counts as
-perturbed, and the class of the largest curvature as its label before.
+perturbed, and the class of the largest curvature as its label before. Classes without a gradient at the
+image have no level set there: the mean is over the others.
 
 At a boundary: the score is the mean curvature of the nearest boundary at its nearest point, and the label
 before is the one beyond it. This is what the thesis' Table 7.2 counts the signs of.
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.boundary import mean_curvatures, nearest_boundary
+from robustbench_cure.geometry.boundary import nearest_boundary
+from robustbench_cure.geometry.mean_curvature import mean_curvatures
 
 At: TypeAlias = Literal["image", "boundary"]
 
@@ -36,13 +38,15 @@ class Detection:
 
     Attributes:
         label: predicted, int64 (B,).
-        score: mean curvature, float64 (B,), 1/pixel; NaN where a class has no gradient or there is no
+        score: mean curvature, float64 (B,), 1/pixel; NaN where no class has a gradient or there is no
             boundary.
+        classes: how many the mean is over, int64 (B,): those with a gradient.
         recovered: the label before the perturbation, if there was one, int64 (B,).
     """
 
     label: Tensor
     score: Tensor
+    classes: Tensor
     recovered: Tensor
 
 
@@ -69,6 +73,7 @@ def detect(
         noise: of the directions, one stream a row; default: rows known by their place.
         advance: told of images passed forward.
     """
+    x = x.to(classifier.device)
     if at == "boundary":
         near = nearest_boundary(classifier, x)
         points, own, others = near.point, near.own, near.other[:, None]
@@ -88,4 +93,5 @@ def detect(
     if at == "boundary":
         curvatures[~near.found] = torch.nan
     best = curvatures.nan_to_num(-torch.inf).argmax(1, keepdim=True)
-    return Detection(own, curvatures.mean(1), others.gather(1, best).squeeze(1))
+    classes = (~curvatures.isnan()).sum(1)
+    return Detection(own, curvatures.nanmean(1), classes, others.gather(1, best).squeeze(1))

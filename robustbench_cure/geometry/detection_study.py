@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, mannwhitneyu
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
-from robustbench_cure.geometry.boundary import nearest_boundary
+from robustbench_cure.geometry.boundary_study import nearest_of, refuse_longer
 from robustbench_cure.geometry.detection import At, detect
+from robustbench_cure.geometry.detection_scores import roc, told_apart
 from robustbench_cure.geometry.hessian import on_sphere
 from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.geometry.mean_curvature import ESTIMATE, passes
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.progress import ProgressLine
-from robustbench_cure.stats import CONFIDENCE
 
 Values = NDArray[np.float64]
+Curves = dict[str, tuple[Values, Values]]
 
-#: Resamples of the images behind an interval.
-RESAMPLES = 2000
+
+#: The attacker who knows the detector, among the kinds of images.
+CHOSEN = "chosen r"
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What `detect` is asked for, but the step, which is each model's own."""
+
+    at: At
+    directions: int
+    candidates: int
 
 
 def detection(
@@ -50,41 +61,31 @@ def detection(
     What an interrupted run finished is taken over.
 
     Raises:
-        UsageError: fewer than two images, or a model without a boundary near them.
+        UsageError: fewer than two images, a model without a boundary near them, a step longer than the box.
     """
     if len(study.data) < 2:
         raise UsageError("--n 1: telling images apart needs at least 2")
-    samples, rows, steps = [], [], []
-    curves: dict[str, dict[str, tuple[Values, Values]]] = {}
+    refuse_longer("--step", step, study.images[0].numel())
+    detector = Detector(at, directions, candidates)
+    samples, rows, cells, steps = [], [], [], []
+    curves: dict[str, Curves] = {}
     for name, classifier in study.models.items():
-        table, h = _scores(study, name, classifier, at, scales, step, directions, candidates)
+        table, h = _scores(study, name, classifier, detector, scales, step)
+        judged, curves[name] = _judged(table, study.seed)
+        rows.append(judged.assign(step=h))
+        cells += [_natural_cells(name, table), *(_cells(row) for row in judged.to_dict("records"))]
         samples.append(table)
         steps.append(f"{h:.3g} ({name})")
-        natural = table[table["kind"] == "natural"].set_index("sample_id")
-        curves[name] = {}
-        for kind, part in table.groupby("kind", sort=False):
-            if kind == "natural":
-                continue
-            both = part.set_index("sample_id").join(natural["score"].rename("before"), how="inner")
-            rows.append(_row(name, str(kind), both, study.seed))
-            curves[name][str(kind)] = _roc(both)
     study.table("detect-images", pd.concat(samples, ignore_index=True))
-    result = pd.DataFrame(rows)
+    result = pd.concat(rows, ignore_index=True)
     study.table("detect", result)
-    figure = figures.panels(
-        curves, xlabel="perturbed let through (%)", ylabel="natural kept (%)", marks=False
-    )
-    for axes in figure.axes:
-        axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.6, zorder=0)
-    files = figures.save(figure, study.out / "detect")
-    study.files += files
     present(
         study,
         title="Detection by curvature",
         lead=prose.DETECTION,
-        columns=("model", "added", "n", "AUC", "95 % CI", "flagged", "false", "best", "back"),
-        rows=[_cells(row) for row in result.to_dict("records")],
-        figures=[Shown(files[0], "Natural images kept against perturbed ones let through", _CAPTION)],
+        columns=("model", "images", "n", "AUC", "95 % CI", "flagged", "accuracy", "restored"),
+        rows=cells,
+        figures=[_draw(study, curves)],
         settings={
             "curvature_at": f"the {at}",
             "step_h": ", ".join(steps),
@@ -93,83 +94,92 @@ def detection(
             "scales": ", ".join(f"{scale:g}" for scale in scales),
             "attack": "DeepFool, l2, to the nearest boundary, not cut to the box",
         },
+        note=_NOTE,
     )
     return result
 
 
-_CAPTION = (
-    "Every threshold is a point; the diagonal is guessing, above it perturbed images score higher. The axes "
-    "are those of the thesis' Fig. 7.9."
-)
+_NOTE = """\
+a r: the smallest perturbation times a; chosen r: the least suspicious of these.
+flagged: called perturbed, natural images by mistake; accuracy: at the threshold
+best for other images; restored: changed labels found again, where flagged."""
+
+
+def _judged(table: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, Curves]:
+    """How well every kind of perturbed images of one model is told from its natural ones; their curves."""
+    natural = table[table["kind"] == "natural"].set_index("sample_id")
+    rows, curves = [], {}
+    for kind in dict.fromkeys([*table["kind"], CHOSEN]):  # which may have no row
+        if kind == "natural":
+            continue
+        part = table[table["kind"] == kind].set_index("sample_id")
+        both = part.join(natural["score"].rename("before"), how="inner")
+        about = {"model": table["model"].iloc[0], "perturbed_by": kind}
+        rows.append(about | told_apart(both, len(natural), seed))
+        curves[kind] = roc(both)
+    return pd.DataFrame(rows), curves
 
 
 def _scores(
     study: Study,
     name: str,
     classifier: Classifier,
-    at: At,
+    detector: Detector,
     scales: list[float],
     step: float | None,
-    directions: int,
-    candidates: int,
 ) -> tuple[pd.DataFrame, float]:
     """What the detector says about all versions of all images near a boundary; the step that was used."""
-    near = nearest_boundary(classifier, study.images)
-    near_rows = near.found.cpu()
-    if int(near_rows.sum()) < 2:
+    near = nearest_of(name, classifier, study.images)
+    rows = near.found.nonzero().flatten().cpu()
+    if len(rows) < 2:
         raise UsageError(f"{name}: DeepFool finds no boundary near the images, so there is nothing to detect")
-    ids = [sample for sample, found in zip(study.data.ids, near_rows.tolist(), strict=True) if found]
-    x = study.images.to(classifier.device)[near.found]
-    r, own = (near.beyond[near.found] - x), near.own[near.found]
-    h = float(near.distance[near.found].median()) if step is None else step
+    near, ids = near[rows], [study.data.ids[row] for row in rows.tolist()]
+    x = study.images[rows].to(classifier.device)
+    h = float(near.distance.median()) if step is None else step
     noise = Noise.for_samples(study.seed, "detect/added", ids, x.device)
-    versions = versions_of(x, r, scales, noise)
-    settings = {
-        "at": at,
-        "h": h,
-        "directions": directions,
-        "classes": candidates,
-        "scales": scales,
-        "seed": study.seed,
-    }
-    kept = Kept(study.out / f"detect-{name}.npz", study.identity(name, **settings))
-    found: dict[str, NDArray[np.generic]] = dict(kept.rows)
-    classes = min(candidates, classifier.num_classes) - 1 if at == "image" else 1
-    passes = len(x) * 2 * (directions + classes)  # before and behind each image: directions, normals
-    with ProgressLine(name, "passes") as line:
-        for place, (kind, images) in enumerate(versions.items()):
-            if f"{kind}/score" in found:
-                continue
-            counter = _Counter(line, kind, place * passes, len(versions) * passes)
-            streams = Noise.for_samples(study.seed, f"detect/{kind}", ids, x.device)
-            said = detect(
-                classifier,
-                images,
-                h=h,
-                at=at,
-                directions=directions,
-                candidates=candidates,
-                noise=streams,
-                advance=counter,
-            )
-            columns = {"label": said.label, "score": said.score, "recovered": said.recovered}
-            found |= {f"{kind}/{key}": value.cpu().numpy() for key, value in columns.items()}
-            kept.write(found)
-    study.files.append(kept.path)
+    versions = versions_of(x, near.beyond - x, scales, noise)
+    found = _looked_at(study, name, classifier, detector, versions, ids, h)
+    about = {"model": name, "sample_id": ids}
+    columns = ("label", "score", "classes", "recovered")
     tables = [
         pd.DataFrame(
-            {
-                "model": name,
-                "sample_id": ids,
-                "kind": kind,
-                "natural_label": own.cpu().numpy(),
-                **{key: found[f"{kind}/{key}"] for key in ("label", "score", "recovered")},
-            }
+            about
+            | {"kind": kind, "natural_label": near.own.cpu().numpy()}
+            | {key: found[f"{kind}/{key}"] for key in columns}
         )
         for kind in versions
     ]
     tables.append(_chosen(tables[2:]))
     return pd.concat(tables, ignore_index=True), h
+
+
+def _looked_at(
+    study: Study,
+    name: str,
+    classifier: Classifier,
+    detector: Detector,
+    versions: dict[str, Tensor],
+    ids: list[str],
+    h: float,
+) -> dict[str, NDArray[np.generic]]:
+    """What the detector says, ``<kind>/<column>`` (n,); finished kinds are taken over."""
+    settings = {"h": h, "kinds": list(versions), "seed": study.seed, "estimate": ESTIMATE}
+    identity = study.identity(name, **asdict(detector), **settings)
+    kept = Kept(study.out / f"detect-{name}.npz", identity)
+    found: dict[str, NDArray[np.generic]] = dict(kept.rows)
+    classes = min(detector.candidates, classifier.num_classes) - 1 if detector.at == "image" else 1
+    each = len(ids) * passes(classes, detector.directions)
+    with ProgressLine(name, "passes") as line:
+        for place, (kind, images) in enumerate(versions.items()):
+            if f"{kind}/score" in found:
+                continue
+            counter = _Counter(line, kind, place * each, len(versions) * each)
+            noise = Noise.for_samples(study.seed, f"detect/{kind}", ids, images.device)
+            said = detect(classifier, images, h=h, noise=noise, advance=counter, **asdict(detector))
+            found |= {f"{kind}/{key}": value.cpu().numpy() for key, value in vars(said).items()}
+            kept.write(found)
+    study.files.append(kept.path)
+    return found
 
 
 def versions_of(x: Tensor, r: Tensor, scales: list[float], noise: Noise) -> dict[str, Tensor]:
@@ -198,81 +208,48 @@ class _Counter:
 
 
 def _chosen(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """For every image the scale at which its score is lowest: an attacker who knows the detector."""
-    every = pd.concat(tables, ignore_index=True)
-    lowest = every.groupby("sample_id", sort=False)["score"].idxmin()
-    return every.loc[lowest.dropna()].assign(kind="chosen r")
+    """For every image the scale at which its score is lowest: an attacker who knows the detector.
+
+    Images without a score at any scale are left out.
+    """
+    known = pd.concat(tables, ignore_index=True).dropna(subset=["score"])
+    lowest = known.groupby("sample_id", sort=False)["score"].idxmin()
+    return known.loc[lowest].assign(kind=CHOSEN)
 
 
-def auc(natural: Values, perturbed: Values) -> float:
-    """Share of pairs in which the perturbed image has the higher score, ties counting half."""
-    return float(mannwhitneyu(perturbed, natural).statistic) / (len(natural) * len(perturbed))
-
-
-def _row(name: str, kind: str, both: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """How well one kind of perturbed images is told from the natural ones."""
-    known = both.dropna(subset=["score", "before"])
-    before, after = known["before"].to_numpy(), known["score"].to_numpy()
-    low, high = _interval(before, after, seed)
-    flagged = after >= 0
-    changed = (known["label"] != known["natural_label"]).to_numpy()
-    caught = flagged & changed
-    right = (known["recovered"] == known["natural_label"]).to_numpy()
-    passed, kept = _roc(known)
-    return {
-        "model": name,
-        "perturbed_by": kind,
-        "n": len(known),
-        "left_out": len(both) - len(known),
-        "auc": auc(before, after),
-        "ci_low": low,
-        "ci_high": high,
-        "label_changed": float(changed.mean()),
-        "flagged": float(flagged.mean()),
-        "false_alarms": float((before >= 0).mean()),
-        "best_accuracy": float((kept + 100 - passed).max()) / 200,
-        "recovered": float(right[caught].mean()) if caught.any() else float("nan"),
-    }
-
-
-def _interval(before: Values, after: Values, seed: int) -> tuple[float, float]:
-    """Of the AUC, by resampling images, each with both of its scores; percentiles."""
-
-    def statistic(a: Values, b: Values, axis: int) -> Values:
-        pairs = a.shape[axis] * b.shape[axis]
-        share: Values = mannwhitneyu(b, a, axis=axis).statistic / pairs
-        return share
-
-    found = bootstrap(
-        (before, after),
-        statistic,
-        paired=True,
-        n_resamples=RESAMPLES,
-        batch=100,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=seed,
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def _roc(both: pd.DataFrame) -> tuple[Values, Values]:
-    """Perturbed images let through, and natural ones kept, per cent, at every threshold."""
-    known = both.dropna(subset=["score", "before"])
-    scores = np.concatenate([-known["before"], -known["score"]])
-    passed, kept, _ = roc_curve(np.repeat([1, 0], len(known)), scores)
-    return 100 * passed, 100 * kept
+def _natural_cells(name: str, table: pd.DataFrame) -> list[str]:
+    score = table.loc[table["kind"] == "natural", "score"].dropna()
+    return [name, "natural", str(len(score)), "-", "-", _percent(float((score >= 0).mean())), "-", "-"]
 
 
 def _cells(row: dict[Hashable, Any]) -> list[str]:
+    known = np.isfinite(row["auc"])
     return [
         row["model"],
         row["perturbed_by"],
         str(row["n"]),
-        f"{row['auc']:.2f}",
-        f"{row['ci_low']:.2f}-{row['ci_high']:.2f}",
-        f"{100 * row['flagged']:.0f} %",
-        f"{100 * row['false_alarms']:.0f} %",
-        f"{100 * row['best_accuracy']:.0f} %",
-        f"{100 * row['recovered']:.0f} %" if np.isfinite(row["recovered"]) else "-",
+        f"{row['auc']:.2f}" if known else "-",
+        f"{row['ci_low']:.2f}-{row['ci_high']:.2f}" if known else "-",
+        *(_percent(row[key]) for key in ("flagged", "best_accuracy", "recovered")),
     ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if np.isfinite(share) else "-"
+
+
+def _draw(study: Study, curves: dict[str, Curves]) -> Shown:
+    """Natural images kept against perturbed ones let through (thesis, Fig. 7.9)."""
+    figure = figures.panels(
+        curves, xlabel="perturbed let through (%)", ylabel="natural kept (%)", marks=False
+    )
+    for axes in figure.axes:
+        axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.6, zorder=0)
+    files = figures.save(figure, study.out / "detect")
+    study.files += files
+    return Shown(
+        files[0],
+        "Natural images kept against perturbed ones let through",
+        "Every threshold is a point; the diagonal is guessing, above it perturbed images score higher. The "
+        "axes are those of the thesis' Fig. 7.9.",
+    )

@@ -37,6 +37,7 @@ def present(
     rows: Sequence[Sequence[str]],
     figures: Sequence[Shown],
     settings: dict[str, object],
+    note: str = "",
 ) -> None:
     """Write ``index.html`` and ``manifest.json``; print the table and where everything is.
 
@@ -48,6 +49,7 @@ def present(
         rows: its cells, the first of each row naming the model.
         figures: with their captions.
         settings: how it was measured, for the manifest and the page.
+        note: what the heads mean, for the terminal; the page says it in its lead.
     """
     data = study.data
     facts = [
@@ -70,6 +72,8 @@ def present(
     study.write("index.html", lambda file: file.write_text(text, encoding="utf-8"))
     study.finish(settings)
     click.echo(plain_table(columns, rows))
+    if note:
+        click.echo(note)
     click.echo(f"page: {study.out / 'index.html'}")
 
 

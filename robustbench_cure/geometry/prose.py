@@ -120,9 +120,10 @@ towards them.
 AUC is the probability that a perturbed image scores higher than a natural one: 0.5 is guessing, less says
 that the sign is the other one. "a r" is DeepFool's smallest perturbation times a; "noise" has its length
 and no direction, and should not be told; "chosen r" is an attacker who knows the detector and takes for
-each image the scale of lowest score. "Flagged" and "false" are the shares of perturbed and natural images
-with a score of 0 or more, "best" the accuracy at the best threshold for both, "back" the share of flagged
-images given back the label that they had.
+each image the scale of lowest score. "Flagged" is the share with a score of 0 or more: of natural images,
+false alarms. "Accuracy" counts natural and perturbed images at the best threshold, which is chosen on one
+half of the images and judged on the other, both ways. "Restored" is the share of flagged images, among those
+whose label was changed, that are given it back.
 
 With "--at boundary" the curvature is that of the nearest boundary, and the label beyond it the one that is
 given back.
@@ -137,10 +138,14 @@ boundary bends towards the image, to the most negative, where it bends away. The
 near zero, and more bending away than towards.
 
 Finite differences whose step is the distance of the boundary, unless the settings say otherwise: the
-boundary of a piecewise linear network is curved at that scale only. "Mean" is taken over all directions.
-"Away" is the share of images whose boundary bends away from them on average; "towards" the share of
-minimally perturbed images whose nearest boundary bends towards them: mostly the same boundary seen from its
-other side.
+boundary of a piecewise linear network is curved at that scale only. "Curvature" is the mean over all
+directions, "largest" and "smallest" are the ends of the principal curvatures, all of them averaged over the
+images. "Away" counts the images whose boundary bends away from them on average; "towards" the minimally
+perturbed images whose nearest boundary bends towards them: mostly the same boundary seen from its other side.
+Both are out of the boundaries with a known curvature.
+
+Each is the boundary near the point where DeepFool ends, which need not be the nearest one of all: "cosine" in
+the files is that between its way and the normal of the boundary, 1 at the nearest point.
 """)
 
 SHARED = _paragraphs("""
@@ -149,13 +154,15 @@ come three subspaces: S_f of their normals, S_c of the directions along which th
 on average, and the u_i, the directions along which they bend most, either way. All are judged on the
 others.
 
-"Chance" is the share of its length, sqrt(m/d), that a random vector has among the first m directions u_i;
-beside it that of adversarial perturbations, of differences of two images, and of the shift of an image by a
-pixel. The thesis finds 0.6 for adversarial ones and less than chance for differences. "rho 1" is how much
-more boundaries bend along u_1 than along a random direction. S_c, S_f and "any" are the shares of unseen
-images whose label a vector of the length named below changes, drawn from the subspace or from all inputs.
+"Attack", "difference" and "shift" are the shares of their length that adversarial perturbations, differences
+of two images and the shift of an image by a pixel have among the first m directions u_i; a random vector has
+sqrt(m/d). The thesis finds 0.6 for adversarial ones and less than chance for differences. "rho 1" is how much
+more boundaries bend along u_1 than along a random direction. S_c, S_f and "any" are the shares of the n
+unseen images whose label a vector of the length named below changes, drawn from the subspace or from all
+inputs. S_f has no more dimensions than there are normals.
 
-The thesis finds that universal perturbations live in S_c: random vectors of it fool most images, and noise
+The thesis finds that universal perturbations live in S_c, as boundaries bend towards the images along it,
+while they bend away along most directions: random vectors of it fool most images, and noise
 in the shared directions changes labels where the same noise outside of them does not.
 """)
 

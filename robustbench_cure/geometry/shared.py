@@ -1,7 +1,7 @@
 """Directions that the boundaries near many images share: normals, and directions of curvature.
 
-Source: thesis, sections 6.3 to 6.5 and 7.4. With the normals n_i and the projected Hessians G_i of the
-nearest boundaries of some images (`boundary`):
+Source: thesis, sections 6.3 to 6.5 and 7.4. With n_i = r(x_i) / ||r(x_i)||, the way to the nearest boundary
+of some images, and the projected Hessians G_i there (`boundary`):
 
     S_f   first left singular vectors of [n_1 ... n_n]                          (section 6.3.1)
     S_c   eigenvectors of the mean of G_i of largest positive eigenvalue        (section 6.4.1, Eq. 6.4)
@@ -10,20 +10,45 @@ nearest boundaries of some images (`boundary`):
 A universal perturbation needs no more than such a subspace: random vectors of it change the labels of images
 that it was not made from. Readings of the thesis: S_c averages the projected, not the plain Hessians; of
 every G_i the ten most positive and the ten most negative directions enter the u_i, unweighted.
+
+The n_i are ways, as the thesis has them, not gradients: where DeepFool misses the nearest point, they are not
+quite the normals that G_i is projected with.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.boundary import Nearest, second_difference, slopes_of
+from robustbench_cure.classifier import Classifier, full_precision
+from robustbench_cure.geometry.boundary import Nearest, slopes_of
 from robustbench_cure.geometry.hessian import NO_GRADIENT, on_sphere
+from robustbench_cure.geometry.mean_curvature import second_difference
 
 #: Principal directions of either sign that every image lends to the u_i.
 ENDS = 10
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the boundaries near the images that were learned from share.
+
+    Attributes:
+        singular: singular values of the matrix of normals, float64 (k,).
+        flat: S_f, orthonormal rows, float32 (k, d).
+        curved: S_c, orthonormal rows, float32 (m, d).
+        shared: u_i, orthonormal rows, float32 (m, d).
+        images: how many images had a boundary with a gradient.
+    """
+
+    singular: Tensor
+    flat: Tensor
+    curved: Tensor
+    shared: Tensor
+    images: int
 
 
 def common(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,6 +64,7 @@ def common(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return values, rows.float()
 
 
+@full_precision()
 def ends(frame: Tensor, matrix: Tensor, count: int = ENDS) -> Tensor:
     """Principal directions of largest and of smallest curvature, as rows, float32 (2 count, d).
 
@@ -54,10 +80,69 @@ def ends(frame: Tensor, matrix: Tensor, count: int = ENDS) -> Tensor:
     return rows
 
 
+@full_precision()
+def in_inputs(frame: Tensor, matrix: Tensor) -> Tensor:
+    """A matrix in tangent directions, arguments as those of `ends`, as one in the inputs, float32 (d, d)."""
+    whole: Tensor = frame.T @ matrix @ frame
+    return whole
+
+
 def most_curved(mean: Tensor, m: int) -> Tensor:
     """S_c: the m eigenvectors of largest eigenvalue of a symmetric matrix (d, d), as rows, float32 (m, d)."""
     rows: Tensor = torch.linalg.eigh(mean.double())[1].T.flip(0)[:m].float()
     return rows
+
+
+class Bending:
+    """Boundaries at their points, asked how they bend along one direction after the other.
+
+    Args:
+        classifier: the model.
+        near: the boundary points, all found.
+        h: step, l2 in pixels, float (B,).
+
+    Attributes:
+        slope: ||grad F||, float32 (B,).
+    """
+
+    def __init__(self, classifier: Classifier, near: Nearest, h: Tensor) -> None:
+        self.classifier, self.near, self.h = classifier, near, h
+        self.others = near.other[:, None]
+        self.here = classifier.logits(near.point)
+        slopes = slopes_of(classifier, near.point, near.own, self.others)[:, 0].flatten(1)
+        self.slope = slopes.norm(dim=1)
+        self.normal = slopes / self.slope.clamp_min(NO_GRADIENT)[:, None]
+
+    def along(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """For one u of length 1 a row, float32 (B, d), or for all, (d,).
+
+        Returns:
+            t' H_F t for t = P u / ||P u||, float64 (B,), and ||P u||, float64 (B,).
+        """
+        tangent = u - (u * self.normal).sum(1, keepdim=True) * self.normal
+        size = tangent.norm(dim=1, keepdim=True)
+        unit = (tangent / size.clamp_min(NO_GRADIENT)).view_as(self.near.point)
+        where = self.near.point, self.here, self.near.own, self.others
+        bent = second_difference(self.classifier, *where, unit, self.h)[:, 0]
+        return bent, size[:, 0].double()
+
+
+def curvatures_along(classifier: Classifier, near: Nearest, directions: Tensor, *, h: Tensor) -> Tensor:
+    """Curvature of every boundary along the tangent part of every direction (thesis, Eq. 7.2).
+
+    Args:
+        classifier: the model.
+        near: the boundary points, all found.
+        directions: v of length 1 as rows, float32 (k, d).
+        h: step, l2 in pixels, float (B,).
+
+    Returns:
+        float64 (B, k), on the device of the points, 1/pixel; NaN where the boundary has no gradient.
+    """
+    bending = Bending(classifier, near, h)
+    found = torch.stack([bending.along(v)[0] for v in directions.to(near.point.device)], 1)
+    slope = bending.slope.double()[:, None]
+    return torch.where(slope > NO_GRADIENT, found / slope.clamp_min(NO_GRADIENT), torch.nan)
 
 
 def relative_curvatures(
@@ -83,25 +168,17 @@ def relative_curvatures(
         float64 (B, m), on the device of the points; about 1 for a direction like any other. NaN where the
         boundary has no gradient or is flat along all references.
     """
-    own, others = near.own, near.other[:, None]
-    here = classifier.logits(near.point)
-    slopes = slopes_of(classifier, near.point, own, others)[:, 0].flatten(1)
-    length = slopes.norm(dim=1, keepdim=True)
-    normal = slopes / length.clamp_min(NO_GRADIENT)
+    bending = Bending(classifier, near, h)
 
-    def bend(u: Tensor) -> Tensor:
-        """|u' G u| ||grad F||, float64 (B,), for one u a row (B, d): along its tangent part."""
-        tangent = u - (u * normal).sum(1, keepdim=True) * normal
-        size = tangent.norm(dim=1, keepdim=True)
-        unit = (tangent / size.clamp_min(NO_GRADIENT)).view_as(near.point)
-        along = second_difference(classifier, near.point, here, own, others, unit, h)[:, 0]
-        bent: Tensor = along.abs() * size[:, 0].double().square()
-        return bent
+    def bent(u: Tensor) -> Tensor:
+        """|u' G u| ||grad F||, float64 (B,)."""
+        along, size = bending.along(u)
+        return along.abs() * size.square()
 
     shape = tuple(near.point.shape[1:])
-    usual = torch.stack([bend(on_sphere(noise, shape, k).flatten(1)) for k in range(references)]).mean(0)
-    found = torch.stack([bend(u.to(normal).expand_as(normal)) for u in directions], 1)
-    usable = (length[:, 0] > NO_GRADIENT) & (usual > 0)
+    usual = torch.stack([bent(on_sphere(noise, shape, k).flatten(1)) for k in range(references)]).mean(0)
+    found = torch.stack([bent(u) for u in directions.to(near.point.device)], 1)
+    usable = (bending.slope > NO_GRADIENT) & (usual > 0)
     return torch.where(usable[:, None], found / usual.clamp_min(1e-300)[:, None], torch.nan)
 
 
@@ -120,6 +197,7 @@ def share_inside(basis: Tensor, vectors: Tensor) -> Tensor:
     return share
 
 
+@full_precision()
 def random_in(basis: Tensor, noise: Noise, stream: int) -> Tensor:
     """For each stream a unit vector, uniform on the sphere of S; float32 (B, d).
 
@@ -133,6 +211,7 @@ def random_in(basis: Tensor, noise: Noise, stream: int) -> Tensor:
     return unit
 
 
+@full_precision()
 def random_outside(basis: Tensor, noise: Noise, stream: int) -> Tensor:
     """As `random_in`, in the orthogonal complement of S."""
     vectors = noise.normal((basis.shape[1],), stream).to(basis.device)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.geometry import figures
 from robustbench_cure.geometry.hessian import on_sphere
 from robustbench_cure.geometry.page import Shown
-from robustbench_cure.geometry.shared import common, cosines
+from robustbench_cure.geometry.shared import Learned, common, cosines
 from robustbench_cure.geometry.study import Study
 
 Values = NDArray[np.float64]
@@ -24,48 +23,58 @@ Values = NDArray[np.float64]
 PICTURES = 6
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What the boundaries near the first half of the images share.
-
-    Attributes:
-        singular: singular values of the matrix of normals, float64 (k,).
-        flat: S_f, orthonormal rows, (k, d).
-        curved: S_c, orthonormal rows, (m, d).
-        shared: u_i, orthonormal rows, (m, d).
-        images: how many images had a boundary.
-    """
-
-    singular: Tensor
-    flat: Tensor
-    curved: Tensor
-    shared: Tensor
-    images: int
+def draw_bending(study: Study, bending: dict[str, pd.DataFrame]) -> Shown:
+    """S(x) by the dimension that the vectors are drawn from (thesis, Fig. 6.9a)."""
+    figure = _by_dimension(bending, "mean", ylabel="S(x) (1/pixel)")
+    for axes in figure.axes:
+        axes.axhline(0, color="#999999", linewidth=0.6, zorder=0)
+    files = figures.save(figure, study.out / "shared-bending")
+    study.files += files
+    return Shown(
+        files[0],
+        "Curvature of boundaries along vectors of the subspaces",
+        "Curvature of the boundaries near unseen images along vectors drawn from the first m dimensions; "
+        "above 0 they bend towards the images. Mean over images and draws; the band is one standard "
+        "deviation over images. S_c: curved directions; S_f: normals; any: no subspace.",
+    )
 
 
 def draw_fooling(study: Study, fooling: dict[str, pd.DataFrame]) -> Shown:
-    """Fooled images by the dimension that the vectors are drawn from (thesis, Fig. 6.9)."""
-    panels = {}
-    for name, table in fooling.items():
-        curves = {}
-        widest = table[table["subspace"] != "any"]["m"].to_numpy(dtype=np.float64)
-        for kind, part in table.groupby("subspace", sort=False):
-            m, share = part["m"].to_numpy(dtype=np.float64), 100 * part["fooled"].to_numpy()
-            if kind == "any":
-                m, share = np.array([widest.min(), widest.max()]), np.repeat(share, 2)
-            curves[str(kind)] = (m, share)
-        panels[name] = curves
-    figure = figures.panels(panels, xlabel="dimension m", ylabel="fooled (%)")
-    for axes in figure.axes:
-        axes.set_xscale("log", base=2)
+    """Fooled images by the dimension that the vectors are drawn from (thesis, Fig. 6.9b)."""
+    figure = _by_dimension(fooling, "fooled", ylabel="fooled (%)", scale=100)
+    figure.axes[0].set_ylim(bottom=0)
     files = figures.save(figure, study.out / "shared-fooling")
     study.files += files
     return Shown(
         files[0],
         "Unseen images fooled by vectors of the subspaces",
-        "Vectors of the length named below, drawn from the first m dimensions, each for all unseen images; "
-        "mean over draws. S_c: curved directions; S_f: normals; any: no subspace.",
+        "The same vectors, of the length named below, each for all unseen images; mean over draws, the band "
+        "is one standard deviation over draws.",
     )
+
+
+def _by_dimension(tables: dict[str, pd.DataFrame], column: str, *, ylabel: str, scale: float = 1) -> Figure:
+    """A column of every subspace against m, with its standard deviation as a band; one panel a model."""
+    panels, bands = {}, {}
+    for name, table in tables.items():
+        curves, widths = {}, {}
+        widest = table[table["subspace"] != "any"]["m"].to_numpy(dtype=np.float64)
+        for kind, part in table.groupby("subspace", sort=False):
+            m, mean, std = (part[key].to_numpy(dtype=np.float64) for key in ("m", column, "std"))
+            if kind == "any":  # all inputs, whatever m: a level line beside the others
+                m, mean, std = np.array([widest.min(), widest.max()]), mean.repeat(2), std.repeat(2)
+            curves[str(kind)], widths[str(kind)] = (m, scale * mean), scale * std
+        panels[name], bands[name] = curves, widths
+    figure = figures.panels(panels, xlabel="dimension m", ylabel=ylabel)
+    for axes, name in zip(figure.axes, tables, strict=True):
+        for line, (kind, (m, mean)) in zip(axes.lines, panels[name].items(), strict=True):
+            low, high = mean - bands[name][kind], mean + bands[name][kind]
+            axes.fill_between(m, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_autoscaley_on(True)  # again: with the bands
+        axes.autoscale_view()
+    return figure
 
 
 def draw_noise(study: Study, noise: dict[str, pd.DataFrame]) -> Shown:
@@ -96,6 +105,7 @@ def draw_relative(study: Study, relative: dict[str, Values]) -> Shown:
     study.table("shared-relative", pd.concat(tables, ignore_index=True))
     figure = figures.lines(series, xlabel="i", ylabel="rho of u_i")
     figure.axes[0].axhline(1, color="#999999", linewidth=0.6, zorder=0)
+    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     files = figures.save(figure, study.out / "shared-relative")
     study.files += files
     caption = "How much more boundaries near unseen images bend along u_i than along random directions (1)."
@@ -116,6 +126,7 @@ def draw_singular(study: Study, learned: dict[str, Learned], images: EvalSet) ->
         name: (np.arange(1, len(v) + 1, dtype=np.float64), v.double().numpy()) for name, v in values.items()
     }
     figure = figures.lines(series, xlabel="index", ylabel="singular value")
+    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     files = figures.save(figure, study.out / "shared-singular")
     study.files += files
     caption = (
@@ -141,6 +152,7 @@ def draw_cosines(study: Study, learned: dict[str, Learned]) -> list[Shown]:
     study.table("shared-angles", pd.concat(tables, ignore_index=True))
     series = {name: (np.arange(1, m + 1, dtype=np.float64), v.numpy()) for name, v in found.items()}
     figure = figures.lines(series, xlabel="index", ylabel="cosine of the principal angle")
+    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     files = figures.save(figure, study.out / "shared-angles")
     study.files += files
     return [
