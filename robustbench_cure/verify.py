@@ -28,7 +28,6 @@ from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation import with_memory
 from robustbench_cure.external import COLUMNS, Evidence, Submission
 from robustbench_cure.judge import judge
 from robustbench_cure.preflight import preflight
@@ -37,6 +36,7 @@ from robustbench_cure.record import DataInfo, Record
 from robustbench_cure.report.terminal import clean_text
 from robustbench_cure.report.wording import interval, percent
 from robustbench_cure.session import Request, card_dataset, find_records, load_all
+from robustbench_cure.shard_work import with_memory
 from robustbench_cure.shards import now
 from robustbench_cure.stats import Rate
 
