@@ -59,6 +59,15 @@ class Submission(BaseModel):
     environment: Environment
     checked: str
 
+    def applies_to(self, record: Record) -> bool:
+        """Whether it is about the same weights, data set and threat model."""
+        other = record.manifest
+        return (
+            self.model.weights_sha256 == other.model.weights_sha256
+            and (self.data.name, self.data.split) == (other.data.name, other.data.split)
+            and self.threat.model == other.battery.threat.model
+        )
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -105,12 +114,7 @@ class Evidence:
 
     def applies_to(self, record: Record) -> bool:
         """Whether it is about the same weights, data set and threat model."""
-        own, other = self.submission, record.manifest
-        return (
-            own.model.weights_sha256 == other.model.weights_sha256
-            and (own.data.name, own.data.split) == (other.data.name, other.data.split)
-            and own.threat.model == other.battery.threat.model
-        )
+        return self.submission.applies_to(record)
 
     def breaks(self, record: Record) -> pd.Series:
         """Which samples of a record it broke, matched by id and pixels; bool, index as the record's."""
