@@ -107,8 +107,9 @@ def test_flags_that_follow_from_the_table_are_made_anew_on_reading(tmp_path):
 def test_the_flag_is_shown_wherever_flags_are(tmp_path):
     record = Record.load(STORED / "digits_cure")
     about = FLAG_KINDS[KIND]
-    assert KIND in terminal_table([record])
-    assert about.title in render_report([record], {})
+    for text in (terminal_table([record]), render_report([record], {})):
+        assert about.title in text
+    assert f"{KIND}: {about.title}" in terminal_table([record])
     assert not record.unreliable
     shutil.copytree(STORED / "digits_cure", tmp_path / "run" / "digits_cure")
     with pytest.raises(SystemExit) as end:
@@ -116,3 +117,23 @@ def test_the_flag_is_shown_wherever_flags_are(tmp_path):
     assert end.value.code == 0
     page = (tmp_path / "site" / "index.html").read_text()
     assert page.count(about.title) >= 2  # at the model, and explained
+
+
+def test_fail_on_names_the_flag_and_the_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = "evaluate --model digits_normal --battery digits --n 10 --device cpu --out"
+
+    def code(out: str, *more: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*line.split(), out, *more])
+        return end.value.code
+
+    assert code("a", "--fail-on", "fewer_samples", "--fail-on", "stochastic") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "failed: fewer_samples is raised for digits_normal"
+    assert code("b", "--fail-on", "stochastic") == 0
+    assert code("a", "--resume") == 0
+    capsys.readouterr()
+    assert code("c", "--fail-on", "everything") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "'everything' is not one of" in said
+    assert not (tmp_path / "c").exists()
