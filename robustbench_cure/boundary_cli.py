@@ -88,7 +88,9 @@ def universal(words: list[str] | None, /, **options: Any) -> None:
     from robustbench_cure.geometry.universal_study import universal_perturbations as run
 
     own = {key: options.pop(key) for key in ("norm", "xi", "method", "delta", "passes")}
-    _length(own["xi"])
+    xi = _length(own["xi"])
+    if xi is not None and own["norm"] == "linf" and xi > 1:
+        raise UsageError(f"--xi {own['xi']}: pixels lie between 0 and 1; write grey levels as 10/255")
     run(study_of("universal", words, options | {"precision": "auto"}, 1000), **own)
 
 

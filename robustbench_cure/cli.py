@@ -12,6 +12,7 @@ import click
 
 from robustbench_cure import __version__, boundary_cli, gate_cli, geometry_cli, inventory, masking_cli
 from robustbench_cure.errors import CureBenchError, UsageError
+from robustbench_cure.flags import FLAG_KINDS
 
 CARDS = click.option(
     "--cards", multiple=True, metavar="DIR", help="Directory with further cards; repeatable."
@@ -114,14 +115,25 @@ def cli(context: click.Context) -> None:
 @click.option(
     "--allow-unreliable", is_flag=True, help="Evaluate a random or batch-dependent model, marked as such."
 )
+@click.option(
+    "--fail-on",
+    multiple=True,
+    type=click.Choice(list(FLAG_KINDS)),
+    metavar="FLAG",
+    help="Flag that makes the exit code 1 if it is raised; repeatable.",
+)
 @CARDS
 @click.pass_obj
-def evaluate(words: list[str] | None, /, **options: object) -> None:
+def evaluate(words: list[str] | None, /, fail_on: tuple[str, ...], **options: object) -> int:
     """Judge models by a battery of attacks and write a report."""
     from robustbench_cure.session import Request, run
+    from robustbench_cure.verdicts import failures
 
     command = shlex.join(["cure-bench", *(words or [])])
-    run(Request(**gate_cli.sized(options)), command=command)
+    failed = failures(run(Request(**gate_cli.sized(options)), command=command), fail_on)
+    for line in failed:
+        click.echo(line)
+    return int(bool(failed))
 
 
 @cli.command()

@@ -59,6 +59,15 @@ class Submission(BaseModel):
     environment: Environment
     checked: str
 
+    def applies_to(self, record: Record) -> bool:
+        """Whether it is about the same model, data set and threat model."""
+        other = record.manifest
+        return (
+            self.model.same_as(other.model)
+            and (self.data.name, self.data.split) == (other.data.name, other.data.split)
+            and self.threat.model == other.battery.threat.model
+        )
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -105,12 +114,7 @@ class Evidence:
 
     def applies_to(self, record: Record) -> bool:
         """Whether it is about the same model, data set and threat model."""
-        own, other = self.submission, record.manifest
-        return (
-            own.model.same_as(other.model)
-            and (own.data.name, own.data.split) == (other.data.name, other.data.split)
-            and own.threat.model == other.battery.threat.model
-        )
+        return self.submission.applies_to(record)
 
     def breaks(self, record: Record) -> pd.Series:
         """Which samples of a record it broke, matched by id and pixels; bool, index as the record's."""

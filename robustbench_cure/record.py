@@ -258,7 +258,7 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read a finished record.
+        """Read a finished record; flags that follow from its table are made anew, see `verdicts`.
 
         Raises:
             UsageError: not a record, unfinished, damaged, or of another schema.
@@ -283,7 +283,11 @@ class Record:
                 f"{table}: has {len(samples)} rows, the manifest says {manifest.data.n}; "
                 "evaluate again with --resume"
             )
-        return cls(manifest, samples, path)
+        from robustbench_cure.verdicts import derive  # which looks at records
+
+        record = cls(manifest, samples, path)
+        derive(record)
+        return record
 
 
 def typed(samples: pd.DataFrame, battery: Battery) -> pd.DataFrame:

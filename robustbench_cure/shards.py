@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.proposal import Proposal
@@ -42,7 +43,8 @@ def write_shard(out: Path, index: int, part: Shard, *, finished: bool = True) ->
     Args:
         out: run directory.
         index: of the shard.
-        part: its rows; unfinished, they have the columns of those attacks alone that are done.
+        part: its rows; unfinished, they have the columns of those attacks alone that have begun, and the last
+            of these may have been given some of its rows only.
         finished: whether all attacks are; what was written of an unfinished one is deleted then.
     """
     stem = out / "shards" / (f"{index:04d}" if finished else f"{index:04d}-unfinished")
@@ -69,7 +71,7 @@ def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
 
 
 def read_unfinished(out: Path, index: int, battery: Battery) -> Shard | None:
-    """What is done of a shard: rows with the columns of the finished attacks, which its cost names."""
+    """What is done of a shard: rows with the columns of the attacks that have begun, which its cost names."""
     return _read(out / "shards" / f"{index:04d}-unfinished.json", battery, finished=False)
 
 
@@ -89,16 +91,20 @@ def _read(file: Path, battery: Battery, *, finished: bool = True) -> Shard | Non
         return None
 
 
-def attack_columns(
-    attack: str, n: int, living: Tensor, proposal: Proposal, verdict: Verdict
-) -> dict[str, Any]:
-    """The columns ``<attack>.<field>`` of one shard; rows not attacked carry no evidence."""
-    import numpy as np
+def fill_columns(
+    columns: dict[str, Any], attack: str, n: int, rows: Tensor, proposal: Proposal, verdict: Verdict
+) -> None:
+    """Write what an attack did to some rows into its columns ``<attack>.<field>``.
 
-    def spread(values: Any, empty: Any) -> list[Any]:
-        column = np.full(n, empty, dtype=object)
-        column[living.numpy()] = values
-        return list(column)
+    Args:
+        columns: of the shard; those of the attack are made where they are missing, without evidence.
+        attack: its id.
+        n: rows of the shard.
+        rows: those attacked, int64 (B,), on the CPU.
+        proposal: of the attack, B rows.
+        verdict: of the judge, likewise.
+    """
+    import numpy as np
 
     def ints(tensor: Tensor) -> list[int]:
         return [int(v) for v in tensor.cpu().tolist()]
@@ -107,31 +113,59 @@ def attack_columns(
         return [None if v != v else v for v in tensor.cpu().tolist()]
 
     converged = proposal.converged
-    fields = {
-        "attacked": spread([True] * len(living), False),
-        "broken": spread(verdict.broken.tolist(), False),
-        "step": spread(ints(proposal.steps), None),
-        "margin": spread(reals(verdict.margin), None),
-        "pred": spread(ints(verdict.pred), None),
-        "linf": spread(reals(verdict.linf), None),
-        "l2": spread(reals(verdict.l2), None),
-        "forwards": spread(ints(proposal.forwards), None),
-        "backwards": spread(ints(proposal.backwards), None),
-        "converged": spread([None] * len(living) if converged is None else converged.cpu().tolist(), None),
-        "violation": spread(verdict.violation, ""),
+    fields: dict[str, tuple[list[Any], Any]] = {
+        "attacked": ([True] * len(rows), False),
+        "broken": (verdict.broken.tolist(), False),
+        "step": (ints(proposal.steps), None),
+        "margin": (reals(verdict.margin), None),
+        "pred": (ints(verdict.pred), None),
+        "linf": (reals(verdict.linf), None),
+        "l2": (reals(verdict.l2), None),
+        "forwards": (ints(proposal.forwards), None),
+        "backwards": (ints(proposal.backwards), None),
+        "converged": ([None] * len(rows) if converged is None else converged.cpu().tolist(), None),
+        "violation": (verdict.violation, ""),
     }
-    return {f"{attack}.{name}": values for name, values in fields.items()}
+    for name, (values, empty) in fields.items():
+        column = columns.setdefault(f"{attack}.{name}", np.full(n, empty, dtype=object))
+        column[rows.numpy()] = values
 
 
-def save_proposals(folder: Path, group: list[AttackSpec], proposals: list[Proposal], ids: list[str]) -> None:
-    """Write proposals of living samples as float32 safetensors, ids in the metadata."""
+def save_proposals(
+    stem: Path, group: list[AttackSpec], images: dict[str, list[Tensor]], ids: list[str]
+) -> None:
+    """Write proposals of living samples as float32 safetensors, ids in the metadata.
+
+    Args:
+        stem: directory and number of the shard.
+        group: attacks that ran together.
+        images: attack -> its proposals, piece by piece.
+        ids: of the samples, in the order of the pieces.
+    """
     from safetensors.torch import save
 
-    tensors = {spec.id: p.x_adv.detach().cpu().contiguous() for spec, p in zip(group, proposals, strict=True)}
-    name = f"{folder.name}-{group[0].id}.safetensors"
+    tensors = {name: torch.cat(pieces).contiguous() for name, pieces in images.items()}
     # Not `save_file`: its errors are no OSErrors, and a full disk is none of its own.
     data = save(tensors, {"sample_ids": json.dumps(ids)})
-    write_atomically(folder.parent / name, lambda file: file.write_bytes(data))
+    write_atomically(_proposals(stem, group), lambda file: file.write_bytes(data))
+
+
+def read_proposals(stem: Path, group: list[AttackSpec], ids: list[str]) -> dict[str, Tensor] | None:
+    """Proposals that an interrupted run wrote, of its first samples; None: not those of all of them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(_proposals(stem, group), "pt") as archive:
+            written = json.loads(archive.metadata()["sample_ids"])
+            if written[: len(ids)] != ids:
+                return None
+            return {spec.id: archive.get_tensor(spec.id)[: len(ids)] for spec in group}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def _proposals(stem: Path, group: list[AttackSpec]) -> Path:
+    return stem.parent / f"{stem.name}-{group[0].id}.safetensors"
 
 
 def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:

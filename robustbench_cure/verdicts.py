@@ -1,9 +1,29 @@
-"""Flags that only the whole table can raise."""
+"""Flags that follow from the whole table and its manifest, and from nothing else.
+
+They are made anew whenever a record is read, like every number that is derived from one: a rule that came
+later speaks about records that were made before, and two records are always held to the same rules.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+
+from robustbench_cure.cards import PGD, AttackSpec, DeepFool
 from robustbench_cure.flags import Flag
+from robustbench_cure.gate.paired import Flips
 from robustbench_cure.record import Record
+
+#: Kinds of flag that `run_flags` raises.
+DERIVED = {
+    "other_data",
+    "fewer_samples",
+    "lossy_data",
+    "near_chance",
+    "violations",
+    "black_box_stronger",
+    "cross_entropy_weaker",
+}
 
 #: Attacks that use no gradient.
 GRADIENT_FREE = {
@@ -22,13 +42,26 @@ GRADIENT_FREE = {
 }
 #: Share of covered samples that a gradient-free attack may break alone before it is flagged.
 BLACK_BOX_SHARE = 0.01
+#: Robust accuracy that cross-entropy may leave standing beyond another loss, and the level of the exact test.
+WEAKER, LEVEL = Fraction(3, 100), 0.01
 
 
 def run_flags(record: Record) -> list[Flag]:
     """Everything a finished table and its manifest say about how far the numbers can be trusted."""
     flags = [*_data_flags(record), *_near_chance(record), *_violations(record)]
-    stronger = _black_box(record)
-    return flags + ([stronger] if stronger else [])
+    return flags + [flag for flag in (_black_box(record), _cross_entropy(record)) if flag is not None]
+
+
+def derive(record: Record) -> None:
+    """Replace the flags that follow from the table by those that follow from it now."""
+    manifest = record.manifest
+    manifest.flags = [flag for flag in manifest.flags if flag.kind not in DERIVED] + run_flags(record)
+
+
+def failures(records: Sequence[Record], kinds: Collection[str]) -> list[str]:
+    """A line for each of some kinds of flag that a record raises."""
+    raised = [(r.manifest.model.id, flag.kind) for r in records for flag in r.manifest.flags]
+    return [f"failed: {kind} is raised for {model}" for model, kind in dict.fromkeys(raised) if kind in kinds]
 
 
 def _data_flags(record: Record) -> list[Flag]:
@@ -91,3 +124,45 @@ def _black_box(record: Record) -> Flag | None:
                 attack=name,
             )
     return None
+
+
+def _cross_entropy(record: Record) -> Flag | None:
+    """Did another loss break what the longest PGD on cross-entropy left standing?"""
+    runs = [spec for spec in record.attacks if isinstance(spec, PGD) and spec.loss == "ce"]
+    if not runs:
+        return None
+    run = max(runs, key=lambda spec: spec.steps * spec.restarts)
+    found = [(_flips(record, run, other), other) for other in record.attacks if _other_loss(other, run)]
+    sure = [pair for pair in found if pair[0].fell_beyond(WEAKER) and pair[0].p_fall <= LEVEL]
+    if not sure:
+        return None
+    flips, other = min(sure, key=lambda pair: pair[0].change)
+    evidence = (
+        f"of {flips.n} samples {flips.before} hold under {run.name} and {flips.after} under {other.name}: "
+        f"{flips.lost} are broken by the latter alone, {flips.gained} by the former alone "
+        f"(exact test, p = {flips.p_fall:.1g})"
+    )
+    return Flag(
+        kind="cross_entropy_weaker",
+        evidence=evidence,
+        value=-flips.change,
+        threshold=float(WEAKER),
+        attack=run.id,
+    )
+
+
+def _other_loss(spec: AttackSpec, run: PGD) -> bool:
+    """Whether an attack differs from a PGD by its loss, and not by more steps."""
+    return isinstance(spec, DeepFool) or (
+        isinstance(spec, PGD) and spec.loss != "ce" and spec.steps <= run.steps
+    )
+
+
+def _flips(record: Record, run: AttackSpec, other: AttackSpec) -> Flips:
+    """What holds under two attacks, on the samples that both cover."""
+    both = (record.covered(run.id) & record.covered(other.id)).to_numpy(bool)
+    held = [
+        (record.clean_correct & ~record.samples[f"{spec.id}.broken"]).to_numpy(bool)[both]
+        for spec in (run, other)
+    ]
+    return Flips.between(*held)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,6 @@ from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation import with_memory
 from robustbench_cure.external import COLUMNS, Evidence, Submission
 from robustbench_cure.judge import judge
 from robustbench_cure.preflight import preflight
@@ -37,6 +36,7 @@ from robustbench_cure.record import DataInfo, Record
 from robustbench_cure.report.terminal import clean_text
 from robustbench_cure.report.wording import interval, percent
 from robustbench_cure.session import Request, card_dataset, find_records, load_all
+from robustbench_cure.shard_work import with_memory
 from robustbench_cure.shards import now
 from robustbench_cure.stats import Rate
 
@@ -211,42 +211,53 @@ def verify_file(
         0 if every image was admitted and one of them at least broke a sample; else 1.
 
     Raises:
-        UsageError: bad input, before anything is written.
+        UsageError: bad input, or a run that the file is not about; before anything is written.
     """
     given = read_images(file, tensor)
-    records = find_records(tuple(against)) if against else []
+    runs = {run: find_records((run,)) for run in against}
     (model,) = request.models
     card = None if ":" in model else find(ModelCard, model, request.cards).card
     battery = load_battery(request.battery or (card.battery if card else "strong"), cards=request.cards)
     dataset = request.dataset or battery.dataset or card_dataset(model, request.cards)
     classifiers, data = load_all((model,), dataset, request)
     originals = match(given, data, file)
-    table = check(classifiers[0], battery, originals, given.images)
-    evidence = Evidence(
-        Submission(
-            source=source,
-            file=file.name,
-            file_sha256=given.sha256,
-            model=classifiers[0].model_info(),
-            battery=battery.id,
-            battery_version=battery.version,
-            threat=battery.threat,
-            data=_data(originals, len(data)),
-            environment=environment(classifiers[0].device, command),
-            checked=now(),
-        ),
-        table[list(COLUMNS)],
+    submission = Submission(
+        source=source,
+        file=file.name,
+        file_sha256=given.sha256,
+        model=classifiers[0].model_info(),
+        battery=battery.id,
+        battery_version=battery.version,
+        threat=battery.threat,
+        data=_data(originals, len(data)),
+        environment=environment(classifiers[0].device, command),
+        checked=now(),
     )
+    records = _concerned(submission, runs)  # before anything is checked or said
+    table = check(classifiers[0], battery, originals, given.images)
     for line in _found(table, battery):
         click.echo(line)
     broken = bool((table["broken"] & table["correct"]).any())
     if broken:
         out = out or Path("runs") / f"external-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        evidence = Evidence(submission, table[list(COLUMNS)])
         evidence.save(out)
         for line in _lowered(evidence, records):
             click.echo(line)
         click.echo(f"evidence: {out}; `cure-bench site` takes it into account where it lies among the runs")
     return int(not broken or bool((table["violation"] != "").any()))
+
+
+def _concerned(submission: Submission, runs: Mapping[Path, Sequence[Record]]) -> list[Record]:
+    """The records that a file is about; a run that has none was named by mistake."""
+    found = []
+    for run, records in runs.items():
+        own = [record for record in records if submission.applies_to(record)]
+        if not own:
+            about = f"{submission.model.id}, {submission.data.name} and {submission.threat.model}"
+            raise UsageError(f"--against {run}: no record there is about {about}")
+        found += own
+    return found
 
 
 def _data(originals: EvalSet, total: int) -> DataInfo:
@@ -277,8 +288,6 @@ def _lowered(evidence: Evidence, records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         name = clean_text(f"{record.manifest.model.id}, {record.manifest.battery.id}, n = {record.n}")
-        if not evidence.applies_to(record):
-            continue
         before = record.worst_case_accuracy
         left = record.worst_case & ~evidence.breaks(record)
         after = Rate(int(left.sum()), record.n)
@@ -287,6 +296,4 @@ def _lowered(evidence: Evidence, records: Sequence[Record]) -> list[str]:
         else:
             words = [f"{percent(rate)} {interval(rate)}" for rate in (before, after)]
             lines.append(f"{name}: {words[0]} is now {words[1]}, external")
-    if records and not lines:
-        lines.append("no run named with --against is about this model, these images and this threat model")
     return lines

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure import evaluation
+from robustbench_cure import load_battery, shard_work
 from robustbench_cure.attacks import ATTACKS, Proposal, pgd
 from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
-from robustbench_cure.evaluation import evaluate, groups
+from robustbench_cure.evaluation import evaluate
 from robustbench_cure.record import Record
+from robustbench_cure.shard_work import groups, piece_rows
 from robustbench_cure.shards import merge
 
 SHAPE = (1, 4, 4)
@@ -393,7 +394,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, after):
 
 @pytest.mark.parametrize("after", [3, 4, 5, 6])
 def test_a_killed_shard_goes_on_with_the_attack_it_was_killed_in(tmp_path, after, monkeypatch):
-    monkeypatch.setattr(evaluation, "KEEP_INTERVAL", 0.0)
+    monkeypatch.setattr(shard_work, "KEEP_INTERVAL", 0.0)
     ran = []
 
     def noted(name):
@@ -423,6 +424,84 @@ def test_a_killed_shard_goes_on_with_the_attack_it_was_killed_in(tmp_path, after
         k: c.forwards for k, c in cut.manifest.cost.items()
     }
     assert not list((tmp_path / "cut" / "shards").glob("*unfinished*"))
+
+
+LONG = {
+    "spsa": SPSA | {"limit": 17},
+    "peer": {"id": "peer", "name": "Peer", "kind": "torchattacks:PGD", "limit": 17, "steps": 5},
+}
+
+
+def counted(name: str, die_at: int = 0):
+    """An attack that notes how many rows it is given each time, and may die."""
+    given: list[int] = []
+
+    def attack(classifier, x, y, **options):
+        if len(given) + 1 == die_at:
+            raise KeyboardInterrupt
+        given.append(len(x))
+        return ATTACKS[name](classifier, x, y, **options)
+
+    return given, {**ATTACKS, name: attack}
+
+
+@pytest.fixture
+def pieces_of_three(monkeypatch):
+    monkeypatch.setattr(shard_work, "KEEP_INTERVAL", 0.0)
+    monkeypatch.setattr(shard_work, "PIECE_PASSES", 2 * SPSA["samples"] * SPSA["steps"] * 3 + 1)
+    monkeypatch.setattr(shard_work, "PIECE_ROWS", 3)
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("die_at", [2, 4])
+def test_a_long_attack_goes_on_with_the_rows_that_are_left(tmp_path, pieces_of_three, name, die_at, save):
+    options = {"seed": 3, "save_adversarials": save}
+    protocol, data = battery(FGSM, LONG[name]), images(21)
+    whole, attacks = counted(name)
+    evaluate(classifier(linear()), protocol, data, out=tmp_path / "whole", attacks=attacks, **options)
+    assert whole == [3, 3, 3, 3, 1]  # 13 of the first 17 are classified correctly
+    first, attacks = counted(name, die_at)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(classifier(linear()), protocol, data, out=tmp_path / "cut", attacks=attacks, **options)
+    second, attacks = counted(name)
+    evaluate(
+        classifier(linear()), protocol, data, out=tmp_path / "cut", attacks=attacks, resume=True, **options
+    )
+    assert first + second == whole
+    assert len(first) == die_at - 1
+    for file in ("samples.parquet", *([f"adversarials/0000-{name}.safetensors"] if save else [])):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    costs = [Record.load(tmp_path / run).manifest.cost[name] for run in ("whole", "cut")]
+    assert costs[0].forwards == costs[1].forwards > 0
+    assert costs[0].backwards == costs[1].backwards
+
+
+def test_rows_whose_images_were_not_kept_are_attacked_again_where_they_are_wanted(tmp_path, pieces_of_three):
+    protocol, data = battery(LONG["spsa"]), images(21)
+    _, attacks = counted("spsa", die_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(classifier(linear()), protocol, data, out=tmp_path / "run", attacks=attacks)
+    again, attacks = counted("spsa")
+    options = {"attacks": attacks, "resume": True, "save_adversarials": True}
+    record = evaluate(classifier(linear()), protocol, data, out=tmp_path / "run", **options)
+    assert again == [3, 3, 3, 3, 1]
+    assert record.manifest.cost["spsa"].forwards == record.samples["spsa.forwards"].sum()
+
+
+def test_pieces_follow_the_battery_and_nothing_else(pieces_of_three):
+    """Whatever the batch size: where a run is cut must not depend on the machine it goes on."""
+    for size in (1, 2, 1000):
+        given, attacks = counted("spsa")
+        evaluate(classifier(linear(), batch_size=size), battery(LONG["spsa"]), images(21), attacks=attacks)
+        assert given == [3, 3, 3, 3, 1]
+
+
+def test_only_attacks_that_cost_much_a_row_are_cut():
+    sizes = {spec.id: piece_rows(spec) for spec in load_battery("strong").attacks}
+    assert sizes.pop("spsa") == 5  # 2**17 images, 2 * 128 * 100 a row
+    assert set(sizes.values()) == {None}
+    assert {piece_rows(spec) for spec in load_battery("autoattack").attacks} == {128}
 
 
 def test_resuming_does_not_repeat_finished_shards(tmp_path):

@@ -20,6 +20,7 @@ from robustbench_cure.masking.evidence import Evidence, Outcome, Settings
 from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.finding import Finding
 from robustbench_cure.masking.planted import separate
+from robustbench_cure.masking.power import Power, controlled, powers
 from robustbench_cure.masking.verdict import conclude, diagnose
 from robustbench_cure.threat import ThreatModel
 
@@ -260,7 +261,7 @@ def test_an_attack_that_stands_still_misses_every_planted_example(affine, monkey
     assert (found.value, found.status) == (1.0, "clear")
     monkeypatch.setattr(planted_module, "pgd", lambda classifier, x, *a, **k: Proposal.start(x))
     found = planted_module.planted(e)
-    assert (found.value, found.status) == (0.0, "raised")
+    assert (found.value, found.status, found.beyond) == (0.0, "raised", "<")
     e.x, e.ids = e.x[:5], e.ids[:5]
     assert planted_module.planted(e).status == "not run"
 
@@ -282,6 +283,7 @@ def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):
     honest = model.classifier.value_and_gradient
     model.classifier.value_and_gradient = lambda *a, **k: (honest(*a, **k)[0], -honest(*a, **k)[1])
     assert checks.faithful(e).value == pytest.approx(-1, abs=0.02)
+    assert (checks.faithful(e).status, checks.faithful(e).beyond) == ("raised", "<")
 
 
 def test_a_refused_proposal_counts_as_the_image_itself(affine):
@@ -297,6 +299,67 @@ def test_a_refused_proposal_counts_as_the_image_itself(affine):
     found = e.outcome(proposal)
     assert torch.equal(found.margin, e.clean_margin)
     assert not found.broken.any()
+
+
+# --- the positive control ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("power", "shown"),
+    [
+        (Power(4, 12), True),
+        (Power(3, 12), False),  # less than a third
+        (Power(9, 9), False),  # nine are not enough
+        (Power(0, 0), False),
+        (Power(12, 12, planted=True), True),
+        (Power(8, 12, planted=True), False),  # surely less than 95 %
+        (Power(9, 9, planted=True), False),
+        (Power(0, 0, planted=True), False),
+    ],
+)
+def test_power_is_shown_where_adversarial_examples_are_known(power, shown):
+    assert power.shown == shown
+
+
+@pytest.mark.parametrize(
+    ("before", "power", "after"),
+    [
+        ("clear", Power(0, 30), "inconclusive"),
+        ("clear", Power(30, 30), "clear"),
+        ("raised", Power(0, 30), "raised"),  # what was found was found
+        ("not run", Power(0, 30), "not run"),
+    ],
+)
+def test_silence_without_power_is_inconclusive(before, power, after):
+    a, b = controlled([found("A", before), found("B", "clear")], {"A": power})
+    assert (a.status, b.status) == (after, "clear")
+    assert ("control: of 30 images broken by gradients" in a.evidence) == (before == "clear")
+
+
+@pytest.mark.parametrize(("eps", "is_planted"), [("51/255", False), ("4/255", True)])
+def test_searches_that_stand_still_show_no_power(monkeypatch, eps, is_planted):
+    """Where PGD breaks images or, in small balls, solves problems, so must SPSA (A) and Square (H)."""
+    classifier, data = load_model("digits_normal", device="cpu"), load_dataset("digits").subset(20)
+    work = Settings(steps=20, spsa_steps=10, spsa_samples=32, queries=100, planted=12)
+
+    def seen() -> dict[str, Power]:
+        return powers(Evidence(classifier, data, ThreatModel.parse("linf", eps), work))
+
+    for power in seen().values():
+        assert power.planted == is_planted
+        assert power.known >= 10
+        assert power.shown
+    for module in ("power", "evidence"):
+        monkeypatch.setattr(f"robustbench_cure.masking.{module}.spsa", stand_still)
+    assert seen()["A"].found == 0
+    for module in ("power", "evidence"):
+        monkeypatch.setattr(f"robustbench_cure.masking.{module}.square", stand_still)
+    assert seen()["H"].found == 0
+    assert not seen()["H"].shown
+
+
+def stand_still(classifier, x, *arguments, **options) -> Proposal:
+    return Proposal.start(x)
 
 
 # --- the verdict -------------------------------------------------------------------------------------
@@ -315,10 +378,12 @@ def found(letter: str, status: str) -> Finding:
         ("nnn", 100, "not conclusive: too few points (n = 100, 50 are needed)", "not conclusive"),
         ("rcr", 100, "suspected: A, C (n = 100)", "suspected"),
         ("crc", 3, "suspected: B (n = 3)", "suspected"),
+        ("ric", 100, "suspected: A (n = 100)", "suspected"),
+        ("ici", 100, "not conclusive: no power in A, C (n = 100)", "not conclusive"),
     ],
 )
 def test_words_and_exit_code_come_from_one_place(statuses, n, words, kind):
-    names = {"c": "clear", "r": "raised", "n": "not run"}
+    names = {"c": "clear", "r": "raised", "n": "not run", "i": "inconclusive"}
     findings = [found(letter, names[s]) for letter, s in zip("ABC", statuses, strict=True)]
     for fail in (False, True):
         verdict = conclude(findings, n, fail_on=("suspected",) if fail else ())
@@ -328,6 +393,45 @@ def test_words_and_exit_code_come_from_one_place(statuses, n, words, kind):
         assert "not masked" not in verdict.words
 
 
+@pytest.mark.parametrize(
+    ("value", "threshold", "beyond", "p", "words"),
+    [
+        (0.0517, 0.05, ">", 0.32, ("0.0517", "> 0.05", "0.32")),
+        (0.969, 0.95, "<", 0.8063, ("0.969", "< 0.95", "0.81")),
+        (-0.001234, 0.5, "<", None, ("-0.0012", "< 0.5", "")),
+        (0.0000518, 0.01, ">", 0.00123, ("5.2e-05", "> 0.01", "0.0012")),
+        (1.0, 1 / 3, ">", 3e-30, ("1", "> 0.333", "3e-30")),
+        (None, None, ">", None, ("", "", "")),
+    ],
+)
+def test_a_finding_says_on_which_side_it_is_raised_and_how_sure(value, threshold, beyond, p, words):
+    f = Finding(
+        letter="A",
+        check="x",
+        status="clear",
+        evidence="",
+        value=value,
+        threshold=threshold,
+        beyond=beyond,
+        p=p,
+    )
+    assert (f.value_words, f.limit_words, f.p_words) == words
+
+
+def test_the_p_of_a_finding_is_that_of_its_exact_test():
+    e = Made(100)
+    margin = torch.zeros(100)
+    margin[:6] = -1.0
+    e.spsa = outcome(margin)
+    found = checks.scatter(e)  # 6 %, more than 5, and not sure: clear is right
+    assert (found.status, found.value) == ("clear", 0.06)
+    assert found.p == binomtest(6, 6, alternative="greater").pvalue > 0.01
+    few = torch.arange(100) < 3
+    e.random, e.white_box_broken = outcome(broken=few), torch.zeros(100, dtype=torch.bool)
+    assert checks.random_noise(e).p == binomtest(3, 100, 0.01, alternative="greater").pvalue
+    assert planted_module.p_missed(20, 32) == binomtest(20, 32, 0.95, alternative="less").pvalue
+
+
 def test_every_letter_is_explained():
     assert set(EXPLANATIONS) == {*checks.CHECKS, "K", "L"}
-    assert all(len(about.title) <= 47 for about in EXPLANATIONS.values())  # its column in a terminal
+    assert all(len(about.title) <= 40 for about in EXPLANATIONS.values())  # its column in a terminal

@@ -121,6 +121,24 @@ def test_a_suspected_model_fails_only_where_that_is_asked(tmp_path):
     assert (few.return_value, "not conclusive: too few points" in few.output) == (1, True)
 
 
+def test_gradient_free_attacks_that_could_break_nothing_prove_nothing(tmp_path):
+    weak = ["--steps", "10", "--planted", "0", "--spsa-samples", "2", "--queries", "2"]
+    result = masking(tmp_path / "m", *weak, "--fail-on", "not conclusive")
+    assert result.return_value == 1
+    assert "digits_cure: not conclusive: no power in A, H (n = " in result.output
+    assert "Next: give the attacks without gradients more work" in result.output
+    assert max(map(len, result.output.splitlines()[:-1])) <= 80
+    found = json.loads((tmp_path / "m" / "masking.json").read_text())["models"]["digits_cure"]["findings"]
+    assert [f["letter"] for f in found if f["status"] == "inconclusive"] == ["A", "H"]
+    lines = [line.split() for line in result.output.splitlines()]
+    (row,) = [words for words in lines if words[:1] == ["A"]]
+    assert row[-4:] == [f"{found[0]['value']:.3g}", ">", "0.05", f"{found[0]['p']:.2g}"]
+    (row,) = [words for words in lines if words[:1] == ["J"]]
+    assert row[-2:] == ["<", "0.5"]
+    assert "> 0.05, p &lt; 0.01</td>" in (tmp_path / "m" / "index.html").read_text().replace("&gt;", ">")
+    assert ">inconclusive</span>" in (tmp_path / "m" / "index.html").read_text()
+
+
 def test_an_interrupted_diagnosis_goes_on_and_ends_the_same(tmp_path, folder, monkeypatch):
     calls = []
     honest = evidence.square
@@ -207,7 +225,7 @@ def record() -> Record:
     battery = load_battery("digits")
     kept = tuple(a for a in battery.attacks if a.id in ("uniform_noise", "fgsm", "pgd20", "pgd100", "spsa"))
     short = [
-        a.model_copy(update={"limit": 60, "steps": 20, "samples": 8}) if a.id == "spsa" else a for a in kept
+        a.model_copy(update={"limit": 60, "steps": 30, "samples": 32}) if a.id == "spsa" else a for a in kept
     ]
     battery = battery.model_copy(update={"attacks": tuple(short)})
     return evaluate(load_model("digits_pgd_at", device="cpu"), battery, load_dataset("digits"), n=80)
@@ -246,6 +264,12 @@ def test_a_record_is_judged_by_what_it_holds(record):
     assert raised(**{"uniform_noise.broken": samples["uniform_noise.broken"] | standing}) == "G"
     assert raised(**{"fgsm.broken": samples["fgsm.broken"] | standing}) == "F"
     assert raised(**{"pgd100.broken": samples["pgd100.broken"] | standing}) == "C"
+
+
+def test_a_record_without_power_is_inconclusive(record):
+    panel = from_record(changed(record, **{"spsa.broken": record.samples["spsa.broken"] & False}))
+    assert [f.letter for f in panel.findings if f.status == "inconclusive"] == ["A", "H"]
+    assert panel.verdict.kind == "not conclusive"
 
 
 def test_flags_of_a_record_raise_their_checks(record):

@@ -470,6 +470,24 @@ def test_terminal_table_fits_and_cannot_move_the_cursor(run):
     assert "UNRELIABLE" in terminal_table([hostile()])
 
 
+def test_terminal_says_what_flags_mean_once_and_what_to_do():
+    flags = [Flag(kind="lossy_data", evidence="jpeg"), Flag(kind="stochastic", evidence="3 of 64")]
+    runs = [
+        record(battery(FGSM), "11", {"fgsm": "x."}, flags=flags[:i], model={"id": f"m{i}", "name": f"M {i}"})
+        for i in range(3)
+    ]
+    text = terminal_table(runs)
+    said = " ".join(text.split())
+    about = {kind: FLAG_KINDS[kind] for kind in ("lossy_data", "stochastic")}
+    assert "! m0" not in text
+    assert f"! m1: {about['lossy_data'].title}\n" in text
+    assert f"! m2: UNRELIABLE; {about['stochastic'].title}; {about['lossy_data'].title}\n" in text
+    assert text.index("\nstochastic: ") < text.index("\nlossy_data: ")  # the worst first
+    for kind, flag in about.items():
+        assert said.count(f"{kind}: {flag.title} Means: {flag.means}. Next: {flag.do_next}.") == 1
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
 # --- the page ----------------------------------------------------------------------------------------------
 
 

@@ -120,7 +120,7 @@ def test_what_does_not_hold_is_refused_and_breaks_nothing(made, verify, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_another_threat_model_do_not_lower(made, verify, tmp_path):
+def test_a_run_of_another_threat_model_is_refused(made, verify, tmp_path):
     _, data, x_adv, _, place = made
     card = tmp_path / "cards" / "attacks"
     card.mkdir(parents=True)
@@ -130,11 +130,27 @@ def test_images_of_another_threat_model_do_not_lower(made, verify, tmp_path):
         text.replace('id = "digits"', 'id = "wide"', 1).replace("51/255", "60/255")
     )
     file = stored(tmp_path / "x.npz", x_adv, data.ids)
-    code, out, _ = verify(
+    code, out, err = verify(
         file, "--against", place / "weak", "--battery", "wide", "--cards", tmp_path / "cards"
     )
-    assert code == 0
-    assert "no run named with --against is about" in out
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert "no record there is about digits_normal, digits and linf 60/255" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_model_is_refused_beside_one_that_fits(made, verify, tmp_path):
+    _, data, x_adv, _, place = made
+    battery = load_battery("digits")
+    battery = battery.model_copy(update={"attacks": battery.attacks[:1]})
+    evaluate(load_model("digits_cure"), battery, load_dataset("digits"), n=30, out=tmp_path / "other")
+    file = stored(tmp_path / "x.npz", x_adv, data.ids)
+    for runs in (["other"], [place / "weak", "other"]):
+        code, out, err = verify(file, *(word for run in runs for word in ("--against", run)))
+        assert (code, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith("cure-bench: error: --against other: no record there is about digits_normal")
+        assert not (tmp_path / "out").exists()
 
 
 def damaged(path: Path, kind: str, x_adv, ids) -> Path:

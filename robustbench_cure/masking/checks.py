@@ -155,7 +155,7 @@ def faithful(e: Evidence) -> Finding:
         f"changes of the margin that gradients predict and that are seen, over {PROBES} directions "
         f"for each of {len(e)} images: cosine {cosine:.2f}"
     )
-    return finding("J", "faithful", cosine < FAITHFUL, cosine, FAITHFUL, evidence, e.ids)
+    return finding("J", "faithful", cosine < FAITHFUL, cosine, FAITHFUL, evidence, e.ids, beyond="<")
 
 
 def silent(e: Evidence) -> Finding:

@@ -17,8 +17,8 @@ from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.study import Study
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.evidence import Evidence, Settings
-from robustbench_cure.masking.explanations import EXPLANATIONS
-from robustbench_cure.masking.finding import Finding
+from robustbench_cure.masking.explanations import EXPLANATIONS, STRONGER
+from robustbench_cure.masking.finding import LEVEL, Finding
 from robustbench_cure.masking.verdict import Diagnosis, Verdict, conclude, diagnose
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.report.render import environment
@@ -143,16 +143,20 @@ def _as_json(diagnosis: Diagnosis, verdict: Verdict, threat: ThreatModel) -> dic
 
 
 def _in_terminal(name: str, verdict: Verdict, findings: Sequence[Finding]) -> str:
-    """A verdict, a line a check, and the evidence of those raised."""
-    lines = [f"{name}: {verdict.words}", "", f"     {'check':<47} {'found':<7} value (threshold)"]
+    """A verdict, a line a check, and the evidence of those raised or inconclusive."""
+    head = f"     {'check':<40} {'found':<12} {'value':>7} {'limit':<6} p"
+    lines = [*textwrap.wrap(f"{name}: {verdict.words}", WIDTH), "", head]
     for f in findings:
-        numbers = "" if f.value is None else f"{f.value:.3g} ({f.threshold:g})"
-        lines.append(f"  {f.letter}  {EXPLANATIONS[f.letter].title:<47} {f.status:<7} {numbers}".rstrip())
+        numbers = f"{f.value_words:>7} {f.limit_words:<6} {f.p_words}"
+        lines.append(f"  {f.letter}  {EXPLANATIONS[f.letter].title:<40} {f.status:<12} {numbers}".rstrip())
+    lines.append(f"  Raised beyond the limit; where there is a p, it must be below {LEVEL:g} as well.")
     for f in findings:
         if f.status == "raised":
             about = EXPLANATIONS[f.letter]
             lines += ["", *_wrapped(f"{f.letter}: {f.evidence}.")]
             lines += [*_wrapped(f"   Means: {about.means}."), *_wrapped(f"   Next: {about.do_next}.")]
+        elif f.status == "inconclusive":
+            lines += ["", *_wrapped(f"{f.letter}: {f.evidence}."), *_wrapped(f"   Next: {STRONGER}.")]
     return "\n".join(lines) + "\n"
 
 

@@ -7,17 +7,15 @@ Carlini & Wagner 2018, arXiv 1802.00420 (F, G, H).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from scipy.stats import binomtest
 from torch import Tensor
 
-from robustbench_cure.masking.finding import MOST_IDS, Finding
+from robustbench_cure.masking.finding import LEVEL, MOST_IDS, Finding
 
 #: A margin that much lower counts as lower, in logits, and the share of points that may be (spec of Fig. 7).
 LOWER, LOWER_SHARE = 0.5, 0.05
-#: Level of the exact tests.
-LEVEL = 0.01
 #: Share of the images that one weak attack may break alone; more is raised where the exact test is sure.
 ALONE_SHARE = 0.01
 
@@ -84,7 +82,7 @@ def scatter(e: Compared) -> Finding:
         f"clearly lower on {int(far.sum())}"
     )
     raised = share > LOWER_SHARE and p < LEVEL
-    return finding("A", "scatter", raised, share, LOWER_SHARE, evidence, e.ids, far)
+    return finding("A", "scatter", raised, share, LOWER_SHARE, evidence, e.ids, far, p=p)
 
 
 def single_step(e: Compared) -> Finding:
@@ -111,9 +109,10 @@ def sign_test(lower: int, pairs: int) -> float:
 def alone(letter: str, check: str, weak: str, strong: str, broken: Tensor, ids: Sequence[str]) -> Finding:
     """A finding about images that only the weak attack broke: raised where they are surely too many."""
     count, n = int(broken.sum()), len(ids)
-    sure = n > 0 and binomtest(count, n, ALONE_SHARE, alternative="greater").pvalue < LEVEL
+    p = float(binomtest(count, n, ALONE_SHARE, alternative="greater").pvalue) if n else 1.0
     evidence = f"{count} of {n} images were broken by {weak} and not by {strong}"
-    return finding(letter, check, bool(sure), count / max(1, n), ALONE_SHARE, evidence, ids, broken)
+    share = count / max(1, n)
+    return finding(letter, check, p < LEVEL, share, ALONE_SHARE, evidence, ids, broken, p=p)
 
 
 def finding(
@@ -125,6 +124,9 @@ def finding(
     evidence: str,
     ids: Sequence[str],
     rows: Tensor | None = None,
+    *,
+    beyond: Literal[">", "<"] = ">",
+    p: float | None = None,
 ) -> Finding:
     """A finding, with the ids of its rows where it is raised."""
     chosen = [] if rows is None or not raised else rows.nonzero().squeeze(1).tolist()
@@ -134,6 +136,8 @@ def finding(
         status="raised" if raised else "clear",
         value=value,
         threshold=threshold,
+        beyond=beyond,
+        p=p,
         evidence=evidence,
         ids=tuple(ids[row] for row in chosen[:MOST_IDS]),
     )

@@ -108,9 +108,11 @@ class Evidence:
         self.ids = tuple(data.ids[row] for row in right.tolist())
         self.clean_margin = margins(logits, y)[right]
         self.outcomes: dict[str, Outcome] = {}
-        planned = {name: passes * len(self) for name, passes in plan(settings).items()}
+        each = plan(settings)
+        planned = {name: passes * len(self) for name, passes in each.items()}
         if surrogate is None:
             del planned["transferred"]
+        planned["control"] = min(settings.planted, len(self)) * (each["spsa"] + each["square"])
         self.work = Work(planned, classifier, progress)
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustbench_cure.masking import checks, comparisons, planted
+from robustbench_cure.masking import checks, comparisons, finding, planted
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,23 @@ def _share(value: float) -> str:
 _ATHALYE = "Athalye et al. 2018"
 _CARLINI = "Carlini et al. 2019"
 _PINTOR = "Pintor et al. 2022"
-_LEVEL = f"exact test, level {_share(comparisons.LEVEL)}"
+_LEVEL = f"exact test, level {_share(finding.LEVEL)}"
+_CONTROL = (
+    "inconclusive where less than a third of the images that gradients broke is broken without them or, if "
+    f"gradients broke fewer than {planted.FEWEST}, surely less than {_share(planted.SOLVED)} of the planted "
+    "examples of O"
+)
 _ALONE = f"more than {_share(comparisons.ALONE_SHARE)} of the images are ({_LEVEL})"
+
+#: What to do about a check that is inconclusive.
+STRONGER = "give the attacks without gradients more work: --spsa-steps, --spsa-samples, --queries"
 
 EXPLANATIONS: dict[str, Explanation] = {
     "A": Explanation(
         "SPSA ends lower than PGD",
         f"on more than {_share(comparisons.LOWER_SHARE)} of the images SPSA ends with a margin lower "
         "by half a logit (where margins are of order ten), and it is lower more often than higher "
-        f"({_LEVEL})",
+        f"({_LEVEL}); {_CONTROL}",
         "a search without gradients sees a way down that gradients do not show",
         "attack through a smooth stand-in for the part that hides gradients (BPDA), or with SPSA and "
         "Square alone",
@@ -73,7 +81,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         _CARLINI,
     ),
     "E": Explanation(
-        "A ball that holds every image does not suffice",
+        "A ball of all images does not suffice",
         "with a radius of the whole pixel range accuracy stays above guessing, or accuracy rises by "
         f"more than {_share(checks.MORE_STEPS)} as the ball grows",
         "the attack is lost: in that ball every image of every class can be reached",
@@ -96,8 +104,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         f"{_CARLINI}; {_ATHALYE}",
     ),
     "H": Explanation(
-        "SPSA or Square breaks what gradients do not",
-        f"{_ALONE} broken by SPSA or Square and not by FGSM or PGD",
+        "SPSA or Square break more than gradients",
+        f"{_ALONE} broken by SPSA or Square and not by FGSM or PGD; {_CONTROL}",
         "the white-box number is too high, at least by these images",
         "count them as broken, and attack as for A",
         f"{_ATHALYE}; AutoAttack",
@@ -157,7 +165,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Zimmermann et al. 2022",
     ),
     "P": Explanation(
-        "Another model's adversarial examples work",
+        "Another model's adversarial images work",
         f"{_ALONE} broken by PGD on the surrogate and not by gradients of the model itself",
         "gradients of the model are worth less than those of a stranger",
         "attack the undefended twin and transfer; see A",

@@ -13,15 +13,19 @@ classes; problems that random points solve are left out, instead of being report
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robustbench_cure.attacks import pgd
+from robustbench_cure.classifier import Classifier
 from robustbench_cure.judge import judge
-from robustbench_cure.masking.comparisons import LEVEL, finding
+from robustbench_cure.masking.comparisons import finding
 from robustbench_cure.masking.evidence import Evidence
-from robustbench_cure.masking.finding import Finding, not_run
+from robustbench_cure.masking.finding import LEVEL, Finding, not_run
 from robustbench_cure.threat import ThreatModel
 
 #: Points inside the ball for each image, as many again to see whether chance solves the problem.
@@ -74,42 +78,64 @@ def separate(inner: Tensor, border: Tensor) -> Rule | None:
     return Rule(weight * scale, -scale * (planted_score + highest) / 2)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A ball that holds an adversarial example.
+
+    Attributes:
+        classifier: the network with a rule behind it: inside the ball (0), at the planted point (1).
+        x: the image in its middle, (1,C,H,W).
+        y: its label, 0, (1,).
+        id: name of the image.
+    """
+
+    classifier: Classifier
+    x: Tensor
+    y: Tensor
+    id: str
+
+
 def planted(e: Evidence) -> Finding:
     """O: the share of planted adversarial examples that PGD found."""
-    generator = torch.Generator().manual_seed(e.settings.seed)
-    tried = found = 0
-    for row in range(min(e.settings.planted, len(e))):
-        solved = _solved(e, e.x[row : row + 1], generator)
-        if solved is not None:
-            tried, found = tried + 1, found + int(solved)
+    solved = [_solves(e, problem) for problem in problems(e)]
+    tried, found = len(solved), sum(solved)
     if tried < FEWEST:
         return not_run("O", "planted", f"only {tried} problems could be made, {FEWEST} are needed")
-    share = found / tried
-    surely = binomtest(found, tried, SOLVED, alternative="less").pvalue < LEVEL
     evidence = f"PGD({e.settings.steps}) found {found} of {tried} planted adversarial examples"
-    return finding("O", "planted", bool(surely), share, SOLVED, evidence, e.ids)
+    p = p_missed(found, tried)
+    return finding("O", "planted", p < LEVEL, found / tried, SOLVED, evidence, e.ids, beyond="<", p=p)
 
 
-def _solved(e: Evidence, x: Tensor, generator: torch.Generator) -> bool | None:
-    """Whether PGD solves the problem around one image; None: there is no fair problem."""
-    border = _border(e.threat, x, generator)
-    points = _inside(e.threat, x, 2 * INNER, generator)
-    outputs = e.classifier.logits(torch.cat((x, border, points)))
-    rule = separate(torch.cat((outputs[:1], outputs[2 : 2 + INNER])), outputs[1])
-    if rule is None or bool((rule(outputs[2 + INNER :]).argmax(1) == 1).any()):
-        return None
-    problem = e.classifier.followed_by(rule, 2)
-    inside = torch.zeros(1, dtype=torch.int64, device=x.device)
+def problems(e: Evidence) -> Iterator[Problem]:
+    """The fair problems around the first images: solvable, and not by chance; the same every time."""
+    generator = torch.Generator().manual_seed(e.settings.seed)
+    for row in range(min(e.settings.planted, len(e))):
+        x = e.x[row : row + 1]
+        border = _border(e.threat, x, generator)
+        points = _inside(e.threat, x, 2 * INNER, generator)
+        outputs = e.classifier.logits(torch.cat((x, border, points)))
+        rule = separate(torch.cat((outputs[:1], outputs[2 : 2 + INNER])), outputs[1])
+        if rule is not None and not bool((rule(outputs[2 + INNER :]).argmax(1) == 1).any()):
+            inside = torch.zeros(1, dtype=torch.int64, device=x.device)
+            yield Problem(e.classifier.followed_by(rule, 2), x, inside, e.ids[row])
+
+
+def p_missed(found: int, tried: int) -> float:
+    """Exact one-sided p-value of finding so few, were `SOLVED` the chance of finding each."""
+    return float(binomtest(found, tried, SOLVED, alternative="less").pvalue) if tried else 1.0
+
+
+def _solves(e: Evidence, problem: Problem) -> bool:
     proposal = pgd(
-        problem,
-        x,
-        inside,
+        problem.classifier,
+        problem.x,
+        problem.y,
         threat=e.threat,
         steps=e.settings.steps,
         step_size=0.25 * e.threat.radius,
         loss="margin",
     )
-    return bool(judge(problem, x, inside, proposal, e.threat).broken[0])
+    return bool(judge(problem.classifier, problem.x, problem.y, proposal, e.threat).broken[0])
 
 
 def _border(threat: ThreatModel, x: Tensor, generator: torch.Generator) -> Tensor:

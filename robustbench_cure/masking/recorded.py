@@ -19,6 +19,7 @@ from robustbench_cure.masking.checks import MORE_STEPS
 from robustbench_cure.masking.comparisons import alone, finding, random_noise, single_step
 from robustbench_cure.masking.comparisons import scatter as scatter_check
 from robustbench_cure.masking.finding import Finding, not_run
+from robustbench_cure.masking.power import controlled, on_broken
 from robustbench_cure.masking.verdict import Verdict, conclude, flag_findings
 from robustbench_cure.record import Record
 
@@ -126,7 +127,7 @@ def from_record(record: Record) -> Panel | None:
     every = Recorded(correct, record.attacks)
     if not every.of("pgd") or not every.of("spsa", "uniform_noise") or correct.empty:
         return None
-    findings = [*_of_flags(record), _steps(record, every)]
+    findings, powers = [*_of_flags(record), _steps(record, every)], {}
     if every.of("fgsm"):
         findings.append(single_step(every))
     if every.of("uniform_noise"):
@@ -136,6 +137,7 @@ def from_record(record: Record) -> Panel | None:
         seen = every.where(torch.tensor(correct[f"{every.of('spsa')[0].id}.attacked"].tolist()))
         broken = seen.spsa.broken & ~seen.white_box_broken
         findings.append(alone("H", "black box", "SPSA", "gradients", broken, seen.ids))
+        powers = dict.fromkeys("AH", on_broken(seen.spsa.broken, seen.white_box_broken))
         standing = seen.where(~seen.iterated_broken)
         if standing.ids:
             findings.append(scatter_check(standing))
@@ -143,7 +145,7 @@ def from_record(record: Record) -> Panel | None:
             plot = scatter.panel(name, standing.ids, standing.white_box_margin, standing.spsa.margin)
         else:
             findings.append(not_run("A", "scatter", "PGD broke every image: there is nothing to compare"))
-    findings.sort(key=lambda f: f.letter)
+    findings = sorted(controlled(findings, powers), key=lambda f: f.letter)
     return Panel(tuple(findings), conclude(findings, len(correct)), plot)
 
 

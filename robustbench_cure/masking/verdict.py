@@ -13,6 +13,7 @@ from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.masking.evidence import Evidence, Settings
 from robustbench_cure.masking.finding import Finding
+from robustbench_cure.masking.power import controlled, powers
 from robustbench_cure.masking.work import Progress, unheard
 from robustbench_cure.preflight import preflight
 from robustbench_cure.threat import ThreatModel
@@ -72,6 +73,9 @@ def _words(findings: Sequence[Finding], n: int) -> tuple[Kind, str]:
     ran = [finding.letter for finding in findings if finding.status == "clear"]
     if n < FEWEST or not ran:
         return "not conclusive", f"not conclusive: too few points (n = {n}, {FEWEST} are needed)"
+    silent = [finding.letter for finding in findings if finding.status == "inconclusive"]
+    if silent:
+        return "not conclusive", f"not conclusive: no power in {', '.join(silent)} (n = {n})"
     return "no evidence", f"no evidence of masking under checks {_span(ran)} (n = {n})"
 
 
@@ -113,7 +117,8 @@ def diagnose(
     )
     findings = flag_findings(flags)
     if len(evidence):
-        findings += [check(evidence) for check in CHECKS.values()]
+        found = [check(evidence) for check in CHECKS.values()]
+        findings += controlled(found, powers(evidence))
     return Diagnosis(tuple(sorted(findings, key=lambda f: f.letter)), len(evidence), evidence)
 
 

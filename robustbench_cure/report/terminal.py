@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from robustbench_cure.flags import FlagKind
 from robustbench_cure.record import Record
-from robustbench_cure.report.tables import AccuracyRow, DistanceRow, Protocol, attack_rows, protocols
+from robustbench_cure.report.tables import (
+    SEVERITIES,
+    AccuracyRow,
+    DistanceRow,
+    Protocol,
+    attack_rows,
+    protocols,
+)
 from robustbench_cure.report.wording import data_words, interval, number, percent, threat_words
 
 WIDTH = 80
@@ -28,17 +36,38 @@ def _protocol(protocol: Protocol) -> str:
         head.append(_fit(protocol.data.notes, WIDTH))
     body = _one(protocol) if len(protocol.summary) == 1 else _several(protocol)
     foot = []
-    for line in protocol.summary:
-        kinds = ", ".join(dict.fromkeys(flag.kind for flag in line.flags))
+    for name, line in zip(_names(protocol), protocol.summary, strict=True):
+        titles = dict.fromkeys(flag.about.title for flag in line.flags)
         marks = [*(["UNRELIABLE"] if line.unreliable else []), *(["partial run"] if line.partial else [])]
-        if kinds or marks:
-            text = f"! {_fit(line.label, 40)}: {'; '.join([*marks, *([kinds] if kinds else [])])}"
-            foot += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+        if titles or marks:
+            foot += _wrapped(f"! {_fit(name, 40)}: {'; '.join([*marks, *titles])}")
+    foot += _explained({flag.kind: flag.about for line in protocol.summary for flag in line.flags})
     return "\n".join(text.rstrip() for text in [*head, "", *body, *([""] if foot else []), *foot])
+
+
+def _explained(raised: Mapping[str, FlagKind]) -> list[str]:
+    """What every flag means and what to do, under the name that `--fail-on` knows it by."""
+    lines = []
+    for kind in sorted(raised, key=lambda kind: SEVERITIES.index(raised[kind].severity)):
+        about = raised[kind]
+        lines += ["", *_wrapped(f"{kind}: {about.title}")]
+        lines += [*_wrapped(f"  Means: {about.means}."), *_wrapped(f"  Next: {about.do_next}.")]
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _place(protocol: Protocol) -> str:
     return f"{threat_words(protocol.threat)}; {data_words(protocol.data)}"
+
+
+def _names(protocol: Protocol) -> list[str]:
+    """The label of one model; of several the ids, which are shorter, where they differ."""
+    ids = [line.record.manifest.model.id for line in protocol.summary]
+    labels = [line.label for line in protocol.summary]
+    return ids if 1 < len(ids) == len(set(ids)) else labels
 
 
 def _one(protocol: Protocol) -> list[str]:
@@ -67,9 +96,7 @@ def _several(protocol: Protocol) -> list[str]:
         words = [_fit(word, 12) for word in clean_text(rows[0].name).split()]
         head = ["", *words] if len(words) == 1 else [words[0], _fit(" ".join(words[1:]), 12)]
         columns.append([*head, *(_cell(row) for row in rows)])
-    ids = [line.record.manifest.model.id for line in protocol.summary]
-    models = ids if len(set(ids)) == len(ids) else [line.label for line in protocol.summary]
-    names = ["", "accuracy in %", *(_fit(name, NAME) for name in models)]
+    names = ["", "accuracy in %", *(_fit(name, NAME) for name in _names(protocol))]
     left = max(len(name) for name in names)
     blocks: list[list[list[str]]] = [[]]
     used = left

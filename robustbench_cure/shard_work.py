@@ -1,0 +1,300 @@
+"""One shard under way: clean pass, attacks on the living samples, verification.
+
+Most attacks take the living rows of a shard all at once, so that their batches stay full. Where a row costs
+much, an attack is given them in pieces: what a killed run has finished of it is then kept. Pieces are cut by
+the attack's own parameters, never by machine or batch size, so that a resumed run cuts where an
+uninterrupted one does, and computes the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
+from robustbench_cure.attacks.losses import margins
+from robustbench_cure.cards import PGD, SPSA, AttackSpec, DeepFool, Peer
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import EvalSet
+from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.flags import Flag
+from robustbench_cure.judge import RANDOM_STATE, Verdict, guarded, judge
+from robustbench_cure.record import Cost, Manifest, typed
+from robustbench_cure.shards import Shard, fill_columns, read_proposals, save_proposals
+
+T = TypeVar("T")
+
+#: Seconds between two writings of what is done of a shard.
+KEEP_INTERVAL = 30.0
+#: Images that a piece of SPSA passes forward at most; a shard of PGD(100) passes about as many, both ways.
+PIECE_PASSES = 2**17
+#: Rows in a piece of another library's attack, whose cost is not known: enough to fill a batch.
+PIECE_ROWS = 128
+
+
+class ShardWork:
+    """One shard of an evaluation.
+
+    Args:
+        classifier: the model.
+        manifest: of the run.
+        data: the shard's samples.
+        ranks: theirs, in the order of the subset.
+        attacks: implementations by kind.
+        announce: told what is being done.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        manifest: Manifest,
+        data: EvalSet,
+        ranks: range,
+        attacks: dict[str, Callable[..., Proposal]],
+        announce: Callable[[str], None],
+    ) -> None:
+        import pandas as pd
+
+        self.classifier, self.manifest, self.data, self.ranks = classifier, manifest, data, ranks
+        self.attacks, self.announce = attacks, announce
+        self.battery, self.threat = manifest.battery, manifest.battery.threat.model
+        self.x, self.y = data.images.to(classifier.device), data.labels.to(classifier.device)
+        self.columns: dict[str, Any] = {}
+        self.shard = Shard(pd.DataFrame())
+
+    def run(
+        self,
+        before: Shard | None = None,
+        *,
+        keep: Callable[[Shard], None] = lambda _: None,
+        adversarials: Path | None = None,
+    ) -> Shard:
+        """Do it.
+
+        Args:
+            before: what an interrupted run has finished of it.
+            keep: writes what is finished, every `KEEP_INTERVAL` seconds.
+            adversarials: stem of the files that proposals go to; None: they are not kept.
+        """
+        self.keep, self.adversarials = keep, adversarials
+        self.started = time.perf_counter()
+        correct = self._clean_pass()
+        if before is not None:
+            self._take_over(before)
+        self.kept = time.monotonic()
+        rank = torch.arange(self.ranks.start, self.ranks.stop, device=self.x.device)
+        for group in groups(self.battery.attacks, shared=self.attacks.get("pgd") is pgd):
+            limit = group[0].limit
+            living = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
+            self._group(group, living)
+        return self._so_far()
+
+    # --- rows -----------------------------------------------------------------------------------------
+
+    def _clean_pass(self) -> Tensor:
+        """Fill the columns of the images themselves; which rows are classified correctly, bool (n,)."""
+        started = time.perf_counter()
+        logits = self._ask("the clean pass", lambda: self.classifier.logits(self.x))
+        margin, pred = margins(logits, self.y), logits.argmax(1)
+        self.columns = {
+            "sample_id": list(self.data.ids),
+            "rank": list(self.ranks),
+            "image_sha256": list(self.data.hashes),
+            "label": self.y.cpu().numpy(),
+            "clean_pred": pred.cpu().numpy(),
+            "clean_margin": margin.cpu().numpy(),
+        }
+        self.shard.cost["clean"] = Cost(seconds=time.perf_counter() - started, forwards=len(self.x))
+        return pred == self.y
+
+    def _take_over(self, before: Shard) -> None:
+        self.shard = before
+        self.started -= before.seconds
+        new = [str(name) for name in before.rows if name not in self.columns]
+        self.columns |= {name: before.rows[name].to_numpy(dtype=object) for name in new}
+
+    def _so_far(self) -> Shard:
+        """The shard with the columns of the attacks that have begun: all, once it is finished."""
+        import pandas as pd
+
+        begun = tuple(spec for spec in self.battery.attacks if spec.id in self.shard.cost)
+        self.shard.seconds = time.perf_counter() - self.started
+        self.shard.rows = typed(
+            pd.DataFrame(self.columns), self.battery.model_copy(update={"attacks": begun})
+        )
+        return self.shard
+
+    def _left(self, group: list[AttackSpec], living: Tensor) -> Tensor:
+        """The living rows that a group has not been given yet."""
+        if group[0].id not in self.shard.cost:
+            return living
+        given = torch.tensor(self.columns[f"{group[0].id}.attacked"].astype(bool), device=living.device)
+        return living[~given[living]]
+
+    # --- attacks --------------------------------------------------------------------------------------
+
+    def _group(self, group: list[AttackSpec], living: Tensor) -> None:
+        """Run attacks that belong together on the rows that are left, piece by piece."""
+        left = self._left(group, living)
+        if group[0].id in self.shard.cost and not len(left):
+            return  # done by a run that was interrupted
+        done = living[: len(living) - len(left)]
+        images: dict[str, list[Tensor]] = {spec.id: [] for spec in group}
+        if self.adversarials and len(done):
+            found = read_proposals(self.adversarials, group, self._ids(done))
+            if found is None:  # not kept by the run that was interrupted: all of them are wanted
+                done, left = living[:0], living
+                for spec in group:
+                    del self.shard.cost[spec.id]
+            else:
+                images = {name: [tensor] for name, tensor in found.items()}
+        self.announce(group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}")
+        for rows in torch.split(left, piece_rows(group[0]) or max(1, len(left))):
+            self._piece(group, rows, images)
+            done = torch.cat((done, rows))
+            last = len(done) == len(living)
+            due = time.monotonic() - self.kept >= KEEP_INTERVAL
+            if self.adversarials and (last or due):
+                save_proposals(self.adversarials, group, images, self._ids(done))
+            if due:
+                self.kept = time.monotonic()
+                self.keep(self._so_far())
+
+    def _piece(self, group: list[AttackSpec], rows: Tensor, images: dict[str, list[Tensor]]) -> None:
+        """Attack some rows, judge what comes back, and note it."""
+        x, y = self.x[rows], self.y[rows]
+        for spec, proposal in zip(group, self._attack(group, x, y, self._ids(rows)), strict=True):
+            verdict = self._judge(spec, x, y, proposal)
+            fill_columns(self.columns, spec.id, len(self.x), rows.cpu(), proposal, verdict)
+            if self.adversarials:
+                images[spec.id].append(_images(x, proposal))
+
+    def _ids(self, rows: Tensor) -> list[str]:
+        return [self.data.ids[row] for row in rows.tolist()]
+
+    def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
+        minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
+        if isinstance(spec, Peer):
+            from robustbench_cure.interop import peers
+
+            minimal = peers.minimal(spec.kind)
+        clip = not isinstance(spec, DeepFool) or spec.clip
+        return self._ask(
+            f"the check of attack {spec.id!r}",
+            lambda: judge(self.classifier, x, y, proposal, self.threat, minimal=minimal, clip=clip),
+        )
+
+    def _ask(self, what: str, work: Callable[[], T]) -> T:
+        """Passes through the user's model, which may raise what it likes."""
+        try:
+            return with_memory(self.classifier, work)
+        except (RunError, UsageError):
+            raise
+        except Exception as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise RunError(f"the model failed during {what}: {reason}") from error
+
+    def _attack(self, group: list[AttackSpec], x: Tensor, y: Tensor, ids: list[str]) -> list[Proposal]:
+        """Run one group on some rows; charge its cost, note its side effects."""
+        kind = group[0].kind
+        noise = Noise.for_samples(self.manifest.config.seed, kind, ids, x.device)
+        hyper = group[0].hyper
+
+        def work(given: Tensor) -> list[Proposal]:
+            if len(group) == 1:
+                return [
+                    self.attacks[group[0].implementation](
+                        self.classifier, given, y, threat=self.threat, noise=noise, **hyper
+                    )
+                ]
+            rungs = tuple(spec.hyper["steps"] for spec in group)
+            rest = {key: value for key, value in hyper.items() if key != "steps"}
+            return pgd_ladder(self.classifier, given, y, threat=self.threat, noise=noise, rungs=rungs, **rest)
+
+        started = time.perf_counter()
+        try:
+            proposals, effects = with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
+        except (RunError, UsageError):
+            raise
+        except Exception as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise RunError(f"attack {group[0].id!r} failed: {reason}") from error
+        if self.classifier.device.type == "cuda":
+            torch.cuda.synchronize(self.classifier.device)
+        seconds = time.perf_counter() - started
+        passes = [int((p.forwards + p.backwards).sum()) for p in proposals]
+        for spec, proposal, own in zip(group, proposals, passes, strict=True):
+            # A rung is charged the share of the common trajectory that it needs.
+            share = own / max(passes) if max(passes) else 1.0
+            cost = self.shard.cost.setdefault(spec.id, Cost())
+            cost.seconds += seconds * share
+            cost.forwards += int(proposal.forwards.sum())
+            cost.backwards += int(proposal.backwards.sum())
+        if any(flag.kind == "stochastic" for flag in self.manifest.flags):
+            effects = [effect for effect in effects if effect != RANDOM_STATE]  # the model's own doing
+        contained = [effect for proposal in proposals for effect in proposal.effects]
+        for kind, seen in (("side_effects", effects), ("contained", contained)):
+            flags = [Flag(kind=kind, evidence=effect, attack=group[0].id) for effect in seen]
+            self.shard.flags += [flag for flag in flags if flag not in self.shard.flags]
+        return proposals
+
+
+def piece_rows(spec: AttackSpec) -> int | None:
+    """Rows that an attack is given at a time; None: all that live.
+
+    Decided by the battery alone: rounding, and the draws of a peer, follow the rows that stand together.
+    """
+    if isinstance(spec, SPSA):
+        return max(1, PIECE_PASSES // (2 * spec.samples * spec.steps))
+    return PIECE_ROWS if isinstance(spec, Peer) else None
+
+
+def _images(x: Tensor, proposal: Proposal) -> Tensor:
+    """What was proposed, on the CPU; NaN where that is no images of the right shape."""
+    found = proposal.x_adv
+    fits = isinstance(found, Tensor) and found.shape == x.shape
+    return (found if fits else torch.full_like(x, torch.nan)).detach().float().cpu()
+
+
+def with_memory(classifier: Classifier, work: Callable[[], T]) -> T:
+    """Run; where the device's memory does not suffice, halve the batch and run again.
+
+    Raises:
+        RunError: not even one image fits.
+    """
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if classifier.batch_size == 1:
+                raise RunError("out of device memory even at batch size 1") from None
+            classifier.batch_size //= 2
+            if classifier.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def groups(specs: Iterable[AttackSpec], *, shared: bool = True) -> Iterator[list[AttackSpec]]:
+    """Attacks that run together: PGD entries that differ in ``steps`` alone, in order of steps."""
+    pending = list(specs)
+    while pending:
+        first = pending.pop(0)
+        group = [first]
+        if shared and isinstance(first, PGD):
+            same = [s for s in pending if isinstance(s, PGD) and _ladder_key(s) == _ladder_key(first)]
+            steps = {first.steps}
+            for spec in same:
+                if spec.steps not in steps:
+                    steps.add(spec.steps)
+                    group.append(spec)
+                    pending.remove(spec)
+            group.sort(key=lambda spec: spec.hyper["steps"])
+        yield group
+
+
+def _ladder_key(spec: PGD) -> tuple[object, ...]:
+    return (spec.limit, *(value for key, value in spec.hyper.items() if key != "steps"))
