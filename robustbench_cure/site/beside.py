@@ -13,6 +13,7 @@ from robustbench_cure.catalog import Found as FoundCard
 from robustbench_cure.errors import UsageError
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.explanations import EXPLANATIONS
+from robustbench_cure.masking.finding import Finding
 from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.record import ModelInfo, Record
 from robustbench_cure.report.sheet import Sheet
@@ -131,8 +132,12 @@ def _panel(file: Path, study: StudyFolder, name: str) -> Panel:
 
 def _finding(found: Mapping[str, Any]) -> dict[str, str]:
     texts = {key: str(found[key]) for key in ("letter", "title", "status", "evidence")}
-    numbers = {key: found.get(key) for key in ("value", "threshold")}
-    return texts | {key: "" if value is None else f"{value:.3g}" for key, value in numbers.items()}
+    given = {key: found[key] for key in Finding.model_fields if key in found}
+    known = Finding.model_validate({"check": ""} | given)
+    # What was written before findings said on which side of it they are raised has a bare threshold.
+    limit = known.limit_words if "beyond" in found else known.limit_words.lstrip("<> ")
+    test = f", p = {known.p_words}" if known.p_words else ""
+    return texts | {"value": known.value_words + test, "threshold": limit}
 
 
 def study_files(study: StudyFolder, suffixes: tuple[str, ...]) -> list[Path]:
