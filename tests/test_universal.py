@@ -492,6 +492,7 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--xi", "0"], "must be positive"),
+        (["--xi", "2", "--norm", "linf"], "--xi 2: pixels lie between 0 and 1; write grey levels as 10/255"),
         (["--xi", "eight"], "--xi eight"),
         (["--xi", "1e400"], "--xi 1e400: must be positive, from 1e-18 to 1e18"),
         (["--xi", "1e39"], "--xi 1e39: must be positive"),
