@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 #: Seconds between two writings of what is done of a shard.
 KEEP_INTERVAL = 30.0
-#: Images that a piece of SPSA passes forward at most; a shard of PGD(100) passes about as many, both ways.
-PIECE_PASSES = 2**17
+#: Images that a piece of SPSA passes forward at most: minutes on a processor, and passes that fill a GPU.
+PIECE_PASSES = 2**19
 #: Rows in a piece of another library's attack, whose cost is not known: enough to fill a batch.
 PIECE_ROWS = 128
 

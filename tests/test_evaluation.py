@@ -499,7 +499,7 @@ def test_pieces_follow_the_battery_and_nothing_else(pieces_of_three):
 
 def test_only_attacks_that_cost_much_a_row_are_cut():
     sizes = {spec.id: piece_rows(spec) for spec in load_battery("strong").attacks}
-    assert sizes.pop("spsa") == 5  # 2**17 images, 2 * 128 * 100 a row
+    assert sizes.pop("spsa") == 20  # 2**19 images, 2 * 128 * 100 a row
     assert set(sizes.values()) == {None}
     assert {piece_rows(spec) for spec in load_battery("autoattack").attacks} == {128}
 
