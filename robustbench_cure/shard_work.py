@@ -153,8 +153,10 @@ class ShardWork:
                     del self.shard.cost[spec.id]
             else:
                 images = {name: [tensor] for name, tensor in found.items()}
-        self.announce(group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}")
+        name = group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}"
         for rows in torch.split(left, piece_rows(group[0]) or max(1, len(left))):
+            far = f", {len(done)} of {len(living)} images" if len(rows) < len(living) else ""
+            self.announce(name + far)
             self._piece(group, rows, images)
             done = torch.cat((done, rows))
             last = len(done) == len(living)

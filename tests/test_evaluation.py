@@ -497,6 +497,15 @@ def test_pieces_follow_the_battery_and_nothing_else(pieces_of_three):
         assert given == [3, 3, 3, 3, 1]
 
 
+def test_progress_says_how_far_a_long_attack_is(pieces_of_three):
+    said, protocol = [], battery(FGSM, LONG["spsa"])
+    evaluate(classifier(linear()), protocol, images(21), progress=lambda *given: said.append(given[2]))
+    name = battery(LONG["spsa"]).attacks[0].name
+    assert [text for text in said if text.startswith(name)] == [
+        f"{name}, {done} of 13 images" for done in (0, 3, 6, 9, 12)
+    ]
+
+
 def test_only_attacks_that_cost_much_a_row_are_cut():
     sizes = {spec.id: piece_rows(spec) for spec in load_battery("strong").attacks}
     assert sizes.pop("spsa") == 20  # 2**19 images, 2 * 128 * 100 a row
