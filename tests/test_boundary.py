@@ -455,12 +455,6 @@ def test_a_threshold_is_judged_on_images_that_it_was_not_chosen_on():
 # --- the commands ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """Points found in bfloat16 would not be those that are found here again."""
-    monkeypatch.setattr("robustbench_cure.zoo.models.has_bf16", lambda device: False)
-
-
 def toy(tmp_path, monkeypatch, code, first, classes=3):
     """A model of your own for images of 6 x 6, grey but for the first pixel: its values, of 255."""
     name = f"toy_{abs(hash(code))}"

@@ -388,7 +388,10 @@ def test_the_paths_of_a_network_keep_its_label(digits_net, digits_test):
 
 def test_ends_beside_a_boundary_are_joined_at_the_finest_spacing():
     """Random points carried into a region of a network: with anchors half as far inside these are not."""
-    model, data = load_model("digits_cure", device="cpu"), load_dataset("digits").subset(500)
+    model, data = (
+        load_model("digits_cure", device="cpu", precision="fp32"),
+        load_dataset("digits").subset(500),
+    )
     labels = labels_of(model, data.images)
     noise = Noise.for_samples(0, "connectivity", ["random/30", "random/81"])
     ends = draw_pairs(model, data.images, labels, "random", noise)
@@ -550,7 +553,10 @@ def test_the_table_follows_from_the_pairs(whole):
 def test_pairs_are_what_their_scenario_says(whole):
     """Ends and distances again, from the images that the rows name."""
     rows = pd.read_csv(whole[0] / "connectivity-pairs.csv")
-    model, data = load_model("digits_cure", device="cpu"), load_dataset("digits").subset(100)
+    model, data = (
+        load_model("digits_cure", device="cpu", precision="fp32"),
+        load_dataset("digits").subset(100),
+    )
     label = {name: int(k) for name, k in zip(data.ids, labels_of(model, data.images), strict=True)}
     image = dict(zip(data.ids, data.images, strict=True))
     own = rows["first"].map(label)
@@ -582,7 +588,10 @@ def test_pairs_are_what_their_scenario_says(whole):
 def test_the_curve_of_convexity_has_its_counts_and_intervals(whole):
     out, _ = whole
     table = pd.read_csv(out / "convexity.csv")
-    model, data = load_model("digits_cure", device="cpu"), load_dataset("digits").subset(100)
+    model, data = (
+        load_model("digits_cure", device="cpu", precision="fp32"),
+        load_dataset("digits").subset(100),
+    )
     labels = labels_of(model, data.images)
     sizes = labels.bincount()
     assert table["k"].tolist() == list(range(2, 11))

@@ -136,7 +136,13 @@ def invoke(*arguments: str):
     return CliRunner().invoke(cli, ["distance", *arguments, "--device", "cpu"], catch_exceptions=False)
 
 
-def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
+@pytest.fixture
+def coarse(monkeypatch):
+    """A tenth of the radii: the command's own work is what counts."""
+    monkeypatch.setattr("robustbench_cure.geometry.distance.GRID", GRID[::10])
+
+
+def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path, coarse):
     run = invoke(
         "--model", "digits_normal", "--model", "digits_cure", "--n", "20", "--out", str(tmp_path / "a")
     )  # fmt: skip
@@ -161,7 +167,7 @@ def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
     assert max(len(line) for line in run.output.splitlines() if not line.startswith("page")) <= 80
 
 
-def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
+def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, coarse):
     arguments = ["--model", "digits_normal", "--n", "12", "--batch-size", "4"]
     invoke(*arguments, "--out", str(tmp_path / "whole"))
     real, calls = smallest, []

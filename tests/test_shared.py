@@ -199,12 +199,6 @@ def build(): return Bowl()
 """
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """Points found in bfloat16 would not be those that are found here again."""
-    monkeypatch.setattr("robustbench_cure.zoo.models.has_bf16", lambda device: False)
-
-
 def invoke(*arguments: str):
     return CliRunner().invoke(cli, ["shared", *arguments, "--device", "cpu"], catch_exceptions=False)
 
@@ -490,7 +484,8 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         (["--dimension", "64"], "--dimension 64: the images have 64 inputs"),
         (["--xi", "0"], "--xi 0: must be positive"),
         (["--xi", "far"], "--xi far"),
-        (["--xi", "1e400"], "--xi: longer than the diagonal of the images' box, 8 pixels"),
+        (["--xi", "9"], "--xi: longer than the diagonal of the images' box, 8 pixels"),
+        (["--xi", "1e400"], "--xi 1e400: must be positive, from 1e-18 to 1e18"),
         (["--step", "0"], "--step 0: must be positive"),
         (["--step", "1e300"], "--step: longer than the diagonal of the images' box, 8 pixels"),
     ],

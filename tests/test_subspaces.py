@@ -262,7 +262,7 @@ def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
     assert "to the first change of label on the way" in page
     assert "data:image/svg+xml" in page
     # Lengths are those of cut perturbations of the very images, each in the subspace of its own stream.
-    model, data = load_model("digits_cure", device="cpu"), load_dataset("digits").subset(20)
+    model, data = load_model("digits_cure", device="cpu", precision="fp32"), load_dataset("digits").subset(20)
     noise = Noise.for_samples(0, "subspace", data.ids)
     for m in (1, 4):
         basis = random_subspaces((1, 8, 8), m, noise)

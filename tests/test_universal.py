@@ -447,8 +447,7 @@ def test_unfinished_work_with_other_settings_is_not_taken_over(tmp_path, other):
         invoke(*arguments, *other)
 
 
-@pytest.mark.parametrize("xi", ["1e18", "1e-18"])
-@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(("norm", "xi"), [("l2", "1e18"), ("l2", "1e-18"), ("linf", "1"), ("linf", "1e-18")])
 def test_radii_at_the_ends_of_the_range_and_the_largest_seed_are_taken(tmp_path, norm, xi):
     arguments = ["--n", "8", "--passes", "1", "--norm", norm, "--xi", xi, "--seed", str(2**63 - 1)]
     assert invoke("--model", "digits_normal", *arguments, "--out", str(tmp_path / "a")).exit_code == 0
