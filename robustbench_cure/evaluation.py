@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from robustbench_cure.attacks import ATTACKS, Proposal
-from robustbench_cure.cards import PGD, Battery, Peer
+from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
@@ -37,6 +37,7 @@ from robustbench_cure.shards import (
     read_unfinished,
     write_shard,
 )
+from robustbench_cure.specs import PGD, Peer
 
 #: Samples in one shard: the unit of resuming and splitting. Part of a run's identity.
 SHARD_SIZE = 512

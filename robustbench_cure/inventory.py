@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from robustbench_cure import __version__
-from robustbench_cure.cards import AttackSpec, Battery, ModelCard, PublishedTable, read_card
+from robustbench_cure.cards import Battery, ModelCard, PublishedTable, read_card
 from robustbench_cure.catalog import Found, cache_dir, catalog, roots
 from robustbench_cure.errors import UsageError
+from robustbench_cure.specs import AttackSpec
 
 T = TypeVar("T", ModelCard, Battery)
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from robustbench_cure.cards import AttackSpec, Battery
+from robustbench_cure.cards import Battery
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import Flag
+from robustbench_cure.specs import AttackSpec
 from robustbench_cure.stats import Rate
 from robustbench_cure.strict import describe
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
 from robustbench_cure.attacks.losses import margins
-from robustbench_cure.cards import PGD, SPSA, AttackSpec, DeepFool, Peer
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
@@ -26,6 +25,7 @@ from robustbench_cure.flags import Flag
 from robustbench_cure.judge import RANDOM_STATE, Verdict, guarded, judge
 from robustbench_cure.record import Cost, Manifest, typed
 from robustbench_cure.shards import Shard, fill_columns, read_proposals, save_proposals
+from robustbench_cure.specs import PGD, SPSA, AttackSpec, DeepFool, Peer
 
 T = TypeVar("T")
 

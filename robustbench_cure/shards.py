@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.proposal import Proposal
-from robustbench_cure.cards import AttackSpec, Battery
+from robustbench_cure.cards import Battery
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.flags import Flag
 from robustbench_cure.judge import Verdict
 from robustbench_cure.record import Cost, Manifest, Record, read_manifest, typed, write_table
+from robustbench_cure.specs import AttackSpec
 from robustbench_cure.verdicts import run_flags
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
-from robustbench_cure.cards import PGD, AttackSpec, DeepFool
 from robustbench_cure.flags import Flag
 from robustbench_cure.gate.paired import Flips
 from robustbench_cure.record import Record
+from robustbench_cure.specs import PGD, AttackSpec, DeepFool
 
 #: Kinds of flag that `run_flags` raises.
 DERIVED = {

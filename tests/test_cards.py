@@ -10,20 +10,10 @@ from typing import Any
 
 import pytest
 
-from robustbench_cure.cards import (
-    FGSM,
-    PGD,
-    SPSA,
-    Battery,
-    DeepFool,
-    ModelCard,
-    PublishedTable,
-    UniformNoise,
-    parse_card,
-    read_card,
-)
+from robustbench_cure.cards import Battery, ModelCard, PublishedTable, parse_card, read_card
 from robustbench_cure.catalog import FOLDERS, catalog, find
 from robustbench_cure.errors import UsageError
+from robustbench_cure.specs import FGSM, PGD, SPSA, DeepFool, UniformNoise
 from robustbench_cure.threat import format_eps
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from robustbench_cure.cards import PGD, AttackSpec
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.checks import MORE_STEPS
 from robustbench_cure.masking.comparisons import alone, finding, random_noise, single_step
@@ -22,6 +21,7 @@ from robustbench_cure.masking.finding import Finding, not_run
 from robustbench_cure.masking.power import controlled, on_broken
 from robustbench_cure.masking.verdict import Verdict, conclude, flag_findings
 from robustbench_cure.record import Record
+from robustbench_cure.specs import PGD, AttackSpec
 
 #: Kinds of attack that follow gradients.
 SIGHTED = ("fgsm", "pgd", "deepfool")

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from robustbench_cure.cards import AttackSpec, Battery, DeepFool
+from robustbench_cure.cards import Battery
 from robustbench_cure.flags import Flag
 from robustbench_cure.record import DataInfo, Record
 from robustbench_cure.report.wording import spec_words
+from robustbench_cure.specs import AttackSpec, DeepFool
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import ThreatModel
 

@@ -13,10 +13,11 @@ from typing import Literal
 
 import pandas as pd
 
-from robustbench_cure.cards import FGSM, PGD, SPSA, DeepFool, ModelCard, UniformNoise
+from robustbench_cure.cards import ModelCard
 from robustbench_cure.record import Record
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.wording import count, data_words, percent, threat_words
+from robustbench_cure.specs import FGSM, PGD, SPSA, DeepFool, UniformNoise
 from robustbench_cure.stats import Rate
 
 Status = Literal["met", "not met", "not in the record", "declared", "not declared"]

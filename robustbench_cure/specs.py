@@ -1,0 +1,160 @@
+"""What a battery says of one attack: its kind, and every hyper-parameter of it, without a default.
+
+Nothing about a published protocol is a Python default: every hyper-parameter must be written in the battery.
+This module imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from robustbench_cure.strict import Fractional, Identifier, Positive, Strict
+from robustbench_cure.threat import ThreatModel, format_eps, parse_fraction
+
+
+class _Attack(Strict):
+    id: Identifier
+    #: What the report prints, e.g. "PGD(20)".
+    name: str
+    #: Attack only the first `limit` samples of the (shuffled) set; 0 attacks all of them.
+    limit: Annotated[int, Field(ge=0)]
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Keyword arguments of the attack function; fractions become floats."""
+        fields = set(type(self).model_fields) - {"id", "name", "limit", "kind"}
+        return {key: self._plain(key, getattr(self, key)) for key in sorted(fields)}
+
+    def _plain(self, key: str, value: Any) -> Any:
+        return float(parse_fraction(value)) if key == "step_size" else value
+
+    @property
+    def implementation(self) -> str:
+        """Which function of `ATTACKS` runs it."""
+        return _family(self)
+
+    def check(self, threat: ThreatModel) -> None:
+        """Refuse a budget that cannot be right under this threat model (ValueError)."""
+
+    def scaled(self, ratio: Fraction) -> Self:
+        """The same attack for a ball ``ratio`` times as large: steps grow with it."""
+        size = getattr(self, "step_size", None)
+        if size is None:
+            return self
+        return self.model_copy(update={"step_size": format_eps(parse_fraction(size) * ratio)})
+
+
+class FGSM(_Attack):
+    """One gradient-sign step (l2: one normalised-gradient step) of length eps."""
+
+    kind: Literal["fgsm"]
+
+
+class UniformNoise(_Attack):
+    """Control: random points of the ball, the worst of `draws` counts."""
+
+    kind: Literal["uniform_noise"]
+    draws: Positive
+
+
+class PGD(_Attack):
+    """Projected gradient descent; entries that differ in `steps` alone share one trajectory."""
+
+    kind: Literal["pgd"]
+    steps: Positive
+    step_size: Fractional
+    random_start: bool
+    restarts: Positive
+    loss: Literal["ce", "margin", "dlr"]
+    stop: Literal["first-success", "never"]
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("restarts without a random start repeat the same trajectory")
+        if self.steps * parse_fraction(self.step_size) < threat.eps:
+            raise ValueError(
+                f"{self.steps} steps of {self.step_size} cannot cross the ball of radius {threat.eps}"
+            )
+
+
+class DeepFool(_Attack):
+    """DeepFool in the norm of the threat model, inside the ball or to the nearest boundary."""
+
+    kind: Literal["deepfool"]
+    mode: Literal["bounded", "minimal"]
+    steps: Positive
+    overshoot: Annotated[float, Field(ge=0)]
+    candidates: Annotated[int, Field(ge=2)]
+    clip: bool
+
+
+class SPSA(_Attack):
+    """Gradient-free search from finite differences along random sign vectors."""
+
+    kind: Literal["spsa"]
+    steps: Positive
+    samples: Positive
+    step_size: Fractional
+    delta: Annotated[float, Field(gt=0)]
+    stop: Literal["first-success", "never"]
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
+        if self.steps * parse_fraction(self.step_size) < threat.eps:
+            raise ValueError(
+                f"{self.steps} Adam steps of {self.step_size} cannot reach the ball of radius {threat.eps}"
+            )
+
+
+class Peer(_Attack):
+    """An attack of another library, "torchattacks:CW"; further keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Annotated[str, Field(pattern=r"^[a-z]+:[A-Za-z][\w-]*$")]
+
+    @model_validator(mode="after")
+    def _plain_options(self) -> Peer:
+        for key, value in (self.model_extra or {}).items():
+            if not isinstance(value, (bool, int, float, str)):
+                raise ValueError(f"{key}: must be a number, a word or true or false")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Parameters of the attack; fractions such as "2/255" become floats."""
+        return {key: _number(value) for key, value in sorted((self.model_extra or {}).items())}
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Keyword arguments of the function that runs peers."""
+        return {"kind": self.kind, "options": self.options}
+
+    def scaled(self, ratio: Fraction) -> Self:  # noqa: ARG002, D102 - as in the base
+        given = [key for key, value in (self.model_extra or {}).items() if "/" in str(value)]
+        if given:
+            raise ValueError(f"attack {self.id!r}: its {given[0]} belongs to the battery's own radius")
+        return self
+
+
+def _number(value: Any) -> Any:
+    return float(parse_fraction(value)) if isinstance(value, str) and "/" in value else value
+
+
+def _family(value: Any) -> str:
+    """Which of the classes below an entry is for: its kind, or ``peer`` for "library:Name"."""
+    kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", "")
+    return "peer" if ":" in str(kind) else str(kind)
+
+
+AttackSpec = Annotated[
+    Annotated[FGSM, Tag("fgsm")]
+    | Annotated[UniformNoise, Tag("uniform_noise")]
+    | Annotated[PGD, Tag("pgd")]
+    | Annotated[DeepFool, Tag("deepfool")]
+    | Annotated[SPSA, Tag("spsa")]
+    | Annotated[Peer, Tag("peer")],
+    Discriminator(_family),
+]
