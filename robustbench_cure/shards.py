@@ -175,7 +175,7 @@ def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:
     Raises:
         UsageError: names the first thing that differs.
     """
-    if not before.model.same_as(now.model) and before.model.weights_sha256 == now.model.weights_sha256:
+    if before.model.weights_sha256 == now.model.weights_sha256 and not before.model.same_as(now.model):
         raise UsageError(
             f"{where}: holds a run of the same weights in another network (code, mean or std); "
             "choose another --out"

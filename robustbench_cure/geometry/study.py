@@ -139,7 +139,8 @@ def open_study(
     classifiers, data = load_all(names, dataset, request)
     seed = 0 if request.seed is None else request.seed
     wanted = min(default_n, len(data)) if request.n is None else request.n
-    data = data.subset(0 if first_by_seed else wanted, seed if first_by_seed else 0)
+    looked_at = max(wanted, min(LOOKED_AT, len(data))) if first_by_seed else wanted
+    data = data.subset(looked_at, seed if first_by_seed else 0)
     models: dict[str, Classifier] = {}
     for classifier in classifiers:
         name = classifier.model_info().id
@@ -163,11 +164,8 @@ def _first_right(data: EvalSet, models: list[Classifier], wanted: int) -> EvalSe
 
     What surrounds a misclassified image says nothing of its own region.
     """
-    if wanted > len(data):
-        raise UsageError(f"--n {wanted}: {data.name} has only {len(data)} {data.split} samples")
-    first = data.take(range(min(max(LOOKED_AT, wanted), len(data))))
-    right = torch.ones(len(first), dtype=torch.bool)
+    right = torch.ones(len(data), dtype=torch.bool)
     for model in models:
-        right &= model.logits(first.images.to(model.device)).argmax(1).cpu() == first.labels
+        right &= model.logits(data.images.to(model.device)).argmax(1).cpu() == data.labels
     rows = right.nonzero().flatten().tolist()
-    return first.take(rows[:wanted] if len(rows) >= wanted else range(wanted))
+    return data.take(rows[:wanted] if len(rows) >= wanted else range(wanted))
