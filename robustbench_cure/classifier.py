@@ -2,8 +2,9 @@
 
 Two forms of one network. The *reference* form is the module as loaded, in float32 without TF32: every
 claim is checked with it. The *search* form has batch-norm folded, channels_last memory and, where the
-processor has it, bfloat16: attacks look for perturbations with it. Reduced precision can only make the
-search weaker, never a claim wrong.
+processor has it, bfloat16, but for the layer that computes the logits: attacks look for perturbations with
+it. Reduced precision can only make the search weaker, never a claim wrong; `precision` says where it is too
+weak to be used.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class Classifier:
     Attributes:
         forwards: images passed forward so far, all forms together.
         backwards: input gradients computed so far, images times gradients.
+        non_finite: images whose input gradient had NaN or infinite entries, so far; attacks see zero there.
+        fallback: why the search is in float32 although bfloat16 was asked for; empty: it is as asked.
         heartbeat: called after every pass; None: nobody listens.
     """
 
@@ -122,15 +125,37 @@ class Classifier:
         self.heartbeat: Callable[[], None] | None = None
         self.forwards = 0
         self.backwards = 0
+        self._non_finite = torch.zeros((), dtype=torch.int64)
         snapshot = copy.deepcopy(module).to(self.device).float().eval().requires_grad_(False)
         self.module = snapshot.to(memory_format=torch.channels_last)
         example = torch.linspace(0, 1, 4 * _size(input_shape), device=self.device).view(4, *input_shape)
+        self._example = example
+        self.fallback = ""
+        self._search = self._search_form(precision)
+        self.folded = type(self._search) is not type(self.module)
+
+    def _search_form(self, precision: Precision) -> nn.Module:
         with full_precision():
-            folded = fold_batchnorm(self.module, example)
-        self.folded = type(folded) is not type(self.module)
-        self._search = folded.to(memory_format=torch.channels_last).requires_grad_(False)
+            folded = fold_batchnorm(self.module, self._example)
+        form = folded.to(memory_format=torch.channels_last).requires_grad_(False)
         if precision == "bf16":
-            _store_bf16(self._search)
+            _store_bf16(form, self._example)
+        return form
+
+    def fall_back(self, reason: str) -> None:
+        """Search in float32 from now on; ``fallback`` says why."""
+        self.precision, self.fallback = "fp32", reason
+        self._search = self._search_form("fp32")
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Search in float32 for a while."""
+        before = self.precision, self._search
+        self.precision, self._search = "fp32", self._search_form("fp32")
+        try:
+            yield
+        finally:
+            self.precision, self._search = before
 
     def __repr__(self) -> str:
         name = self._info.id if self._info else type(self.module).__name__
@@ -147,9 +172,10 @@ class Classifier:
         self.num_classes, self.input_shape = num_classes, (0, 0, 0)
         self.precision, self.batch_size = "fp32", batch_size
         self.forwards = self.backwards = 0
+        self._non_finite = torch.zeros((), dtype=torch.int64)
         self._info, self._asked = None, False
         self.heartbeat = None
-        self.folded = False
+        self.folded, self.fallback = False, ""
         self.module = self._search = module
         return self
 
@@ -171,20 +197,23 @@ class Classifier:
     def logits(self, x: Tensor) -> Tensor:
         """Reference logits, float32 (B, L), in chunks of ``batch_size``; no gradient."""
         self._count(len(x))
-        with torch.no_grad(), full_precision():
-            parts = [self._forward(self.module, part) for part in torch.split(x, self.batch_size)]
-        return torch.cat(parts) if parts else x.new_zeros((0, self.num_classes))
+        return torch.cat([self._logits(part, reference=True) for part in torch.split(x, self.batch_size)])
 
     # --- search form --------------------------------------------------------------------------------
 
     def search_logits(self, x: Tensor) -> Tensor:
         """Logits of the search form, float32 (B, L), one pass; no gradient."""
         self._count(len(x))
-        with torch.no_grad(), self._form(False) as module:
+        return self._logits(x, reference=False)
+
+    def _logits(self, x: Tensor, *, reference: bool) -> Tensor:
+        if not len(x):  # many networks cannot flatten an empty batch
+            return x.new_zeros((0, self.num_classes))
+        with self._form(reference) as module, torch.no_grad():
             return self._forward(module, x)
 
     def value_and_gradient(
-        self, x: Tensor, loss: Callable[[Tensor], Tensor], *, reference: bool = False
+        self, x: Tensor, loss: Callable[[Tensor], Tensor], *, reference: bool = False, raw: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Logits and input gradient, one pass.
 
@@ -192,14 +221,18 @@ class Classifier:
             x: images (B,C,H,W).
             loss: logits (B, L) float32 -> loss (B,); summed, so each row's gradient is its own.
             reference: use the reference form instead of the search form.
+            raw: leave in the gradient what is not finite.
 
         Returns:
-            logits float32 (B, L) and gradient float32, shape of x; zero where the graph is cut.
+            logits float32 (B, L) and gradient float32, shape of x; zero where the graph is cut, and in
+            entries that are not finite.
         """
-        with torch.enable_grad(), self._form(reference) as module:
-            leaf = x.detach().requires_grad_(True)
+        if not len(x):
+            return x.new_zeros((0, self.num_classes)), torch.zeros_like(x)
+        with self._form(reference) as module, torch.enable_grad():
+            leaf = _leaf(x)
             logits = self._forward(module, leaf)
-            gradient = self._grad(loss(logits).sum(), leaf, keep=False)
+            gradient = self._grad(loss(logits).sum(), leaf, keep=False, raw=raw)
         self._count(len(x), len(x))
         return logits.detach(), gradient
 
@@ -215,10 +248,12 @@ class Classifier:
             reference: use the reference form instead of the search form.
 
         Returns:
-            logits float32 (B, L) and gradients float32 (B, m, C, H, W).
+            logits float32 (B, L) and gradients float32 (B, m, C, H, W), zero in entries that are not finite.
         """
-        with torch.enable_grad(), self._form(reference) as module:
-            leaf = x.detach().requires_grad_(True)
+        if not len(x):
+            return x.new_zeros((0, self.num_classes)), x.new_zeros((0, classes.shape[1], *x.shape[1:]))
+        with self._form(reference) as module, torch.enable_grad():
+            leaf = _leaf(x)
             logits = self._forward(module, leaf)
             own = logits.gather(1, labels[:, None])
             differences = (logits.gather(1, classes) - own).sum(0)
@@ -234,17 +269,25 @@ class Classifier:
         if self.heartbeat is not None:
             self.heartbeat()
 
+    @property
+    def non_finite(self) -> int:
+        """Images whose input gradient had NaN or infinite entries, so far."""
+        return int(self._non_finite)
+
     @contextmanager
     def _form(self, reference: bool) -> Iterator[nn.Module]:
-        if reference:
-            with full_precision():
-                yield self.module
-        elif self.precision == "bf16":
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                yield self._search
-        else:
-            with full_precision():
-                yield self._search
+        """The module of a form, in its precision; grad mode is to be set inside."""
+        # Inside the caller's `torch.inference_mode` every gradient would be zero.
+        with torch.inference_mode(False):
+            if reference:
+                with full_precision():
+                    yield self.module
+            elif self.precision == "bf16":
+                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                    yield self._search
+            else:
+                with full_precision():
+                    yield self._search
 
     def _forward(self, module: nn.Module, x: Tensor) -> Tensor:
         # A copy always: networks that normalise in place must not reach the caller's images.
@@ -253,12 +296,18 @@ class Classifier:
             raise TypeError(f"it must return logits, a tensor (B, classes), not a {type(logits).__name__}")
         return logits.float()
 
-    @staticmethod
-    def _grad(value: Tensor, leaf: Tensor, *, keep: bool) -> Tensor:
+    def _grad(self, value: Tensor, leaf: Tensor, *, keep: bool, raw: bool = False) -> Tensor:
         if not value.requires_grad:  # the model cut the graph: preflight flags it, attacks see zero
             return torch.zeros_like(leaf)
         (gradient,) = torch.autograd.grad(value, leaf, retain_graph=keep, allow_unused=True)
-        return torch.zeros_like(leaf) if gradient is None else gradient.float()
+        if gradient is None:
+            return torch.zeros_like(leaf)
+        if raw:
+            return gradient.float()
+        # One such entry makes a direction in l2 meaningless, and sends a pixel to NaN.
+        bad = ~gradient.isfinite()
+        self._non_finite = self._non_finite.to(bad.device) + bad.flatten(1).any(1).sum()
+        return gradient.float().masked_fill(bad, 0.0)
 
     # --- identity and integrity ------------------------------------------------------------------
 
@@ -347,10 +396,48 @@ def full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
-def _store_bf16(module: nn.Module) -> None:
-    """Keep in bfloat16 the weights that autocast would convert at every pass."""
-    for part in module.modules():
-        if type(part) in (nn.Conv2d, nn.Linear):
+def _leaf(x: Tensor) -> Tensor:
+    """The images as a leaf of a new graph; those made in inference mode cannot be one."""
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+
+
+class _InFloat32:
+    """A layer that leaves autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = super().forward(x.float())  # type: ignore[misc]
+            return out
+
+
+class _Float32Linear(_InFloat32, nn.Linear):
+    pass
+
+
+class _Float32Conv2d(_InFloat32, nn.Conv2d):
+    pass
+
+
+def _store_bf16(module: nn.Module, example: Tensor) -> None:
+    """Keep in bfloat16 the weights that autocast would convert at every pass, but those of the last layer.
+
+    Logits in bfloat16 have eight bits: their differences, which SPSA lives on, drown in a common offset.
+    """
+    called: list[nn.Module] = []
+    layers = [part for part in module.modules() if type(part) in (nn.Conv2d, nn.Linear)]
+    hooks = [part.register_forward_hook(lambda layer, *_: called.append(layer)) for part in layers]
+    try:
+        with torch.no_grad():
+            module(example.clone())
+    except Exception:  # noqa: S110 - the user's own code; preflight says what is wrong with it
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for part in layers:
+        if called and part is called[-1]:
+            part.__class__ = _Float32Linear if type(part) is nn.Linear else _Float32Conv2d
+        else:
             part.to(torch.bfloat16)
 
 

@@ -51,6 +51,39 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "gradient attacks cannot move those images: their survival is no evidence of robustness",
         "look for quantisation, rounding, argmax or saturated logits; trust gradient-free attacks instead",
     ),
+    "non_finite_gradient": FlagKind(
+        "warning",
+        "Gradients are not finite",
+        "the input gradient of an image has NaN or infinite entries (a root or logarithm at black pixels, a "
+        "division by zero)",
+        "such entries are taken as zero, so that attacks cannot move those pixels by gradient: a sample may "
+        "survive for this reason alone",
+        "keep roots, logarithms and divisions away from zero; trust gradient-free attacks instead",
+    ),
+    "non_finite_logits": FlagKind(
+        "warning",
+        "Logits are not finite",
+        "the model returns NaN or an infinite logit for an image, or for an admissible perturbed one",
+        "there is no answer, so it is wrong: the sample counts as misclassified, and as broken by the attack "
+        "that found the point",
+        "look at the named samples; a network must answer everywhere in the ball",
+    ),
+    "nothing_broken": FlagKind(
+        "warning",
+        "No attack broke anything",
+        "every correctly classified sample survived every attack, in a ball of positive radius",
+        "hardly any network is that robust: more often its images are scaled twice, its gradients hidden, or "
+        "the ball is far smaller than meant",
+        "check the range of pixels that the network expects, and eps; run `cure-bench masking`",
+    ),
+    "search_in_fp32": FlagKind(
+        "note",
+        "The search was made in float32",
+        "the model fails in bfloat16, or its margins or gradients there differ from those in float32 on more "
+        "than 5 % of the images",
+        "a search in bfloat16 would be weak here and overstate robustness; float32 is right, and slower",
+        "nothing",
+    ),
     "extra_outputs": FlagKind(
         "warning",
         "More outputs than classes",

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.losses import margins, predictions
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import RunError
-from robustbench_cure.threat import TOLERANCE, ThreatModel, distance
+from robustbench_cure.threat import BOX_TOLERANCE, ThreatModel, distance
 
 #: Side effect: the global random state moved.
 RANDOM_STATE = "global random state used"
@@ -29,8 +29,10 @@ class Verdict:
 
     Attributes:
         broken: misclassified, admissible, and within eps; bool (B,).
-        pred: predicted label at the proposed image, int64 (B,).
-        margin: z_y - max z_j there, float32 (B,); NaN where nothing admissible was proposed.
+        pred: predicted label at the proposed image, int64 (B,); -1 where its logits are not finite: the row
+            has lost its label, and counts as broken.
+        margin: z_y - max z_j there, float32 (B,); NaN where nothing admissible was proposed or
+            its logits are not finite.
         linf: distance from the image, float32 (B,), units of x.
         l2: likewise.
         violation: why a row was not admitted, "" where it was.
@@ -72,19 +74,18 @@ def judge(
         return _rejected(n, f"expected {tuple(x.shape)} {x.dtype}, got {got}")
     x_adv = x_adv.detach().to(x.device)
     finite = x_adv.flatten(1).isfinite().all(1)
-    inside_box = ((x_adv >= -TOLERANCE) & (x_adv <= 1 + TOLERANCE)).flatten(1).all(1)
+    inside_box = ((x_adv >= -BOX_TOLERANCE) & (x_adv <= 1 + BOX_TOLERANCE)).flatten(1).all(1)
     in_ball = threat.contains(x, x_adv)
     admitted = finite & (inside_box | (minimal and not clip)) & (in_ball | minimal)
     shown = torch.where(admitted.view(-1, 1, 1, 1), x_adv, x)
     logits = classifier.logits(shown)
-    margin = margins(logits, y)
-    pred = logits.argmax(1)
+    margin, pred = margins(logits, y), predictions(logits)
     verdict = Verdict(
         broken=(admitted & in_ball & (pred != y)).cpu(),
         pred=pred.cpu(),
-        margin=torch.where(admitted, margin, margin.new_tensor(torch.nan)).cpu(),
-        linf=distance("linf", x, x_adv).cpu(),
-        l2=distance("l2", x, x_adv).cpu(),
+        margin=margin.masked_fill(~(admitted & margin.isfinite()), torch.nan).cpu(),
+        linf=distance("linf", x, x_adv).float().cpu(),
+        l2=distance("l2", x, x_adv).float().cpu(),
         violation=[""] * n,
     )
     for row in (~admitted).nonzero().squeeze(1).tolist():

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import Loss, cross_entropy, margin
+from robustbench_cure.attacks.losses import Loss, margin, odds_against
+from robustbench_cure.attacks.precision import disagreement
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
@@ -19,12 +20,16 @@ from robustbench_cure.flags import Flag
 
 #: Images looked at, and images evaluated one by one.
 SAMPLE, ALONE = 64, 8
+#: Length of a shift to points near an image, in each pixel, and what flags say of them.
+NEAR, MOVED = 8 / 255, " moved by noise of 8/255"
 #: Largest difference between two evaluations of one image, relative to the scale of the logits.
 REPEAT_TOLERANCE = 1e-3
 
 
 def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
-    """Look at the model's output and gradients on the first images.
+    """Look at the model's output and gradients on the first images, and near them.
+
+    A model whose bfloat16 form differs from its float32 form falls back to float32.
 
     Args:
         classifier: the model to be judged.
@@ -39,10 +44,22 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     x = data.images[:SAMPLE].to(classifier.device)
     y = data.labels[:SAMPLE].to(classifier.device)
     logits = _first_pass(classifier, x, data)
-    found = (_extra(logits, data), _probabilities(logits), _repeatable(classifier, x, logits))
-    flags = [flag for flag in found if flag]
-    zero = _zero_gradients(classifier, x, y)
-    return flags + ([zero] if zero else [])
+    near = _near(x)
+    found = [
+        _extra(logits, data),
+        _probabilities(logits),
+        # Some networks answer properly on images as they are stored, and nowhere else.
+        _repeatable(classifier, x, logits) or _repeatable(classifier, near, classifier.logits(near), MOVED),
+        _zero_gradients(classifier, x, y) or _zero_gradients(classifier, near, y, MOVED),
+        _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y))),
+    ]
+    return [flag for flag in found if flag]
+
+
+def _near(x: Tensor) -> Tensor:
+    """The images, each pixel moved by up to `NEAR`; shape of ``x``."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    return (x + NEAR * (2 * noise - 1)).clamp(0, 1)
 
 
 def _first_pass(classifier: Classifier, x: Tensor, data: EvalSet) -> Tensor:
@@ -88,33 +105,36 @@ def _probabilities(logits: Tensor) -> Flag | None:
     return None
 
 
-def _repeatable(classifier: Classifier, x: Tensor, logits: Tensor) -> Flag | None:
+def _repeatable(classifier: Classifier, x: Tensor, logits: Tensor, where: str = "") -> Flag | None:
+    logits = logits.nan_to_num()  # what is not finite near an image is told by the run
     scale = float(logits.abs().amax().clamp_min(1e-3))
-    again = float((classifier.logits(x) - logits).abs().amax()) / scale
+    again = float((classifier.logits(x).nan_to_num() - logits).abs().amax()) / scale
     if again > REPEAT_TOLERANCE:
         return Flag(
             kind="stochastic",
-            evidence=f"logits of the same images differ by {again:.1%} of their scale between two passes",
+            evidence=f"logits of the same images{where} differ by {again:.1%} of their scale "
+            "between two passes",
             value=again,
             threshold=REPEAT_TOLERANCE,
         )
-    alone = torch.cat([classifier.logits(image[None]) for image in x[:ALONE]])
+    alone = torch.cat([classifier.logits(image[None]) for image in x[:ALONE]]).nan_to_num()
     apart = float((alone - logits[: len(alone)]).abs().amax()) / scale
     if apart > REPEAT_TOLERANCE:
         return Flag(
             kind="batch_dependent",
-            evidence=f"logits alone and in a batch of {len(x)} differ by {apart:.1%} of their scale",
+            evidence=f"logits of images{where} alone and in a batch of {len(x)} differ by {apart:.1%} of "
+            "their scale",
             value=apart,
             threshold=REPEAT_TOLERANCE,
         )
     return None
 
 
-def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None:
+def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor, where: str = "") -> Flag | None:
     size = classifier.batch_size
     counts = {"cross-entropy": 0, "margin": 0}
     for part, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-        for name, loss in (("cross-entropy", cross_entropy), ("margin", margin)):
+        for name, loss in (("cross-entropy", odds_against), ("margin", margin)):
             objective = partial(_with_labels, loss, labels)
             _, gradient = classifier.value_and_gradient(part, objective, reference=True)
             counts[name] += int((gradient.flatten(1) == 0).all(1).sum())
@@ -123,8 +143,15 @@ def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None
         return None
     parts = ", ".join(f"{count} of {len(x)} images ({name})" for name, count in counts.items())
     return Flag(
-        kind="zero_gradient", evidence=f"gradient exactly zero for {parts}", value=worst, threshold=0.0
+        kind="zero_gradient", evidence=f"gradient exactly zero for {parts}{where}", value=worst, threshold=0.0
     )
+
+
+def _search_precision(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None:
+    reason = disagreement(classifier, x, y)
+    if reason:
+        classifier.fall_back(reason)
+    return Flag(kind="search_in_fp32", evidence=classifier.fallback) if classifier.fallback else None
 
 
 def _with_labels(loss: Loss, labels: Tensor, logits: Tensor) -> Tensor:

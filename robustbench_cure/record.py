@@ -36,6 +36,9 @@ SCHEMA_VERSION = 1
 #: By how much of their largest value the answers of one network may differ between machines and libraries.
 ROUNDING = 1e-2
 
+#: What stands for the predicted label where logits are not finite.
+NO_ANSWER = -1
+
 #: Field -> pandas dtype of the columns ``<attack>.<field>``. Rows not attacked (clean errors, rows
 #: beyond the attack's limit) have no evidence: broken False, attacked False, the rest missing.
 ATTACK_FIELDS: dict[str, str] = {
@@ -43,7 +46,7 @@ ATTACK_FIELDS: dict[str, str] = {
     "broken": "bool",  # verified: misclassified, inside ball and box, finite
     "step": "Int32",  # updates before the proposed image was reached
     "margin": "Float32",  # reference margin z_y - max z_j at the proposed image; negative = misclassified
-    "pred": "Int32",  # reference prediction at the proposed image
+    "pred": "Int32",  # reference prediction at the proposed image; -1: its logits are not finite
     "linf": "Float32",  # distance from the image, units of x
     "l2": "Float32",
     "forwards": "Int64",  # images passed forward for this sample
@@ -136,6 +139,8 @@ class Cost(_Part):
     seconds: float = 0.0
     forwards: int = 0
     backwards: int = 0
+    #: Input gradients with NaN or infinite entries, out of ``backwards``.
+    non_finite: int = 0
 
 
 class Manifest(_Part):

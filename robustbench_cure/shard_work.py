@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
-from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.losses import margins, predictions
+from robustbench_cure.attacks.precision import disagreement
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
@@ -100,14 +101,14 @@ class ShardWork:
         """Fill the columns of the images themselves; which rows are classified correctly, bool (n,)."""
         started = time.perf_counter()
         logits = self._ask("the clean pass", lambda: self.classifier.logits(self.x))
-        margin, pred = margins(logits, self.y), logits.argmax(1)
+        margin, pred = margins(logits, self.y), predictions(logits)
         self.columns = {
             "sample_id": list(self.data.ids),
             "rank": list(self.ranks),
             "image_sha256": list(self.data.hashes),
             "label": self.y.cpu().numpy(),
             "clean_pred": pred.cpu().numpy(),
-            "clean_margin": margin.cpu().numpy(),
+            "clean_margin": margin.masked_fill(~margin.isfinite(), torch.nan).cpu().numpy(),
         }
         self.shard.cost["clean"] = Cost(seconds=time.perf_counter() - started, forwards=len(self.x))
         return pred == self.y
@@ -203,8 +204,11 @@ class ShardWork:
 
     def _attack(self, group: list[AttackSpec], x: Tensor, y: Tensor, ids: list[str]) -> list[Proposal]:
         """Run one group on some rows; charge its cost, note its side effects."""
-        kind = group[0].kind
-        noise = Noise.for_samples(self.manifest.config.seed, kind, ids, x.device)
+        if not len(x):
+            for spec in group:
+                self.shard.cost.setdefault(spec.id, Cost())
+            return [Proposal.start(x) for _ in group]
+        noise = Noise.for_samples(self.manifest.config.seed, group[0].stream, ids, x.device)
         hyper = group[0].hyper
 
         def work(given: Tensor) -> list[Proposal]:
@@ -218,9 +222,17 @@ class ShardWork:
             rest = {key: value for key, value in hyper.items() if key != "steps"}
             return pgd_ladder(self.classifier, given, y, threat=self.threat, noise=noise, rungs=rungs, **rest)
 
-        started = time.perf_counter()
+        def run() -> tuple[list[Proposal], list[str]]:
+            return with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
+
+        started, non_finite = time.perf_counter(), self.classifier.non_finite
         try:
-            proposals, effects = with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
+            proposals, effects = run()
+            differs = self._differs(group[-1], x, y, proposals[-1])
+            if differs:  # what was found where bfloat16 leads astray says too little
+                self._note(Flag(kind="search_in_fp32", evidence=differs, attack=group[0].id))
+                with self.classifier.in_float32():
+                    proposals, effects = run()
         except (RunError, UsageError):
             raise
         except Exception as error:
@@ -237,13 +249,25 @@ class ShardWork:
             cost.seconds += seconds * share
             cost.forwards += int(proposal.forwards.sum())
             cost.backwards += int(proposal.backwards.sum())
+        # Those of a common trajectory are those of its longest part.
+        self.shard.cost[group[-1].id].non_finite += self.classifier.non_finite - non_finite
         if any(flag.kind == "stochastic" for flag in self.manifest.flags):
             effects = [effect for effect in effects if effect != RANDOM_STATE]  # the model's own doing
         contained = [effect for proposal in proposals for effect in proposal.effects]
         for kind, seen in (("side_effects", effects), ("contained", contained)):
-            flags = [Flag(kind=kind, evidence=effect, attack=group[0].id) for effect in seen]
-            self.shard.flags += [flag for flag in flags if flag not in self.shard.flags]
+            for effect in seen:
+                self._note(Flag(kind=kind, evidence=effect, attack=group[0].id))
         return proposals
+
+    def _differs(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> str:
+        """How the two precisions differ where an attack ended, see `disagreement`; it may return anything."""
+        if isinstance(spec, Peer) or not _fits(proposal.x_adv, x):
+            return ""
+        return disagreement(self.classifier, proposal.x_adv, y, gradients=False)
+
+    def _note(self, flag: Flag) -> None:
+        if flag not in self.shard.flags:
+            self.shard.flags.append(flag)
 
 
 def piece_rows(spec: AttackSpec) -> int | None:
@@ -259,8 +283,11 @@ def piece_rows(spec: AttackSpec) -> int | None:
 def _images(x: Tensor, proposal: Proposal) -> Tensor:
     """What was proposed, on the CPU; NaN where that is no images of the right shape."""
     found = proposal.x_adv
-    fits = isinstance(found, Tensor) and found.shape == x.shape
-    return (found if fits else torch.full_like(x, torch.nan)).detach().float().cpu()
+    return (found if _fits(found, x) else torch.full_like(x, torch.nan)).detach().float().cpu()
+
+
+def _fits(found: object, x: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == x.shape
 
 
 def with_memory(classifier: Classifier, work: Callable[[], T]) -> T:

@@ -19,13 +19,10 @@ from robustbench_cure.flags import Flag
 from robustbench_cure.judge import Verdict
 from robustbench_cure.record import Cost, Manifest, Record, read_manifest, typed, write_table
 from robustbench_cure.specs import AttackSpec
-from robustbench_cure.verdicts import run_flags
+from robustbench_cure.verdicts import DERIVED, run_flags
 
 if TYPE_CHECKING:
     import pandas as pd
-
-#: Flags that preflight raises: the same for every part of a run.
-PREFLIGHT_KINDS = {"batch_dependent", "stochastic", "probabilities", "zero_gradient"}
 
 
 @dataclass
@@ -198,6 +195,7 @@ def finish(
             total.seconds += cost.seconds
             total.forwards += cost.forwards
             total.backwards += cost.backwards
+            total.non_finite += cost.non_finite
     manifest.wall_seconds = sum(part.seconds for part in parts)
     manifest.status = "complete" if complete else "partial"
     manifest.finished = now()
@@ -219,7 +217,8 @@ def merge(paths: list[Path], out: Path) -> Record:
 
     first, parts = gather(paths, out)
     samples = pd.concat([part.rows for part in parts], ignore_index=True)
-    keep = [flag for flag in first.flags if flag.kind in PREFLIGHT_KINDS]
+    # What preflight raised is about no attack, and the same for every part; all else is found again.
+    keep = [flag for flag in first.flags if not flag.attack and flag.kind not in DERIVED]
     whole = first.model_copy(
         update={"cost": {}, "flags": keep, "config": first.config.model_copy(update={"shard": ""})}
     )

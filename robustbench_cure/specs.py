@@ -36,6 +36,11 @@ class _Attack(Strict):
         """Which function of `ATTACKS` runs it."""
         return _family(self)
 
+    @property
+    def stream(self) -> str:
+        """Name of the random numbers that it draws; equal for attacks that share a trajectory."""
+        return str(self.kind)  # type: ignore[attr-defined]  # every attack has a kind
+
     def check(self, threat: ThreatModel) -> None:
         """Refuse a budget that cannot be right under this threat model (ValueError)."""
 
@@ -71,6 +76,11 @@ class PGD(_Attack):
     loss: Literal["ce", "margin", "dlr"]
     stop: Literal["first-success", "never"]
 
+    @property
+    def stream(self) -> str:  # noqa: D102 - as in the base
+        # Another loss from other starts finds more than from the same.
+        return "pgd" if self.loss == "ce" else f"pgd/{self.loss}"
+
     def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
         if self.restarts > 1 and not self.random_start:
             raise ValueError("restarts without a random start repeat the same trajectory")
@@ -98,7 +108,7 @@ class SPSA(_Attack):
     steps: Positive
     samples: Positive
     step_size: Fractional
-    delta: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=0.5)]
     stop: Literal["first-success", "never"]
 
     def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from robustbench_cure.flags import Flag
 from robustbench_cure.gate.paired import Flips
-from robustbench_cure.record import Record
+from robustbench_cure.record import NO_ANSWER, Record
 from robustbench_cure.specs import PGD, AttackSpec, DeepFool
 
 #: Kinds of flag that `run_flags` raises.
@@ -23,6 +23,9 @@ DERIVED = {
     "violations",
     "black_box_stronger",
     "cross_entropy_weaker",
+    "non_finite_gradient",
+    "non_finite_logits",
+    "nothing_broken",
 }
 
 #: Attacks that use no gradient.
@@ -40,6 +43,8 @@ GRADIENT_FREE = {
     "art:HopSkipJump",
     "art:BoundaryAttack",
 }
+#: Samples that a flag names, and attacked samples below which nothing is said of a battery that broke none.
+NAMED, FEWEST = 5, 10
 #: Share of covered samples that a gradient-free attack may break alone before it is flagged.
 BLACK_BOX_SHARE = 0.01
 #: Robust accuracy that cross-entropy may leave standing beyond another loss, and the level of the exact test.
@@ -48,8 +53,9 @@ WEAKER, LEVEL = Fraction(3, 100), 0.01
 
 def run_flags(record: Record) -> list[Flag]:
     """Everything a finished table and its manifest say about how far the numbers can be trusted."""
-    flags = [*_data_flags(record), *_near_chance(record), *_violations(record)]
-    return flags + [flag for flag in (_black_box(record), _cross_entropy(record)) if flag is not None]
+    flags = [*_data_flags(record), *_near_chance(record), *_violations(record), *_non_finite(record)]
+    found = (_nothing_broken(record), _black_box(record), _cross_entropy(record))
+    return flags + [flag for flag in found if flag is not None]
 
 
 def derive(record: Record) -> None:
@@ -103,6 +109,50 @@ def _violations(record: Record) -> list[Flag]:
             evidence = f"{count} of {attacked} returned images: {commonest}"
             flags.append(Flag(kind="violations", evidence=evidence, value=count, threshold=0, attack=spec.id))
     return flags
+
+
+def _non_finite(record: Record) -> list[Flag]:
+    flags, samples = [], record.samples
+    rows = {"": samples["clean_pred"] == NO_ANSWER}
+    rows |= {
+        spec.id: samples[f"{spec.id}.broken"] & (samples[f"{spec.id}.pred"] == NO_ANSWER).fillna(False)
+        for spec in record.attacks
+    }
+    for attack, bad in rows.items():
+        ids = samples["sample_id"][bad.astype(bool)].tolist()
+        if ids:
+            named = ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
+            where = "points that the attack found for" if attack else "the images"
+            evidence = f"NaN or infinite logits at {where} {named}"
+            flags.append(
+                Flag(kind="non_finite_logits", evidence=evidence, value=len(ids), threshold=0, attack=attack)
+            )
+    for attack, cost in record.manifest.cost.items():
+        if cost.non_finite:
+            evidence = (
+                f"{cost.non_finite:,} of {cost.backwards:,} input gradients had NaN or infinite entries"
+            )
+            flags.append(
+                Flag(
+                    kind="non_finite_gradient",
+                    evidence=evidence,
+                    value=cost.non_finite,
+                    threshold=0,
+                    attack=attack,
+                )
+            )
+    return flags
+
+
+def _nothing_broken(record: Record) -> Flag | None:
+    samples, correct = record.samples, record.clean_accuracy.count
+    tried = [spec.id for spec in record.attacks]
+    attacked = samples[[f"{name}.attacked" for name in tried]].any(axis=1)
+    broken = samples[[f"{name}.broken" for name in tried]].any(axis=1)
+    if not record.manifest.battery.threat.model.radius or int(attacked.sum()) < FEWEST or bool(broken.any()):
+        return None
+    evidence = f"all of {int(attacked.sum())} attacked samples survived ({correct} are classified correctly)"
+    return Flag(kind="nothing_broken", evidence=evidence, value=0, threshold=0)
 
 
 def _black_box(record: Record) -> Flag | None:

@@ -247,7 +247,8 @@ def test_bf16_search_is_near_and_the_reference_untouched(name, images):
     assert logits.dtype == torch.float32
     scale = exact.logits(images).abs().amax()
     difference = (logits - exact.logits(images)).abs().amax() / scale
-    assert 0 < difference < 0.05
+    # A single layer computes the logits: in float32.
+    assert difference == 0 if name in ("branching", "shared") else 0 < difference < 0.05
     labels = torch.arange(6) % 5
     _, gradient = coarse.value_and_gradient(images, lambda z: margin(z, labels))
     _, expected = exact.value_and_gradient(images, lambda z: margin(z, labels), reference=True)

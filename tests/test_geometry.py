@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier, Normalised
 from robustbench_cure.geometry import lanczos as lanczos_module
@@ -17,7 +18,7 @@ from robustbench_cure.geometry.bounds import bounds, exact_distance
 from robustbench_cure.geometry.hessian import alignment, along_sign, columns, frobenius
 from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.profile import FEW, eigenvalues, random_basis, spectrum
-from robustbench_cure.geometry.space import cross_entropy, normalised_space
+from robustbench_cure.geometry.space import normalised_space
 
 
 class Quadratic:

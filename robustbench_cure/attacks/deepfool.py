@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
 from robustbench_cure.attacks.proposal import Proposal
@@ -186,7 +186,7 @@ class _Search:
         lower = margin < self.lowest[rows]
         self.lowest[rows] = torch.where(lower, margin, self.lowest[rows])
         self.stalled[rows] = torch.where(lower, 0, self.stalled[rows] + 1)
-        crossed = margin < 0
+        crossed = misclassified(logits, self.y[rows])
         assert self.proposal.converged is not None  # noqa: S101 - set in __init__
         self.proposal.converged[rows] = crossed
         return crossed

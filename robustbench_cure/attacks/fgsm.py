@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import cross_entropy
+from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
@@ -38,7 +38,7 @@ def fgsm(
     proposal = Proposal.start(x)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         clean, labels = x[rows], y[rows]
-        loss = partial(cross_entropy, labels=labels)
+        loss = partial(odds_against, labels=labels)
         _, gradient = classifier.value_and_gradient(clean, loss, reference=True)
         proposal.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))
     proposal.steps += 1

@@ -1,4 +1,9 @@
-"""Losses an attack increases, and the margin by which success is judged. All per sample, shape (B,)."""
+"""Losses an attack increases, and what counts as misclassified. All per sample, shape (B,).
+
+Cross-entropy is written as log(1 + exp(odds)), odds = log((1 - p_y) / p_y). The usual gradient, softmax minus
+one-hot, loses the label's own part in float32 where p_y is within 1e-7 of 1: what is left is rounding, points
+elsewhere, and raises robust accuracy of confident networks. The two are equal in exact arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +14,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from robustbench_cure.record import NO_ANSWER
+
 #: (logits (B, L), labels (B,)) -> loss (B,), to be increased.
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+def predictions(logits: Tensor) -> Tensor:
+    """Label of the largest logit, the first of equals, int64 (B,); `NO_ANSWER` where one is not finite."""
+    return logits.argmax(1).masked_fill(~logits.isfinite().all(1), NO_ANSWER)
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """What counts as success of an attack, for attacks and judge alike; bool (B,)."""
+    return predictions(logits) != labels
+
+
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """J = z_y - max_{j != y} z_j, shape (B,): negative where the label is lost, zero on the boundary."""
+    """J = z_y - max_{j != y} z_j, shape (B,): negative where the label is lost, zero on the boundary.
+
+    Minus infinity where a logit is not finite: such a row has lost its label, see `misclassified`.
+    """
+    return (-margin(logits, labels)).masked_fill(~logits.isfinite().all(1), -torch.inf)
+
+
+def odds_against(logits: Tensor, labels: Tensor) -> Tensor:
+    """log((1 - p_y) / p_y), p = softmax(z): what attacks on cross-entropy increase.
+
+    Steepest where cross-entropy is, and its gradient does not vanish, however confident the row.
+
+    Args:
+        logits: float (B, L), L at least 2.
+        labels: int64 (B,).
+    """
     own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return own - others
+    return logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - own
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(z)_y."""
-    return functional.cross_entropy(logits, labels, reduction="none")
+    """-log softmax(z)_y, where its value matters; arguments as those of `odds_against`."""
+    return functional.softplus(odds_against(logits, labels))
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """max_{j != y} z_j - z_y (Carlini & Wagner 2017): does not saturate."""
-    return -margins(logits, labels)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -41,7 +73,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] < 3:
         raise ValueError(f"the DLR loss needs at least 3 classes, the model has {logits.shape[1]}")
     top = logits.topk(3, dim=1).values
-    return -margins(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"ce": odds_against, "margin": margin, "dlr": dlr}

@@ -8,7 +8,7 @@ Deviations. (1) ``stop = "first-success"``: a row leaves at its first iterate th
 misclassifies, instead of always returning the last one; that can only be stronger, makes robust
 accuracy monotone in steps, and frees the batch. (2) ``stop = "never"``: the iterate of lowest margin is
 returned, not the last. (3) PGD(7), PGD(20), ... with equal parameters are prefixes of one trajectory and
-are computed together: `pgd_ladder`. (4) A row that stands by a `HAIR` after a search in bfloat16 is
+are computed together: `pgd_ladder`. (4) A row that stands `within_rounding` after a search in bfloat16 is
 searched once more in the reference form, from the same starts: reduced precision shall not raise a number.
 """
 
@@ -19,18 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import LOSSES, margins
+from robustbench_cure.attacks.losses import LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
+from robustbench_cure.attacks.precision import within_rounding
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.attacks.uniform_noise import draw
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
 Stop = Literal["first-success", "never"]
-
-#: A margin below this share of the range of the logits is within one rounding of bfloat16 (2^-7).
-HAIR = torch.finfo(torch.bfloat16).eps
 
 
 def pgd(
@@ -197,7 +195,7 @@ class _Ladder:
         if self.stop == "never":
             self._offer(rows, here, logits)
             return
-        hit = margins(logits, self.y[rows]) < 0
+        hit = misclassified(logits, self.y[rows])
         if bool(hit.any()):
             self._verify(rows[hit], here[hit])
 
@@ -219,14 +217,14 @@ class _Ladder:
                 logits = self.classifier.logits(here)
                 self._count(arrived)
                 if self.stop == "first-success":
-                    hit = margins(logits, self.y[arrived]) < 0
+                    hit = misclassified(logits, self.y[arrived])
                     self._break(arrived[hit], here[hit])
                 self._offer(arrived, here, logits, only=index)
 
     def _verify(self, rows: Tensor, here: Tensor) -> None:
-        margin = margins(self.classifier.logits(here), self.y[rows])
+        hit = misclassified(self.classifier.logits(here), self.y[rows])
         self._count(rows)
-        self._break(rows[margin < 0], here[margin < 0])
+        self._break(rows[hit], here[hit])
 
     def _break(self, rows: Tensor, here: Tensor) -> None:
         """Adversarial iterates: proposals of every rung at or above, which need no further work."""
@@ -241,7 +239,7 @@ class _Ladder:
     def _offer(self, rows: Tensor, here: Tensor, logits: Tensor, only: int | None = None) -> None:
         """Keep an iterate where its margin is the lowest of its rung (or of every rung) so far."""
         margin = margins(logits, self.y[rows])
-        close = margin.abs() < HAIR * (logits.amax(1) - logits.amin(1))
+        close = within_rounding(margin, logits)
         for index, rung in enumerate(self.rungs):
             if only is not None and index != only:
                 continue

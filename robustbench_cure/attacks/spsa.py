@@ -5,8 +5,12 @@ section 4 and Fig. 7. Minimises the margin J = z_y - max_{j != y} z_j with Adam 
 
     ghat = mean_i [J(x' + delta v_i) - J(x' - delta v_i)] / (2 delta) * v_i,   v_i in {-1, +1}^d
 
-Every image draws its own directions. Queries are not clipped to the box (a margin difference needs a
-symmetric pair); iterates are. Images are batched by the total of forward images, 2 * samples each.
+Every image draws its own directions. Images are batched by the total of forward images, 2 * samples each.
+
+Deviations. (1) Queries stay in the box, where alone a network needs to be defined: x' is the point nearest to
+the iterate that is delta away from every side, so that pairs stay symmetric. (2) A pair whose difference is
+not finite counts as zero. (3) A row that stands `within_rounding` after a search in bfloat16 is
+searched once more in the reference form, with the same directions.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ import math
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import Stop
 from robustbench_cure.attacks.pool import Pool
+from robustbench_cure.attacks.precision import within_rounding
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -60,43 +65,65 @@ def spsa(
         A proposal inside the ball and the box.
 
     Raises:
-        ValueError: ``steps * step_size`` is less than eps: the ball could not be reached.
+        ValueError: ``steps * step_size`` is less than eps: the ball could not be reached; or ``delta`` is
+            half of the box or more: no pair of queries would fit.
     """
+    if not 0 < delta < 0.5:
+        raise ValueError(f"delta {delta}: must lie between 0 and 0.5, half of the pixels' range")
     if steps * step_size < threat.radius * (1 - 1e-9):
         raise ValueError(f"{steps} Adam steps of {step_size} cannot reach a ball of radius {threat.eps}")
     noise = noise or Noise.for_rows(len(x), device=x.device)
     proposal = Proposal.start(x)
-    current, first, second = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
-    taken = torch.zeros_like(proposal.steps)
-    lowest = torch.full((len(x),), torch.inf, device=x.device)
-    pool = Pool(len(x), classifier.batch_size // (2 * samples), x.device)
-    for rows in pool:
-        here, labels = current[rows], y[rows]
-        # One reference forward beside 2 * samples others: success is judged exactly.
-        margin = margins(classifier.logits(here), labels)
-        proposal.forwards[rows] += 1
-        better = (margin < lowest[rows]) if stop == "never" else torch.ones_like(margin, dtype=torch.bool)
-        chosen = rows[better]
-        lowest[chosen] = margin[better]
-        proposal.x_adv[chosen] = here[better]
-        proposal.steps[chosen] = taken[chosen]
-        done = taken[rows] >= steps
-        if stop == "first-success":
-            done |= margin < 0
-        pool.retire(rows[done])
-        rows = rows[~done]
-        if len(rows) == 0:
-            continue
-        estimate = gradient_estimate(
-            classifier, current[rows], y[rows], noise[rows], taken[rows], samples, delta
-        )
-        proposal.forwards[rows] += 2 * samples
-        taken[rows] += 1
-        first[rows] = BETA_1 * first[rows] + (1 - BETA_1) * estimate
-        second[rows] = BETA_2 * second[rows] + (1 - BETA_2) * estimate.square()
-        t = taken[rows].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-        mean, square = first[rows] / (1 - BETA_1**t), second[rows] / (1 - BETA_2**t)
-        current[rows] = threat.project(x[rows], current[rows] - step_size * mean / (square.sqrt() + ADAM_EPS))
+    lowest = torch.full((len(x),), torch.inf, device=x.device)  # margin of each proposal
+    by_rounding = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    rate = classifier.batch_size // (2 * samples)
+
+    def search(chosen: Tensor, reference: bool) -> None:
+        """All steps of the chosen rows."""
+        current, first, second = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+        taken = torch.zeros_like(proposal.steps)
+        pool = Pool(len(x), rate, x.device, among=chosen)
+        for rows in pool:
+            here, labels = current[rows], y[rows]
+            # One reference forward beside 2 * samples others: success is judged exactly.
+            logits = classifier.logits(here)
+            margin, hit = margins(logits, labels), misclassified(logits, labels)
+            proposal.forwards[rows] += 1
+            kept = margin < lowest[rows] if stop == "never" or reference else torch.ones_like(hit)
+            better = rows[kept]
+            lowest[better] = margin[kept]
+            by_rounding[better] = (within_rounding(margin, logits) & ~hit)[kept]
+            proposal.x_adv[better] = here[kept]
+            proposal.steps[better] = taken[better]
+            done = taken[rows] >= steps
+            if stop == "first-success":
+                done |= hit
+            pool.retire(rows[done])
+            rows = rows[~done]
+            if len(rows) == 0:
+                continue
+            estimate = gradient_estimate(
+                classifier,
+                current[rows],
+                y[rows],
+                noise[rows],
+                taken[rows],
+                samples,
+                delta,
+                reference=reference,
+            )
+            proposal.forwards[rows] += 2 * samples
+            taken[rows] += 1
+            first[rows] = BETA_1 * first[rows] + (1 - BETA_1) * estimate
+            second[rows] = BETA_2 * second[rows] + (1 - BETA_2) * estimate.square()
+            t = taken[rows].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+            mean, square = first[rows] / (1 - BETA_1**t), second[rows] / (1 - BETA_2**t)
+            step = step_size * mean / (square.sqrt() + ADAM_EPS)
+            current[rows] = threat.project(x[rows], current[rows] - step)
+
+    search(torch.arange(len(x), device=x.device), reference=False)
+    if classifier.precision == "bf16":
+        search(by_rounding.nonzero().squeeze(1), reference=True)
     return proposal
 
 
@@ -108,6 +135,8 @@ def gradient_estimate(
     stream: int | Tensor,
     samples: int,
     delta: float,
+    *,
+    reference: bool = False,
 ) -> Tensor:
     """SPSA estimate of the margin's gradient, shape of ``x``; E = gradient for a linear margin.
 
@@ -119,7 +148,10 @@ def gradient_estimate(
         stream: which draw, int or int64 (B,).
         samples: directions a row.
         delta: finite-difference length.
+        reference: ask the reference form instead of the search form.
     """
+    ask = classifier.logits if reference else classifier.search_logits
+    centre = x.clamp(delta, 1.0 - delta)
     shape = tuple(x.shape[1:])
     size = math.prod(shape)
     signs = noise.signs((samples, size), stream)
@@ -127,8 +159,8 @@ def gradient_estimate(
     passes = min(samples, math.ceil(2 * samples * len(x) / classifier.batch_size))
     for part in torch.split(signs, math.ceil(samples / passes), dim=1):  # of equal size: none runs half empty
         shift = delta * part.view(len(x), -1, *shape)
-        queries = torch.cat((x[:, None] + shift, x[:, None] - shift), 1).flatten(0, 1)
+        queries = torch.cat((centre[:, None] + shift, centre[:, None] - shift), 1).flatten(0, 1).clamp_(0, 1)
         labels = y.repeat_interleave(2 * part.shape[1])
-        plus, minus = margins(classifier.search_logits(queries), labels).view(len(x), 2, -1).unbind(1)
-        total += torch.einsum("bn,bnd->bd", plus - minus, part)
+        plus, minus = margins(ask(queries), labels).view(len(x), 2, -1).unbind(1)
+        total += torch.einsum("bn,bnd->bd", (plus - minus).nan_to_num(0.0, 0.0, 0.0), part)
     return (total / (2 * delta * samples)).view_as(x)

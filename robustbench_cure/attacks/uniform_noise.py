@@ -1,7 +1,8 @@
 """Uniform noise in the ball: the control every gradient attack must beat.
 
 Linf: each pixel uniform on [x - eps, x + eps]. L2: uniform in the Euclidean ball, a Gaussian direction
-with radius eps * u^(1/d). The draw with the lowest margin is proposed.
+with radius eps * u^(1/d). The draw with the lowest margin is proposed, as the reference form sees it: no
+later step mends what reduced precision hides.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def uniform_noise(
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         for number in range(draws):
             candidate = draw(x[rows], threat, noise[rows], number)
-            margin = margins(classifier.search_logits(candidate), y[rows])
+            margin = margins(classifier.logits(candidate), y[rows])
             better = margin < lowest[rows]
             chosen = rows[better]
             proposal.x_adv[chosen] = candidate[better]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.space import odds_against
 from robustbench_cure.geometry.subspaces import L2
 from robustbench_cure.geometry.universal import fooled
 from robustbench_cure.threat import Norm, ThreatModel

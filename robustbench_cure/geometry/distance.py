@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.geometry.crossing import along_line, along_segment
-from robustbench_cure.geometry.space import odds_against
 from robustbench_cure.threat import Norm, ThreatModel, distance
 
 #: Share of the images that one step must change (thesis, section 3.2.3).

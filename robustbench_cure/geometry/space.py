@@ -12,40 +12,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Classifier, Normalised
 
 #: Step of the finite differences by data set: that of CURE's training there (paper, section 4; supplement).
 STEPS = {"cifar10": 1.5, "svhn": 1.25, "digits": 1.2}
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(z)_y, shape (B,), with a gradient that confident rows keep.
-
-    Written as log(1 + sum_{j != y} exp(z_j - z_y)). The usual gradient, softmax minus one-hot, loses the
-    label's own part in float32 where the loss is below 1e-6, since 1 - p_y rounds to zero; what is left
-    points elsewhere. Directions matter here (alignment, sign of the gradient), and well-trained networks
-    are that confident on many images.
-
-    Args:
-        logits: float32 (B, L), L at least 2.
-        labels: int64 (B,).
-    """
-    return functional.softplus(odds_against(logits, labels))
-
-
-def odds_against(logits: Tensor, labels: Tensor) -> Tensor:
-    """log((1 - p_y) / p_y), shape (B,): steepest where the cross-entropy is.
-
-    Its gradient does not vanish, however confident the row.
-
-    Args:
-        logits: float32 (B, L), L at least 2.
-        labels: int64 (B,).
-    """
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    return logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - own
 
 
 class Loss(Protocol):

@@ -28,9 +28,9 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.geometry.subspaces import L2
 from robustbench_cure.threat import ThreatModel
@@ -178,7 +178,7 @@ def _gradient_pass(
         moved = images + v
 
         def loss(logits: Tensor, label: Tensor = label) -> Tensor:
-            return functional.cross_entropy(logits, label, reduction="none").clamp_max(CEILING)
+            return cross_entropy(logits, label).clamp_max(CEILING)
 
         _, gradient = classifier.value_and_gradient(moved.clamp(0, 1), loss)
         inside = (moved >= 0) & (moved <= 1)

@@ -171,7 +171,7 @@ def peer(
     proposal = Proposal.start(x)
     effects: set[str] = set()
     module, name = library(kind)
-    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
+    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size) if len(x) else ():
         seed = int(noise.keys[rows].sum()) % (1 << 31)
         setting = Setting(threat, classifier.num_classes, classifier.input_shape, seed)
         model = StandIn(classifier)

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import Loss, cross_entropy, margin
+from robustbench_cure.attacks.losses import Loss, margin
 from robustbench_cure.masking.comparisons import (
     alone,
     finding,
@@ -48,8 +48,11 @@ LOST_SHARE = 0.02
 
 
 def gradients(e: Evidence) -> Finding:
-    """B: input gradients that are zero, too small to be told from it, or not finite."""
-    ce, plain = (_lengths(e, loss) for loss in (cross_entropy, margin))
+    """B: input gradients that are zero, too small to be told from it, or not finite.
+
+    Cross-entropy is taken as everybody writes it: attacks of others follow it, those here do not (`losses`).
+    """
+    ce, plain = (_lengths(e, loss) for loss in (_textbook, margin))
     nan = ~(ce.isfinite() & plain.isfinite())
     bad = nan | (plain <= TINY) | (ce == 0)
     share = share_of(bad)
@@ -99,7 +102,7 @@ def radius(e: Evidence) -> Finding:
     rates += [_robust(e, outcome.broken) for outcome in outcomes]
     chance = 1.0 / e.classifier.num_classes
     rise = max(after - before for before, after in pairwise(rates))
-    radii = [e.threat, *(wider(e.threat, multiple) for multiple in RADII)]
+    radii = [e.threat, *(wider(e.threat, multiple, e.x.shape[1:].numel()) for multiple in RADII)]
     evidence = (
         "robust accuracy at eps "
         + ", ".join(f"{ball.radius:.3g}: {100 * rate:.1f} %" for ball, rate in zip(radii, rates, strict=True))
@@ -209,12 +212,16 @@ CHECKS: dict[str, Callable[[Evidence], Finding]] = {
 }
 
 
+def _textbook(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
 def _lengths(e: Evidence, loss: Loss) -> Tensor:
-    """l2 lengths of the input gradients in the reference form, (m,)."""
+    """l2 lengths of the input gradients in the reference form, (m,); NaN where one is not finite."""
     parts = []
     for rows in torch.split(torch.arange(len(e), device=e.x.device), e.classifier.batch_size):
         objective = partial(_with_labels, loss, e.y[rows])
-        _, gradient = e.classifier.value_and_gradient(e.x[rows], objective, reference=True)
+        _, gradient = e.classifier.value_and_gradient(e.x[rows], objective, reference=True, raw=True)
         parts.append(gradient.flatten(1).norm(dim=1))
     return torch.cat(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, pgd_ladder, spsa, uniform_noise
-from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.geometry.kept import Kept
@@ -102,7 +103,7 @@ class Evidence:
         self.kept = kept
         x, y = data.images.to(classifier.device), data.labels.to(classifier.device)
         logits = classifier.logits(x)
-        right = (logits.argmax(1) == y).nonzero().squeeze(1)
+        right = (~misclassified(logits, y)).nonzero().squeeze(1)
         self.total = len(data)
         self.x, self.y = x[right], y[right]
         self.ids = tuple(data.ids[row] for row in right.tolist())
@@ -156,7 +157,7 @@ class Evidence:
 
     def at_radius(self, multiple: int) -> Outcome:
         """PGD on the margin in a larger ball; 0: the one that holds every image."""
-        ball = wider(self.threat, multiple)
+        ball = wider(self.threat, multiple, self.x.shape[1:].numel())
         step = 0.05 if multiple == 0 else 0.25
         return self._made(
             f"radius_{multiple}",
@@ -270,7 +271,7 @@ class Evidence:
             self.x,
             self.y,
             threat=ball,
-            noise=self.noise("pgd"),
+            noise=self.noise("pgd" if loss == "ce" else f"pgd/{loss}"),
             steps=self.settings.steps,
             step_size=step * ball.radius,
             restarts=restarts,
@@ -284,7 +285,7 @@ class Evidence:
             self.x,
             self.y,
             threat=self.threat,
-            noise=self.noise("pgd"),
+            noise=self.noise("pgd/margin"),
             rungs=tuple(int(m * self.settings.steps) for m in MULTIPLES),
             step_size=0.25 * self.threat.radius,
             loss="margin",
@@ -350,8 +351,13 @@ def plan(settings: Settings) -> dict[str, float]:
     }
 
 
-def wider(threat: ThreatModel, multiple: int) -> ThreatModel:
-    """The ball of a multiple of the radius; 0: one that holds every image."""
-    if multiple:
-        return ThreatModel(threat.norm, threat.eps * multiple)
-    return ThreatModel.parse(threat.norm, "1" if threat.norm == "linf" else "100")
+def wider(threat: ThreatModel, multiple: int, pixels: int) -> ThreatModel:
+    """The ball of a multiple of the radius; 0, or where that would be smaller: one that holds every image.
+
+    Args:
+        threat: the ball.
+        multiple: of its radius.
+        pixels: numbers in an image, C * H * W.
+    """
+    every = Fraction(1) if threat.norm == "linf" else Fraction(math.isqrt(pixels) + 1)
+    return ThreatModel(threat.norm, min(threat.eps * multiple, every) if multiple else every)

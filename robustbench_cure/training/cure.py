@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Normalised
 from robustbench_cure.errors import UsageError
 from robustbench_cure.recipes import CureRecipe
@@ -96,7 +97,7 @@ def cure(model: Normalised, x: Tensor, y: Tensor, recipe: CureRecipe, context: S
     network, u = in_space(model, x, recipe.h_space)
 
     def loss_of_input(inputs: Tensor) -> Tensor:
-        return functional.cross_entropy(network(inputs).float(), y, reduction="none")
+        return cross_entropy(network(inputs).float(), y)
 
     mode = evaluation_mode(model) if recipe.batchnorm == "eval" else nullcontext()
     reduced = recipe.regulariser_precision == "bf16"  # differences of gradients need the digits

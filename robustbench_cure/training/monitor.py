@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Normalised, full_precision
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training.cure import curvature_penalty, in_space
@@ -85,7 +85,7 @@ def measure(model: Normalised, x: Tensor, y: Tensor, scale: Scale, seed: int) ->
         for part, label in zip(torch.split(inputs, BATCH), torch.split(y[:CURVED], BATCH), strict=True):
 
             def loss(u: Tensor, label: Tensor = label) -> Tensor:
-                return functional.cross_entropy(network(u), label, reduction="none")
+                return cross_entropy(network(u), label)
 
             _, parts = curvature_penalty(loss, part, scale.h, 1)
             hz.append(parts.norms.detach() / scale.h)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.recipes import PGDRecipe
 from robustbench_cure.threat import ThreatModel, parse_fraction
 from robustbench_cure.training.step import Step, StepContext, evaluation_mode
@@ -62,6 +63,6 @@ def last_iterate(
     with evaluation_mode(model, frozen=True), torch.enable_grad():
         for _ in range(steps):
             leaf = x_adv.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+            (gradient,) = torch.autograd.grad(odds_against(model(leaf).float(), y).sum(), leaf)
             x_adv = threat.project(x, x_adv + step_size * threat.steepest(gradient))
     return x_adv.detach()
