@@ -106,8 +106,9 @@ class ThreatModel:
             return x_adv.clamp(x - self.radius, x + self.radius).clamp(0.0, 1.0)
         delta = self.shorten(x_adv - x)
         moved = x + delta
-        # Where pixels are alike their roundings add up: none may carry a pixel further than delta.
-        further = (moved - x).abs() > delta.abs()
+        # Roundings of pixels that are alike add up. Where they lead out, none may go further than delta.
+        out = _row_norm(moved - x, "l2") > self.radius * (1 + RELATIVE_TOLERANCE / 10)
+        further = ((moved - x).abs() > delta.abs()) & out.view(-1, *[1] * (x.dim() - 1))
         return moved.nextafter(x).where(further, moved).clamp(0.0, 1.0)
 
     def shorten(self, delta: Tensor) -> Tensor:

@@ -440,14 +440,13 @@ class TooFine(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(64, 3)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.tensor([1.0, 1.0 + self.SLOPE, 0.0])[:, None])
-            self.head.weight[:, 0] = torch.tensor([8.0, 0.0, 0.0])
-            self.head.bias.copy_(torch.tensor([self.SLOPE * 63 * 0.5 + self.REACH / 2, 0.0, -50.0]))
+        weight = torch.tensor([1.0, 1.0 + self.SLOPE, 0.0])[:, None].repeat(1, 64)
+        weight[:, 0] = torch.tensor([8.0, 0.0, 0.0])
+        self.weight = nn.Parameter(weight)  # by hand: a last layer would be left in float32
+        self.bias = nn.Parameter(torch.tensor([self.SLOPE * 63 * 0.5 + self.REACH / 2, 0.0, -50.0]))
 
     def forward(self, x):
-        return self.head(x.flatten(1))
+        return nn.functional.linear(x.flatten(1), self.weight, self.bias)
 
 
 @pytest.mark.parametrize("stop", ["first-success", "never"])

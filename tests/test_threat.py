@@ -112,6 +112,63 @@ def test_projection_lies_in_ball_and_box_and_is_idempotent(norm, eps, scale, see
     torch.testing.assert_close(threat.project(x, projected), projected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["random", "alike"])
+@pytest.mark.parametrize("side", [(1, 8), (3, 32), (3, 224), (3, 384)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_is_projected_is_never_refused(norm, side, kind):
+    """Nor by a slack that means anything. Where pixels are alike, their roundings add up."""
+    channels, size = side
+    x = (
+        images(2, 3, (channels, size, size))
+        if kind == "random"
+        else torch.full((2, channels, size, size), 0.7)
+    )
+    direction = shifts(2, 1.0, 4, x.shape[1:]) if kind == "random" else torch.ones_like(x)
+    largest = Fraction(1) if norm == "linf" else Fraction(50)
+    for eps in (
+        Fraction(1, 10_000),
+        Fraction(1, 255),
+        Fraction(8, 255),
+        Fraction(1, 2),
+        Fraction(1),
+        largest,
+    ):
+        threat = ThreatModel(norm, eps)
+        for length in (1.0, 1e-3, 1e3):
+            projected = threat.project(x, x + length * threat.steepest(direction) * threat.radius)
+            assert threat.contains(x, projected).all(), (eps, length)
+            assert (
+                numpy_norm(projected.double() - x.double(), norm) <= threat.radius * (1 + 1e-6) + 6e-8
+            ).all()
+
+
+def test_a_step_of_the_l2_ball_is_as_long_as_the_ball_at_any_size():
+    """Shortened by float32 norms, those of large images would leave the ball, or not reach its end."""
+    threat = ThreatModel("l2", Fraction(3))
+    x = 0.25 + 0.5 * images(4, 5, (3, 224, 224))
+    projected = threat.project(x, x + shifts(4, 1.0, 6, (3, 224, 224)))
+    np.testing.assert_allclose(numpy_norm(projected.double() - x.double(), "l2"), 3.0, rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "error"),
+    [
+        ("Linf", Fraction(1, 10), ValueError),
+        ("L2", Fraction(1, 10), ValueError),
+        (2, Fraction(1, 10), ValueError),
+        ("linf", Fraction(8), ValueError),
+        ("linf", Fraction(-1, 255), ValueError),
+        ("linf", "8 grey levels", ValueError),
+        ("l2", 0.5, TypeError),
+    ],
+)
+def test_a_ball_is_checked_where_it_is_made(norm, eps, error):
+    """``Linf`` was once taken for l2."""
+    with pytest.raises(error):
+        ThreatModel(norm, eps)
+    assert ThreatModel("linf", "8/255") == ThreatModel.parse("linf", "8/255")
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_projection_leaves_what_is_inside(norm):
     threat = ThreatModel.parse(norm, "1/2")

@@ -1,0 +1,206 @@
+"""What a search in bfloat16 may cost: nothing that float32 would have found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from robustbench_cure import load_dataset, load_model
+from robustbench_cure.attacks import pgd, spsa, uniform_noise
+from robustbench_cure.attacks.losses import misclassified
+from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.attacks.precision import ROUNDING, disagreement, within_rounding
+from robustbench_cure.attacks.spsa import gradient_estimate
+from robustbench_cure.cards import Battery
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import from_arrays
+from robustbench_cure.evaluation import evaluate
+from robustbench_cure.preflight import preflight
+from robustbench_cure.threat import ThreatModel
+
+SHAPE, BALL = (1, 2, 2), ThreatModel("linf", "1/10")
+
+
+def reduced(x: torch.Tensor) -> bool:
+    """Whether this is a pass in bfloat16; the look at the values keeps torch.fx from tracing it away."""
+    return float(x.detach().amax()) > -1 and torch.is_autocast_enabled("cpu")
+
+
+class Reversed(nn.Module):
+    """Two classes, logits of size 64; in bfloat16 the margin goes the other way.
+
+    Args:
+        centre: margin of the grey image.
+        reach: what a ball of 1/10 takes away from it, or adds.
+    """
+
+    def __init__(self, centre: float, reach: float) -> None:
+        super().__init__()
+        self.centre, self.slope = centre, reach / 0.1 / 4
+
+    def forward(self, x):
+        way = self.slope * (x - 0.5).sum((1, 2, 3))
+        margin = self.centre + (-way if reduced(x) else way)
+        return torch.stack((torch.full_like(margin, 64.0), 64.0 - margin), 1)
+
+
+TOLERANCE = 64 * 2.0**-7
+
+
+def broken(attack: str, centre: float, reach: float) -> tuple[bool, int]:
+    """Whether bf16 search breaks it in the end, and the work it took."""
+    x, y = torch.full((1, *SHAPE), 0.5), torch.zeros(1, dtype=torch.int64)
+    model = Classifier(Reversed(centre, reach), num_classes=2, input_shape=SHAPE, precision="bf16")
+    if attack == "spsa":
+        found = spsa(model, x, y, threat=BALL, steps=10, samples=16, step_size=0.02)
+    else:
+        found = pgd(model, x, y, threat=BALL, steps=10, step_size=0.025, random_start=False, loss=attack)
+    work = found.forwards if attack == "spsa" else found.backwards
+    return bool(misclassified(model.logits(found.x_adv), y)), int(work)
+
+
+@pytest.mark.parametrize("attack", ["ce", "margin", "spsa"])
+def test_what_one_rounding_decides_is_searched_in_float32(attack):
+    """Half the tolerance would miss it, twice as much would search what is sound."""
+    assert broken(attack, 0.3 * TOLERANCE, 0.4 * TOLERANCE)[0]  # ends at 0.7 of it
+    stands, twice = broken(attack, 0.6 * TOLERANCE, 0.7 * TOLERANCE)  # ends at 1.3 of it
+    assert not stands
+    assert twice == broken(attack, 5 * TOLERANCE, 0.7 * TOLERANCE)[1]
+
+
+def test_the_tolerance_is_one_rounding_of_the_largest_logit():
+    z = torch.tensor([[64.0, 0.0], [-3.0, -64.0], [1000.0, 999.0]])
+    for share, inside in ((0.95, True), (1.05, False)):
+        margin = share * 2.0**-7 * torch.tensor([64.0, 64.0, 1000.0])
+        assert within_rounding(margin, z).tolist() == [inside] * 3
+        assert within_rounding(-margin, z).tolist() == [inside] * 3
+    assert ROUNDING == 2.0**-7
+
+
+def test_noise_is_drawn_in_float32():
+    x, y = torch.full((8, *SHAPE), 0.5), torch.zeros(8, dtype=torch.int64)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        model = Classifier(Reversed(0.2, 0.5), num_classes=2, input_shape=SHAPE, precision=precision)
+        found[precision] = uniform_noise(model, x, y, threat=BALL, draws=5).x_adv
+    assert torch.equal(found["fp32"], found["bf16"])
+
+
+class Offset(nn.Module):
+    def __init__(self, net: nn.Module, offset: float) -> None:
+        super().__init__()
+        self.net, self.offset = net, offset
+
+    def forward(self, x):
+        return self.net(x) + self.offset
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
+def test_a_common_offset_of_the_logits_hides_nothing(offset):
+    """No label and no loss sees it; logits in bfloat16 would have eight bits for it and the differences."""
+    data = load_dataset("digits").subset(16)
+    x, y = data.images, data.labels
+    net = Offset(load_model("digits_cure", precision="fp32").module, offset).eval()
+    model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision="bf16")
+    estimates = [
+        gradient_estimate(model, x, y, Noise.for_rows(16), 0, 64, 0.01, reference=reference).flatten(1)
+        for reference in (False, True)
+    ]
+    assert float(torch.cosine_similarity(*estimates).median()) > 0.98
+    assert disagreement(model, x, y) == ""
+
+
+def test_only_the_layer_of_the_logits_stays_in_float32():
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)
+    )
+    model = Classifier(net, num_classes=3, input_shape=SHAPE, precision="bf16")
+    kinds = [part.weight.dtype for part in model._search.modules() if hasattr(part, "weight")]
+    assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+# --- networks that need float32 inside ------------------------------------------------------------------
+
+
+class Inside(nn.Module):
+    """Adds and takes away a thousand: the same function, and in bfloat16 another one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down, self.net = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), net
+        with torch.no_grad():
+            for layer, bias in ((self.up, 1000.0), (self.down, -1000.0)):
+                layer.weight.fill_(1)
+                layer.bias.fill_(bias)
+
+    def forward(self, x):
+        return self.net(self.down(self.up(x)))
+
+
+def digits_battery(*attacks):
+    head = {"id": "b", "version": 1, "name": "b", "source": "", "dataset": "digits", "n": 0, "seed": 0}
+    head |= {"published": "", "notes": "", "threat": {"norm": "linf", "eps": "51/255"}}
+    return Battery.model_validate(head | {"attacks": list(attacks)})
+
+
+PGD = {
+    "id": "pgd",
+    "name": "PGD",
+    "kind": "pgd",
+    "limit": 0,
+    "steps": 10,
+    "step_size": "51/1020",
+    "loss": "ce",
+}
+PGD |= {"random_start": True, "restarts": 1, "stop": "first-success"}
+
+
+def test_a_network_that_needs_float32_is_searched_in_float32():
+    data = load_dataset("digits").subset(60)
+    base = load_model("digits_normal", precision="fp32").module
+    model = Classifier(Inside(base).eval(), num_classes=10, input_shape=(1, 8, 8), precision="bf16")
+    record = evaluate(model, digits_battery(PGD), data)
+    flags = [flag for flag in record.manifest.flags if flag.kind == "search_in_fp32"]
+    assert [flag.attack for flag in flags] == [""]
+    assert record.manifest.config.precision == model.precision == "fp32"
+    plain = evaluate(load_model("digits_normal", precision="fp32"), digits_battery(PGD), data)
+    assert abs(record.worst_case_accuracy.count - plain.worst_case_accuracy.count) <= 1
+
+
+@pytest.mark.parametrize("name", ["digits_normal", "digits_pgd_at", "digits_cure"])
+def test_sound_networks_are_searched_in_bfloat16(name):
+    model = load_model(name, precision="bf16")
+    assert not [flag for flag in preflight(model, load_dataset("digits")) if flag.kind == "search_in_fp32"]
+    assert model.precision == "bf16"
+
+
+class OnlyFar(nn.Module):
+    """Honest on the images and near them; further away bfloat16 is shown another image."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        far = (x - 0.5).abs().amax((1, 2, 3), keepdim=True) > 0.07
+        return self.net(torch.where(far, 1 - x, x) if reduced(x) else x)
+
+
+def test_precisions_are_compared_where_attacks_end_too():
+    """Points that preflight looks at are no pledge for those that an attack goes to."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    x = 0.5 + 0.02 * torch.rand((64, 1, 4, 4), generator=generator)
+    y = net(x).argmax(1)
+    keep = [int(row) for label in (0, 1) for row in (y == label).nonzero()[:16]]
+    data = from_arrays("toy", "test", x[keep], y[keep], classes="ab")
+    spec = PGD | {"step_size": "1/40"}
+    record = {}
+    for precision in ("fp32", "bf16"):
+        model = Classifier(OnlyFar(net), num_classes=2, input_shape=(1, 4, 4), precision=precision)
+        record[precision] = evaluate(model, digits_battery(spec), data)
+    flags = [flag for flag in record["bf16"].manifest.flags if flag.kind == "search_in_fp32"]
+    assert [flag.attack for flag in flags] == ["pgd"]
+    for column in ("pgd.broken", "pgd.step"):
+        assert record["bf16"].samples[column].tolist() == record["fp32"].samples[column].tolist()
