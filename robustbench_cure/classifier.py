@@ -130,6 +130,7 @@ class Classifier:
         self.module = snapshot.to(memory_format=torch.channels_last)
         example = torch.linspace(0, 1, 4 * _size(input_shape), device=self.device).view(4, *input_shape)
         self._example = example
+        self._float32: nn.Module | None = None
         self.fallback = ""
         self._search = self._search_form(precision)
         self.folded = type(self._search) is not type(self.module)
@@ -150,8 +151,13 @@ class Classifier:
     @contextmanager
     def in_float32(self) -> Iterator[None]:
         """Search in float32 for a while."""
+        if self.precision == "fp32":
+            yield
+            return
+        if self._float32 is None:
+            self._float32 = self._search_form("fp32")
         before = self.precision, self._search
-        self.precision, self._search = "fp32", self._search_form("fp32")
+        self.precision, self._search = "fp32", self._float32
         try:
             yield
         finally:
@@ -189,6 +195,7 @@ class Classifier:
         other = copy.copy(self)
         other.module, other._search = _Headed(self.module, head), _Headed(self._search, head)
         other.num_classes, other._info, other._asked, other.heartbeat = num_classes, None, False, None
+        other._float32 = None
         other.forwards = other.backwards = 0
         return other
 
