@@ -68,6 +68,13 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "that found the point",
         "look at the named samples; a network must answer everywhere in the ball",
     ),
+    "non_finite_nearby": FlagKind(
+        "warning",
+        "Logits near the images are not finite",
+        "the model returns NaN or infinite logits for images that were moved by noise of 8/255",
+        "it has no answer there: what attacks find at such points counts as broken, and gradients may be lost",
+        "look at what the network does with values between grey levels; it must answer in all of the ball",
+    ),
     "nothing_broken": FlagKind(
         "warning",
         "No attack broke anything",

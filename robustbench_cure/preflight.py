@@ -45,11 +45,13 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     y = data.labels[:SAMPLE].to(classifier.device)
     logits = _first_pass(classifier, x, data)
     near = _near(x)
+    beside = classifier.logits(near)
     found = [
+        _holes(beside),
         _extra(logits, data),
         _probabilities(logits),
         # Some networks answer properly on images as they are stored, and nowhere else.
-        _repeatable(classifier, x, logits) or _repeatable(classifier, near, classifier.logits(near), MOVED),
+        _repeatable(classifier, x, logits) or _repeatable(classifier, near, beside, MOVED),
         _zero_gradients(classifier, x, y) or _zero_gradients(classifier, near, y, MOVED),
         _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y))),
     ]
@@ -89,6 +91,14 @@ def _first_pass(classifier: Classifier, x: Tensor, data: EvalSet) -> Tensor:
             f"the model returns NaN or infinite logits for {bad} of {len(x)} images of {data.name}"
         )
     return logits
+
+
+def _holes(logits: Tensor) -> Flag | None:
+    bad = int((~logits.isfinite()).any(1).sum())
+    if not bad:
+        return None
+    evidence = f"NaN or infinite logits for {bad} of {len(logits)} images{MOVED}"
+    return Flag(kind="non_finite_nearby", evidence=evidence, value=bad, threshold=0)
 
 
 def _extra(logits: Tensor, data: EvalSet) -> Flag | None:
