@@ -72,7 +72,7 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "warning",
         "Logits near the images are not finite",
         "the model returns NaN or infinite logits for images that were moved by noise of 8/255",
-        "it has no answer there: what attacks find at such points counts as broken, and gradients may be lost",
+        "it has no answer there: such points count as broken where attacks find them; gradients may be lost",
         "look at what the network does with values between grey levels; it must answer in all of the ball",
     ),
     "nothing_broken": FlagKind(
