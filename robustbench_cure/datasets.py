@@ -8,12 +8,14 @@ ids are stored with every result.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ class EvalSet:
     Attributes:
         name: data set as reports print it.
         split: which part.
-        images: float32 (N,C,H,W) in [0, 1].
+        pixels: as stored, (N,C,H,W): grey levels in uint8, or float32 in [0, 1].
         labels: int64 (N,).
         ids: stable name of each sample.
         hashes: SHA-256 of each sample's pixels as stored (uint8 or float32, C,H,W), hex.
@@ -56,7 +58,7 @@ class EvalSet:
 
     name: str
     split: str
-    images: Tensor
+    pixels: Tensor
     labels: Tensor
     ids: tuple[str, ...]
     hashes: tuple[str, ...]
@@ -66,6 +68,14 @@ class EvalSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def images(self) -> Tensor:
+        """The pixels as float32 (N,C,H,W) in [0, 1].
+
+        Grey levels take four times the memory so, and are converted anew each time: `take` the rows first.
+        """
+        return as_float(self.pixels)
 
     @property
     def digest(self) -> str:
@@ -79,7 +89,7 @@ class EvalSet:
         return EvalSet(
             self.name,
             self.split,
-            self.images[index],
+            self.pixels[index],
             self.labels[index],
             tuple(self.ids[i] for i in rows),
             tuple(self.hashes[i] for i in rows),
@@ -100,6 +110,14 @@ class EvalSet:
         return self.take([int(i) for i in (order[:n] if n else order)])
 
 
+def as_float(pixels: Tensor) -> Tensor:
+    """Pixels as networks take them, float32 in [0, 1]: uint8 divided by 255, the same on any device."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # By a tensor: CUDA multiplies by the reciprocal of a number, which is another float32 at some levels.
+    return pixels.to(torch.float32).div_(torch.full((), 255.0, device=pixels.device))
+
+
 def from_arrays(
     name: str,
     split: str,
@@ -110,7 +128,7 @@ def from_arrays(
     classes: Sequence[str] | None = None,
     notes: str = "",
 ) -> EvalSet:
-    """Build from arrays or tensors.
+    """Build from arrays or tensors, which are copied.
 
     Args:
         name: of the data, for records and reports.
@@ -122,36 +140,84 @@ def from_arrays(
         notes: what a reader of the report should know of the data.
 
     Raises:
-        UsageError: empty, wrong shape or range, NaN, or labels outside the classes.
+        UsageError: empty, wrong shape, dtype or range, NaN, labels outside the classes, or names that are
+            missing, too many or not unique.
     """
-    images, labels = (
-        np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given) for given in (images, labels)
-    )
-    if len(images) == 0:
-        raise UsageError(f"{name}: no images")
-    if images.ndim != 4 or labels.shape != (len(images),):
+    raw, target = _array(name, "images", images), _array(name, "labels", labels)
+    if raw.ndim != 4 or target.shape != (len(raw),):
         raise UsageError(
-            f"{name}: images must be (N, C, H, W) and labels (N,), got {images.shape} and {labels.shape}"
+            f"{name}: images must be (N, C, H, W) and labels (N,), got {raw.shape} and {target.shape}"
         )
-    ids = [f"{name}/{row}" for row in range(len(images))] if ids is None else ids
-    classes = [str(label) for label in range(int(labels.max()) + 1)] if classes is None else classes
+    n = len(raw)
+    if n == 0:
+        raise UsageError(f"{name}: no images")
+    if target.dtype.kind not in "iub":
+        raise UsageError(f"{name}: labels must be integers, got {target.dtype}: the numbers of the classes")
+    low, high = int(target.min()), int(target.max())
+    most = MOST_CLASSES if classes is None else len(classes)
+    if low < 0 or high >= most:
+        raise UsageError(f"{name}: labels must be 0..{most - 1}, got {low}..{high}")
+    classes = _names(name, "classes", range(high + 1) if classes is None else classes)
+    ids = _names(name, "ids", [f"{name}/{row}" for row in range(n)] if ids is None else ids)
+    if len(ids) != n:
+        raise UsageError(f"{name}: {len(ids)} ids for {n} images: each needs one of its own")
+    pixels = _stored(name, raw)
+    hashes = tuple(hashlib.sha256(image).hexdigest() for image in pixels.numpy())
+    return EvalSet(
+        name, split, pixels, torch.from_numpy(target.astype(np.int64)), ids, hashes, classes, notes, n
+    )
+
+
+def _array(name: str, what: str, given: object) -> NDArray[Any]:
+    """As NumPy has it; of its memory, nothing is copied."""
+    try:
+        return np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
+    except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, sparse tensors, ragged lists
+        raise UsageError(f"{name}: {what} are no array: {error}") from None
+
+
+def _stored(name: str, images: NDArray[Any]) -> Tensor:
+    """A copy of the images, (N,C,H,W) uint8 or float32, each contiguous.
+
+    Raises:
+        UsageError: wrong shape, dtype or range.
+    """
+    if images.size == 0:
+        raise UsageError(f"{name}: the images have no pixels: shape {images.shape}")
+    if channels_last(images.shape[1:]):
+        raise UsageError(
+            f"{name}: images of shape {images.shape} look like (N, H, W, C); "
+            "they must be (N, C, H, W): transpose(0, 3, 1, 2)"
+        )
     if images.dtype == np.uint8:
-        pixels = torch.from_numpy(images.astype(np.float32)) / 255.0
-    else:
-        pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
-        if not bool(pixels.isfinite().all()):
-            raise UsageError(f"{name}: images contain NaN or infinity")
-        low, high = float(pixels.amin()), float(pixels.amax())
-        if low < 0 or high > 1:
-            raise UsageError(
-                f"{name}: float images must lie in [0, 1], these span [{low:g}, {high:g}]; "
-                "divide by 255, or store grey levels as uint8"
-            )
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UsageError(f"{name}: labels must be 0..{len(classes) - 1}, got {labels.min()}..{labels.max()}")
-    hashes = tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
-    target = torch.from_numpy(labels.astype(np.int64))
-    return EvalSet(name, split, pixels, target, tuple(ids), hashes, tuple(classes), notes, len(images))
+        return torch.from_numpy(np.array(images, order="C"))
+    if images.dtype.kind not in "fiub":
+        raise UsageError(f"{name}: images must be uint8 or float32, got {images.dtype}")
+    pixels = torch.from_numpy(np.array(images, dtype=np.float32, order="C"))
+    low, high = (float(bound) for bound in pixels.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UsageError(f"{name}: images contain NaN or infinity")
+    if low < 0 or high > 1:
+        raise UsageError(
+            f"{name}: float images must lie in [0, 1], these span [{low:g}, {high:g}]; "
+            "divide by 255, or store grey levels as uint8"
+        )
+    return pixels
+
+
+def _names(name: str, what: str, given: Sequence[object]) -> tuple[str, ...]:
+    """Ids or classes, of which no two are called the same."""
+    names = tuple(map(str, given))
+    if len(set(names)) < len(names):
+        twice = next(one for one, times in Counter(names).items() if times > 1)
+        raise UsageError(f"{name}: {what} must be unique, {twice!r} is there more than once")
+    return names
+
+
+def channels_last(shape: Sequence[int]) -> bool:
+    """Whether (C, H, W) is rather (H, W, C): a square with 1 or 4 in the last place, or 3 there."""
+    first, second, last = shape
+    return first > 4 and (last == 3 or (first == second and last in (1, 4)))
 
 
 # --- the built-in sets ---------------------------------------------------------------------------------
@@ -180,7 +246,7 @@ def _cifar10(split: Split, data_dir: Path | None) -> EvalSet:
     from torchvision.datasets import CIFAR10
 
     data = _torchvision("cifar10", data_dir, lambda root: CIFAR10(root, split == "train", download=True))
-    images = np.ascontiguousarray(np.asarray(data.data).transpose(0, 3, 1, 2))
+    images = np.asarray(data.data).transpose(0, 3, 1, 2)
     ids = [f"cifar10/{split}/{i:05d}" for i in range(len(images))]
     return from_arrays("cifar10", split, images, np.asarray(data.targets), ids=ids, classes=CIFAR10_CLASSES)
 
@@ -249,6 +315,8 @@ def _folder(split: Split, data_dir: Path | None) -> EvalSet:
             labels.append(label)
             ids.append(f"{split}/{name}/{file.name}")
             suffixes.append(file.suffix.lower())
+    images = np.stack(arrays)
+    arrays.clear()  # or they would be held beside it to the end
     lossy = [suffix for suffix in suffixes if suffix in LOSSY_SUFFIXES]
     share = "" if len(lossy) == len(suffixes) else f"{len(lossy)} of the split's {len(suffixes)} images "
     kinds = ", ".join(sorted(set(lossy)))
@@ -256,7 +324,7 @@ def _folder(split: Split, data_dir: Path | None) -> EvalSet:
     return from_arrays(
         f"folder:{root.resolve().name}",
         split,
-        np.stack(arrays),
+        images,
         np.asarray(labels),
         ids=ids,
         classes=classes,
@@ -312,11 +380,8 @@ def _npz(split: Split, data_dir: Path | None) -> EvalSet:
     classes = [str(k) for k in range(int(y.max()) + 1)]
     if len(set(y.tolist())) < 2:
         raise UsageError(f"{path}: only one class in y; robustness of one class says nothing")
-    images = np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32))
     ids = [f"{split if suffix else 'all'}/{int(i):05d}" for i in index]
-    return from_arrays(
-        f"npz:{path.stem}", split if suffix else "all", images, y.astype(np.int64), ids=ids, classes=classes
-    )
+    return from_arrays(f"npz:{path.stem}", split if suffix else "all", x, y, ids=ids, classes=classes)
 
 
 def _existing(data_dir: Path | None, name: str) -> Path:

@@ -41,8 +41,8 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     Raises:
         UsageError: the model does not fit the data (input shape, number of classes), fails, or returns NaN.
     """
-    x = data.images[:SAMPLE].to(classifier.device)
-    y = data.labels[:SAMPLE].to(classifier.device)
+    first = data.take(range(min(SAMPLE, len(data))))
+    x, y = first.images.to(classifier.device), first.labels.to(classifier.device)
     logits = _first_pass(classifier, x, data)
     near = _near(x)
     beside = classifier.logits(near)

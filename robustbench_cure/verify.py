@@ -134,8 +134,8 @@ def match(given: Given, data: EvalSet, file: Path) -> EvalSet:
     Raises:
         UsageError: an unknown id, too many images, or images of another shape.
     """
-    if given.images.shape[1:] != data.images.shape[1:]:
-        shapes = tuple(given.images.shape[1:]), tuple(data.images.shape[1:])
+    if given.images.shape[1:] != data.pixels.shape[1:]:
+        shapes = tuple(given.images.shape[1:]), tuple(data.pixels.shape[1:])
         raise UsageError(f"{file}: images of shape {shapes[0]}; {data.name} has {shapes[1]}")
     if given.ids is None:
         if len(given.images) > len(data):

@@ -346,6 +346,28 @@ def test_flat_boundaries_are_out_of_reach(norm):
     assert torch.equal(step[1], torch.zeros(1, 1, 3))
 
 
+class Corner(nn.Module):
+    """Scores 0.2 and max(u, 2u + v - 0.05) of two pixels u, v around one half."""
+
+    def forward(self, x):
+        u, v = (x.flatten(1) - 0.5).unbind(1)
+        return torch.stack((torch.full_like(u, 0.2), torch.maximum(u, 2 * u + v - 0.05)), 1)
+
+
+def test_pixels_at_the_end_of_the_linf_ball_leave_the_way_to_the_others():
+    """In a ball of 0.1 the first pixel comes to 0.1, where 2u + v - 0.05 counts and lacks 0.05.
+
+    v has to make it up alone, and does so in one step; shared with u, a third of it would be lost each time.
+    """
+    classifier = Classifier(Corner(), num_classes=2, input_shape=(1, 1, 2))
+    x, y = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.int64)
+    found = deepfool(classifier, x, y, threat=ball("linf", 0.1), mode="bounded", steps=2, overshoot=0.02)
+    assert found.steps.tolist() == [2]
+    assert bool(found.converged.all())
+    moved = (found.x_adv - x).flatten().tolist()
+    assert moved == pytest.approx([0.1, 1.02 * 0.05], abs=1e-6)
+
+
 # --- SPSA's estimate ---------------------------------------------------------------------------------
 
 
@@ -404,6 +426,36 @@ def test_spsa_asks_around_the_iterate_not_around_the_image(affine, monkeypatch):
     after_one_step = spsa(model.classifier, x, y, steps=1, **options).x_adv
     assert (after_one_step != x).any()
     torch.testing.assert_close(second, after_one_step, rtol=0, atol=1e-6)
+
+
+def test_spsa_steps_are_those_of_adam(affine, monkeypatch):
+    """Iterate by iterate against Kingma & Ba's algorithm 1 in float64, where the estimate is known."""
+    steps, samples, rate = 12, 4, 0.01
+    model = random_affine(affine, 2, seed=5)
+    x = interior_images(3, seed=6)
+    y = model.classifier.logits(x).argmax(1)
+    slope = model.weight[y] - model.weight[1 - y]  # of the margin, (3, d)
+    noise, seen = Noise.for_rows(3), []
+    honest = model.classifier.logits
+
+    def noted(given):
+        seen.append(given.clone())
+        return honest(given) + 1e3 * torch.nn.functional.one_hot(y, 2)  # nothing is ever broken
+
+    monkeypatch.setattr(model.classifier, "logits", noted)
+    threat = ball("linf", 0.1)
+    spsa(model.classifier, x, y, threat=threat, noise=noise, steps=steps, samples=samples, step_size=rate)
+    assert len(seen) == steps + 1
+    start = x.flatten(1).double().numpy()
+    here, first, second = start, np.zeros_like(start), np.zeros_like(start)
+    for t in range(1, steps + 1):
+        signs = noise.signs((samples, DIMENSION), t - 1).double().numpy()
+        estimate = (np.einsum("bnd,bd->bn", signs, slope)[:, :, None] * signs).mean(1)
+        first = 0.9 * first + 0.1 * estimate
+        second = 0.999 * second + 0.001 * estimate**2
+        step = rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+        here = np.clip(here - step, start - threat.radius, start + threat.radius)
+        np.testing.assert_allclose(seen[t].flatten(1).numpy(), here, atol=2e-5)
 
 
 def test_spsa_that_cannot_reach_the_ball_is_refused(affine):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,52 @@ def test_hashes_are_those_of_the_raw_bytes_and_pixels_are_exact():
     data = toy(images=real)
     assert list(data.hashes) == [sha256(image) for image in real]
     assert np.array_equal(data.images.numpy(), real)
+
+
+def test_grey_levels_stay_bytes_until_they_are_asked_for():
+    grey = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    data = from_arrays("levels", "test", grey, np.zeros(1, np.int64))
+    assert data.pixels.dtype == torch.uint8
+    assert data.images.dtype == torch.float32
+    assert np.array_equal(data.images.numpy(), grey.astype(np.float32) / np.float32(255))
+    assert data.take([0]).pixels.dtype == torch.uint8
+
+
+def test_arrays_are_copied_so_that_hashes_stay_true():
+    for images in (grey_levels(6, 1, 2, 2), np.random.default_rng(0).random((6, 1, 2, 2), np.float32)):
+        for given in (images, torch.from_numpy(images)):
+            data = toy(images=given)
+            given += 1
+            assert list(data.hashes) == [sha256(image) for image in data.pixels.numpy()]
+            given -= 1
+
+
+MEASURE = """
+import numpy as np
+from robustbench_cure.datasets import from_arrays
+
+def memory(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+images = np.random.default_rng(0).integers(0, 256, (20_000, 3, 32, 32), np.uint8)
+if {channels_last}:
+    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
+before = memory("VmRSS")
+part = from_arrays("big", "test", images, np.arange(20_000) % 10).subset(0)
+print((memory("VmHWM") - before) / images.nbytes)
+"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from Linux's /proc"
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_data_set_takes_its_bytes_twice_and_no_more(channels_last):
+    code = MEASURE.format(channels_last=channels_last)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Beside the caller's own array: the copy, its permutation, and names and hashes of the samples.
+    assert float(done.stdout) < 2.5
 
 
 def test_hashes_do_not_depend_on_how_the_memory_lies():
@@ -353,3 +401,55 @@ def test_tensors_are_data_too_with_ids_and_classes_of_their_own():
 def test_arrays_of_other_shapes_are_refused(shape, count):
     with pytest.raises(UsageError, match=r"images must be \(N, C, H, W\) and labels \(N,\)"):
         from_arrays("mine", "test", torch.zeros(shape), torch.zeros(count, dtype=torch.int64))
+
+
+WRONG = {
+    "too few ids": ({"ids": ["a", "b"]}, "2 ids for 6 images"),
+    "too many ids": ({"ids": list("abcdefg")}, "7 ids for 6 images"),
+    "an id twice": ({"ids": list("abcdea")}, "ids must be unique, 'a' is there more than once"),
+    "a class twice": ({"classes": "aba"}, "classes must be unique, 'a' is there more than once"),
+    "fewer classes than labels": ({"classes": "ab"}, r"labels must be 0\.\.1, got 0\.\.2"),
+    "halves for labels": ({"labels": np.arange(6) / 2}, "labels must be integers, got float64"),
+    "words for labels": ({"labels": np.array(list("abcabc"))}, "labels must be integers, got <U1"),
+    "a label of the wrong size": ({"labels": np.array([0, 1, 2, 0, 1, 10**9]), "classes": None}, "0..99999"),
+    "nothing but the label -1": ({"labels": np.full(6, -1), "classes": None}, "got -1..-1"),
+    "colours last": (
+        {"images": grey_levels(6, 8, 8, 3)},
+        r"look like \(N, H, W, C\).*transpose\(0, 3, 1, 2\)",
+    ),
+    "grey last": ({"images": torch.zeros(6, 28, 28, 1)}, r"look like \(N, H, W, C\)"),
+    "0 to 255": ({"images": grey_levels(6, 1, 2, 2).astype(np.float32)}, "must lie in .*divide by 255"),
+    "normalised": ({"images": torch.linspace(-2, 2, 24).view(6, 1, 2, 2)}, "must lie in"),
+    "one NaN": ({"images": torch.tensor([0.5] * 23 + [torch.nan]).view(6, 1, 2, 2)}, "NaN or infinity"),
+    "an infinity": ({"images": torch.tensor([0.5] * 23 + [torch.inf]).view(6, 1, 2, 2)}, "NaN or infinity"),
+    "complex numbers": ({"images": np.zeros((6, 1, 2, 2), np.complex64)}, "uint8 or float32, got complex64"),
+    "bfloat16": ({"images": torch.zeros(6, 1, 2, 2).bfloat16()}, "images are no array"),
+    "no pixels": ({"images": np.zeros((6, 1, 0, 2), np.uint8)}, "no pixels"),
+    "no images": ({"images": np.zeros((0, 1, 2, 2), np.uint8), "labels": np.zeros(0, int)}, "no images"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arrays_are_refused_in_words(case):
+    change, words = WRONG[case]
+    with pytest.raises(UsageError, match=f"toy: .*{words}"):
+        toy(**change)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 20, 4), (3, 4, 20), (4, 8, 8), (2, 8, 8), (12, 6, 6), (3, 1, 64), (1, 1, 1), (1, 5, 7), (64, 4, 4)],
+)
+def test_images_of_odd_shapes_are_images(shape):
+    assert toy(images=grey_levels(6, *shape)).images.shape == (6, *shape)
+
+
+def test_whole_numbers_of_any_kind_are_labels_and_ids_become_words():
+    for kind in (np.uint8, np.int32, np.bool_):
+        assert toy(labels=(np.arange(6) % 2).astype(kind)).labels.tolist() == [0, 1] * 3
+    assert toy(ids=range(6)).ids == tuple("012345")
+
+
+def test_numbers_of_another_width_are_hashed_as_they_are_kept():
+    real = np.random.default_rng(0).random((6, 1, 2, 2))
+    assert toy(images=real).hashes == toy(images=real.astype(np.float32)).hashes

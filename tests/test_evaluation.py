@@ -9,6 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from robustbench_cure import load_battery, shard_work
@@ -185,6 +187,38 @@ def test_side_effects_of_an_attack_are_contained_and_flagged():
     assert torch.equal(torch.get_rng_state(), state)
     assert {flag.evidence for flag in record.manifest.flags} == {"input modified", "global random state used"}
     assert record.robust_accuracy("pgd10") == honest.robust_accuracy("pgd10")
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_only_random_numbers_are_put_down_to_a_network_that_draws_them(random):
+    def rude(model, x, y, *, threat, noise, **hyper):
+        proposal = pgd(model, x.clone(), y, threat=threat, noise=noise, **hyper)
+        x += 0.5
+        torch.rand(1)
+        return proposal
+
+    net = Wrapped(lambda x: x + 0.1 * torch.randn(x.shape)) if random else linear()
+    attacks = ATTACKS | {"pgd": rude}
+    record = evaluate(
+        classifier(net), battery(pgd_spec()), images(40), attacks=attacks, allow_unreliable=True
+    )
+    seen = {flag.evidence for flag in record.manifest.flags if flag.kind == "side_effects"}
+    assert seen == ({"input modified"} if random else {"input modified", "global random state used"})
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_minimal_attack_may_leave_the_ball_but_the_box_only_where_its_entry_says_so(clip):
+    def outward(model, x, y, **_):
+        proposal = Proposal.start(x)
+        proposal.x_adv = x + 2.0
+        return proposal
+
+    attacks = ATTACKS | {"deepfool": outward}
+    record = evaluate(classifier(linear()), battery(DEEPFOOL | {"clip": clip}), images(40), attacks=attacks)
+    attacked = record.samples["deepfool.attacked"]
+    assert set(record.samples["deepfool.violation"][attacked]) == {"outside the box [0, 1]" if clip else ""}
+    assert record.samples["deepfool.margin"][attacked].isna().all() == clip
+    assert record.success_rate("deepfool").count == 0
 
 
 @pytest.mark.parametrize("how", ["weights", "mode"])
@@ -487,6 +521,37 @@ def test_rows_whose_images_were_not_kept_are_attacked_again_where_they_are_wante
     record = evaluate(classifier(linear()), protocol, data, out=tmp_path / "run", **options)
     assert again == [3, 3, 3, 3, 1]
     assert record.manifest.cost["spsa"].forwards == record.samples["spsa.forwards"].sum()
+
+
+@pytest.mark.parametrize("whose", ["in another order", "of other samples", "of too few samples"])
+def test_kept_images_that_are_not_those_of_the_rows_are_made_again(tmp_path, pieces_of_three, whose):
+    options = {"seed": 3, "save_adversarials": True}
+    protocol, data = battery(LONG["spsa"]), images(21)
+    _, attacks = counted("spsa", die_at=3)
+    evaluate(classifier(linear()), protocol, data, out=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(classifier(linear()), protocol, data, out=tmp_path / "cut", attacks=attacks, **options)
+    file = tmp_path / "cut" / "adversarials" / "0000-spsa.safetensors"
+    kept, ids = stored(file)
+    assert len(ids) == 6
+    change = {
+        "in another order": (kept.flip(0), ids[::-1]),
+        "of other samples": (kept, [f"u/{i}" for i in range(6)]),
+        "of too few samples": (kept[:5], ids[:5]),
+    }
+    images_then, ids_then = change[whose]
+    save_file({"spsa": images_then.contiguous()}, file, {"sample_ids": json.dumps(ids_then)})
+    again, attacks = counted("spsa")
+    options |= {"attacks": attacks, "resume": True}
+    evaluate(classifier(linear()), protocol, data, out=tmp_path / "cut", **options)
+    assert again == [3, 3, 3, 3, 1]
+    whole = tmp_path / "whole" / "adversarials" / "0000-spsa.safetensors"
+    assert file.read_bytes() == whole.read_bytes()
+
+
+def stored(file):
+    with safe_open(file, "pt") as archive:
+        return archive.get_tensor("spsa"), json.loads(archive.metadata()["sample_ids"])
 
 
 def test_pieces_follow_the_battery_and_nothing_else(pieces_of_three):

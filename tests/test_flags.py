@@ -84,6 +84,18 @@ def test_only_samples_that_both_attacks_cover_count():
     assert flag.value == 7 / 50
 
 
+@pytest.mark.parametrize(("alone", "there"), [(0, False), (1, True)])
+def test_what_a_black_box_attack_broke_alone_is_a_share_of_the_samples_it_saw(alone, there):
+    """One of 50 is 2 %; of the 200 of the record it would be half a per cent, and no flag."""
+    evidence = {"ce": "." * 200, "spsa": "x" * alone + "." * (50 - alone) + "-" * 150}
+    record = make.record(make.battery(PGD, make.SPSA | {"limit": 50}), "1" * 200, evidence)
+    found = [flag for flag in run_flags(record) if flag.kind == "black_box_stronger"]
+    assert bool(found) == there
+    if there:
+        assert (found[0].value, found[0].attack) == (1 / 50, "spsa")
+        assert found[0].evidence == "1 of 50 samples were broken by spsa alone"
+
+
 def test_stored_records_say_it_although_they_were_made_before():
     record = Record.load(STORED / "digits_cure")
     (flag,) = [flag for flag in record.manifest.flags if flag.kind == KIND]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
+from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import Proposal
+from robustbench_cure.attacks import Proposal, uniform_noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.masking import checks
 from robustbench_cure.masking import planted as planted_module
@@ -264,6 +265,81 @@ def test_an_attack_that_stands_still_misses_every_planted_example(affine, monkey
     assert (found.value, found.status, found.beyond) == (0.0, "raised", "<")
     e.x, e.ids = e.x[:5], e.ids[:5]
     assert planted_module.planted(e).status == "not run"
+
+
+class Waves(nn.Module):
+    """Outputs without order: the phases of 195 fast waves across the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", 1e3 * torch.randn(12, 195, generator=generator))
+
+    def forward(self, x):
+        return torch.cos(x.flatten(1) @ self.weight)
+
+
+def test_problems_that_random_points_solve_are_left_out(monkeypatch):
+    """195 outputs set any point apart from 200 others, and not from as many new ones."""
+    rules = []
+
+    def noted(inner, border):
+        rules.append(separate(inner, border))
+        return rules[-1]
+
+    monkeypatch.setattr(planted_module, "separate", noted)
+    e = Evidence.__new__(Evidence)
+    e.classifier = Classifier(Waves(), num_classes=195, input_shape=(3, 2, 2))
+    e.threat, e.settings = ThreatModel.parse("linf", "8/255"), SMALL
+    e.x = torch.rand((12, 3, 2, 2), generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    e.ids = tuple(map(str, range(12)))
+    assert list(planted_module.problems(e)) == []
+    assert len(rules) == 12
+    assert None not in rules
+    assert planted_module.planted(e).status == "not run"
+
+
+def test_chance_solves_no_planted_problem(affine, monkeypatch):
+    model = affine(np.random.default_rng(0).normal(size=(8, 12)), list(range(8)), (3, 2, 2))
+    e = Evidence.__new__(Evidence)
+    e.classifier, e.threat, e.settings = model.classifier, ThreatModel.parse("linf", "8/255"), SMALL
+    e.x = torch.rand((12, 3, 2, 2), generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    e.ids = tuple(map(str, range(12)))
+
+    def guess(classifier, x, y, *, threat, **_):
+        return uniform_noise(classifier, x, y, threat=threat, draws=20)
+
+    monkeypatch.setattr(planted_module, "pgd", guess)
+    found = planted_module.planted(e)
+    assert (found.value, found.status) == (0.0, "raised")
+
+
+class Roots(nn.Module):
+    """Finite outputs everywhere, infinite slopes at black pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(12, 3, generator=generator))
+
+    def forward(self, x):
+        return x.flatten(1).sqrt() @ self.weight
+
+
+@pytest.mark.parametrize(("black", "raised"), [(0, False), (1, False), (3, True)])
+def test_gradients_that_are_not_finite_are_counted(black, raised):
+    e = Evidence.__new__(Evidence)
+    e.classifier = Classifier(Roots(), num_classes=3, input_shape=(3, 2, 2))
+    e.threat, e.settings = ThreatModel.parse("linf", "8/255"), SMALL
+    e.x = torch.rand((40, 3, 2, 2), generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    e.x[:black, 0, 0, 0] = 0.0
+    e.y = e.classifier.logits(e.x).argmax(1)
+    e.ids = tuple(map(str, range(40)))
+    found = checks.gradients(e)
+    assert found.value == black / 40
+    assert (found.status == "raised") == raised
+    assert found.ids == (tuple(map(str, range(black))) if raised else ())
+    assert f"NaN or infinite {black}" in found.evidence
 
 
 def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):

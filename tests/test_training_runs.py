@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from torch import nn
 
 from robustbench_cure.classifier import Normalised
 from robustbench_cure.cli import cli
+from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training import METHODS, PREPARATIONS
@@ -118,6 +120,26 @@ def test_a_weight_too_large_for_half_precision_is_refused():
     assert halved({"steps": torch.tensor(70_000)})["steps"] == 70_000
     with pytest.raises(RunError, match="big: does not fit into half precision"):
         halved({"big": torch.tensor([1.0, 7e4])})
+
+
+@pytest.mark.parametrize("method", ["standard", "static_fgsm"])
+def test_bytes_train_the_network_that_their_float_images_train(method):
+    levels = np.random.default_rng(0).integers(0, 256, (80, 1, 8, 8), np.uint8)
+    data = from_arrays("noise", "train", levels, np.arange(80) % 10)
+    as_bytes = train(card(method), data, start_module=None, limit_epochs=1)
+    as_floats = train(card(method), Data(data.images, data.labels), start_module=None, limit_epochs=1)
+    assert as_bytes.figures == as_floats.figures
+    for name, value in as_bytes.state_dict.items():
+        assert torch.equal(value, as_floats.state_dict[name])
+
+
+def test_training_keeps_grey_levels_as_bytes():
+    data = from_arrays("grey", "train", np.zeros((80, 1, 8, 8), np.uint8), np.arange(80) % 10)
+    model = Normalised(build("digits_cnn", 10, 1, {"hidden": 16}), (0.3,), (0.4,))
+    options = {"num_classes": 10, "scale": SCALES["digits"], "epochs": 1}
+    kept = Trainer(model, card("standard").training, data.pixels, data.labels, **options)
+    assert kept.x.dtype == torch.uint8
+    assert kept.held_out[0].dtype == torch.float32
 
 
 def test_a_checkpoint_is_asked_for_and_belongs_to_its_run(digits, tmp_path):

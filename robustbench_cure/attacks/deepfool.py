@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
@@ -89,6 +90,7 @@ def deepfool(
         ValueError: fewer than two ``candidates``: none would be another class; a ``basis`` where a
             perturbation would not stay in its span, or of another shape.
     """
+    check_inputs(classifier, x, y, box=clip or mode == "bounded")
     del noise
     if candidates < 2:
         raise ValueError(f"candidates {candidates}: the label's own and at least one other")

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.proposal import Proposal
@@ -34,6 +35,7 @@ def fgsm(
     Returns:
         A proposal inside the ball and the box.
     """
+    check_inputs(classifier, x, y)
     del noise
     proposal = Proposal.start(x)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
@@ -95,6 +96,7 @@ def pgd_ladder(
         One proposal a rung, each inside the ball and the box. A rung that was not broken gets the
         iterate of lowest margin among those that its restarts ended with (``never``: passed through).
     """
+    check_inputs(classifier, x, y)
     search = _Ladder(classifier, x, y, threat, noise, rungs, step_size, random_start, restarts, loss, stop)
     return search.run()
 

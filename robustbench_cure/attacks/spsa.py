@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import Stop
@@ -68,6 +69,7 @@ def spsa(
         ValueError: ``steps * step_size`` is less than eps: the ball could not be reached; or ``delta`` is
             half of the box or more: no pair of queries would fit.
     """
+    check_inputs(classifier, x, y)
     if not 0 < delta < 0.5:
         raise ValueError(f"delta {delta}: must lie between 0 and 0.5, half of the pixels' range")
     if steps * step_size < threat.radius * (1 - 1e-9):

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.proposal import Proposal
@@ -61,6 +62,7 @@ def uniform_noise(
     Returns:
         A proposal inside the ball and the box; ``steps`` is the number of the proposed draw.
     """
+    check_inputs(classifier, x, y)
     noise = noise or Noise.for_rows(len(x), device=x.device)
     proposal = Proposal.start(x)
     lowest = torch.full((len(x),), torch.inf, device=x.device)

@@ -115,7 +115,7 @@ def draw_relative(study: Study, relative: dict[str, Values]) -> Shown:
 def draw_singular(study: Study, learned: dict[str, Learned], images: EvalSet) -> Shown:
     """Singular values of the normals, beside those of as many random directions (thesis, Fig. 6.3)."""
     noise = Noise.for_samples(study.seed, "shared/singular", images.ids)
-    reference, _ = common(on_sphere(noise, (images.images[0].numel(),), 0))
+    reference, _ = common(on_sphere(noise, (images.pixels[0].numel(),), 0))
     values = {name: known.singular for name, known in learned.items()} | {"random": reference}
     tables = [
         pd.DataFrame({"model": name, "index": np.arange(1, len(v) + 1), "value": v.numpy()})

@@ -46,7 +46,7 @@ def learn_subspaces(
     found = kept.rows
     if "curved" not in found:
         normals, curvatures, mean = _look(study, name, classifier, images, m, step, kept)
-        _refuse_few(name, len(normals), len(images), m, images.images[0].numel())
+        _refuse_few(name, len(normals), len(images), m, images.pixels[0].numel())
         singular, flat = common(normals)
         _, directions = common(curvatures)
         parts = {"singular": singular, "flat": flat, "curved": most_curved(mean, m), "shared": directions[:m]}
@@ -72,8 +72,9 @@ def _look(
     study: Study, name: str, classifier: Classifier, images: EvalSet, m: int, step: float | None, kept: Kept
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normals r/||r|| (k, d), principal directions (any, d) and the mean projected Hessian (d, d)."""
-    d, n = images.images[0].numel(), len(images)
-    near = nearest_of(name, classifier, images.images)
+    x = images.images
+    d, n = x[0].numel(), len(images)
+    near = nearest_of(name, classifier, x)
     _refuse_few(name, int(near.found.sum()), n, m, d)  # before the gradients, not after
     h = steps(near, step)
     rotation = random_basis(d - 1, study.seed, classifier.device)
@@ -97,7 +98,7 @@ def _look(
                     classifier, *place, h=float(h[row]), rotation=rotation, advance=advance
                 )
                 if not bool(matrix.isnan().any()):
-                    way = (near.point[row] - images.images[row].to(classifier.device)).flatten()
+                    way = (near.point[row] - x[row].to(classifier.device)).flatten()
                     normals.append((way / way.norm()).cpu().numpy())
                     curvatures.append(ends(frame, matrix).cpu().numpy())
                     total += in_inputs(frame, matrix).cpu().double()

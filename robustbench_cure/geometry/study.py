@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Study:
     dataset: str = ""
     files: list[Path] = field(default_factory=list)
 
-    @property
+    @cached_property
     def images(self) -> Tensor:
         """Images, float32 (N,C,H,W) in [0, 1]."""
         return self.data.images
@@ -146,10 +147,10 @@ def open_study(
         name = classifier.model_info().id
         if name in models:
             raise UsageError(f"two models are called {name}: rename one")
-        if tuple(data.images.shape[1:]) != classifier.input_shape:
+        if tuple(data.pixels.shape[1:]) != classifier.input_shape:
             raise UsageError(
                 f"{name} takes images of shape {classifier.input_shape}, {data.name} has "
-                f"{tuple(data.images.shape[1:])}"
+                f"{tuple(data.pixels.shape[1:])}"
             )
         models[name] = classifier
     if first_by_seed:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robustbench_cure.classifier import Normalised, full_precision
+from robustbench_cure.datasets import as_float
 from robustbench_cure.errors import RunError
 from robustbench_cure.recipes import AnyRecipe
 from robustbench_cure.training import METHODS, PREPARATIONS
@@ -49,7 +50,7 @@ class Trainer:
     Args:
         model: trained in place, on the device where it is.
         recipe: method, optimiser, schedule, seed.
-        images: float32 (N,C,H,W) in [0, 1].
+        images: (N,C,H,W), float32 in [0, 1], or uint8 grey levels, which become that batch by batch.
         labels: int64 (N,).
         num_classes: number of logits.
         scale: of the log's attack and curvatures.
@@ -86,11 +87,11 @@ class Trainer:
         self.generator = torch.Generator(self.device).manual_seed(recipe.seed + 2)
         rows, kept = held_out_split(len(images), recipe.seed)
         kept = kept[:IMAGES]
-        self.held_out = images[kept].to(self.device), labels[kept].to(self.device)
+        self.held_out = as_float(images[kept].to(self.device)), labels[kept].to(self.device)
         place = _place(images, self.device)
         self.x, self.y = images[rows].to(place), labels[rows].to(place)
         if recipe.method in PREPARATIONS:
-            self.x = PREPARATIONS[recipe.method](model, self.x, self.y, recipe, num_classes)
+            self.x = PREPARATIONS[recipe.method](model, as_float(self.x), self.y, recipe, num_classes)
         self.batch_size = min(recipe.batch_size, len(rows))
         # The ragged last batch is left out: another shuffle has its rows.
         self.per_epoch = min(len(rows) // self.batch_size, steps_per_epoch or len(rows))
@@ -161,7 +162,7 @@ class Trainer:
             self.model.train()
             self.order = torch.randperm(len(self.x), generator=self.shuffle)
         batch = self.order[index * self.batch_size : (index + 1) * self.batch_size].to(self.x.device)
-        x = AUGMENTATIONS[self.recipe.augmentation](self.x[batch].to(self.device), self.generator)
+        x = AUGMENTATIONS[self.recipe.augmentation](as_float(self.x[batch].to(self.device)), self.generator)
         y = self.y[batch].to(self.device)
         rate = learning_rate(
             self.recipe.schedule, self.recipe.lr, self.recipe.lr_final, self.iteration, self.total

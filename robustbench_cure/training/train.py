@@ -12,6 +12,7 @@ from torch import Tensor
 from robustbench_cure.cards import ModelCard
 from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Normalised
+from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.training import checkpoint
 from robustbench_cure.training.journal import Journal
@@ -102,7 +103,8 @@ def train(
         RunError: the loss became infinite or NaN, or memory ran out; the last checkpoint stays.
     """
     recipe, world = card.training, world or World()
-    _check(card, data, out_path)
+    images = data.pixels if isinstance(data, EvalSet) else data.images
+    _check(card, images, data.labels, out_path)
     epochs = min(recipe.epochs, limit_epochs or recipe.epochs)
     if recipe.batch_size % world.size:
         raise UsageError(f"a batch of {recipe.batch_size} cannot be shared by {world.size} processes")
@@ -121,7 +123,7 @@ def train(
     trainer = Trainer(
         model,
         recipe,
-        data.images,
+        images,
         data.labels,
         num_classes=card.num_classes,
         scale=SCALES[card.dataset],
@@ -192,13 +194,13 @@ def _checkpoint(out_path: Path | None, resume: bool, identity: dict[str, str]) -
     return checkpoint.load(place, identity)
 
 
-def _check(card: ModelCard, data: TrainingSet, out_path: Path | None) -> None:
-    shape = tuple(data.images.shape[1:])
+def _check(card: ModelCard, images: Tensor, labels: Tensor, out_path: Path | None) -> None:
+    shape = tuple(images.shape[1:])
     if shape != card.input_shape:
         raise UsageError(f"model {card.id!r} takes images of shape {card.input_shape}, the data have {shape}")
-    if len(data.images) < 2:
-        raise UsageError(f"training needs at least 2 images, there are {len(data.images)}")
-    low, high = int(data.labels.min()), int(data.labels.max())
+    if len(images) < 2:
+        raise UsageError(f"training needs at least 2 images, there are {len(images)}")
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= card.num_classes:
         raise UsageError(f"labels run from {low} to {high}, model {card.id!r} has {card.num_classes} classes")
     if out_path is not None and out_path.suffix != ".safetensors":

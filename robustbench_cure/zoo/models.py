@@ -147,7 +147,7 @@ def _own(
 ) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
     if data is None:
         raise UsageError(f"{name}: a model without a card needs a data set that tells its shape and classes")
-    channels, height, width = data.images.shape[1:]
+    channels, height, width = data.pixels.shape[1:]
     net = import_factory(name)
     digest = load_weights(net, Path(weights).expanduser()) if weights else ""
     module: nn.Module = net
