@@ -215,9 +215,9 @@ def _names(name: str, what: str, given: Sequence[object]) -> tuple[str, ...]:
 
 
 def channels_last(shape: Sequence[int]) -> bool:
-    """Whether (C, H, W) is rather (H, W, C): a square with 1 or 4 in the last place, or 3 there."""
+    """Whether (C, H, W) is rather (H, W, C): last comes 3, or less than the sides of a square."""
     first, second, last = shape
-    return first > 4 and (last == 3 or (first == second and last in (1, 4)))
+    return first > 4 and (last == 3 or last < first == second)
 
 
 # --- the built-in sets ---------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def _npz(split: Split, data_dir: Path | None) -> EvalSet:
         )
     if x.ndim == 3:
         x = x[:, None]
-    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+    elif x.ndim == 4 and (channels_last(x.shape[1:]) or (x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3))):
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or len(x) != len(y) or y.ndim != 1 or len(index) != len(x):
         raise UsageError(f"{path}: expected N images and N labels, got shapes {x.shape} and {y.shape}")

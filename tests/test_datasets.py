@@ -173,10 +173,12 @@ def test_taking_rows_keeps_image_label_id_and_hash_together():
 # --- npz ----------------------------------------------------------------------------------------------
 
 COLOUR = grey_levels(6, 5, 4, 3)
+SQUARE = grey_levels(6, 7, 7, 4)
 LAYOUTS = {
     "NHWC": (COLOUR, COLOUR.transpose(0, 3, 1, 2)),
     "NCHW": (COLOUR.transpose(0, 3, 1, 2), COLOUR.transpose(0, 3, 1, 2)),
     "NHWC grey": (COLOUR[..., :1], COLOUR[..., :1].transpose(0, 3, 1, 2)),
+    "NHWC of 4 channels": (SQUARE, SQUARE.transpose(0, 3, 1, 2)),
     "NHW": (COLOUR[..., 0], COLOUR[..., 0][:, None]),
     "float32": (COLOUR.astype(np.float32) / 255, COLOUR.transpose(0, 3, 1, 2).astype(np.float32) / 255),
     "float64": (COLOUR / 255.0, (COLOUR.transpose(0, 3, 1, 2) / 255.0).astype(np.float32)),
@@ -417,6 +419,7 @@ WRONG = {
         {"images": grey_levels(6, 8, 8, 3)},
         r"look like \(N, H, W, C\).*transpose\(0, 3, 1, 2\)",
     ),
+    "two channels last": ({"images": grey_levels(6, 8, 8, 2)}, r"look like \(N, H, W, C\)"),
     "grey last": ({"images": torch.zeros(6, 28, 28, 1)}, r"look like \(N, H, W, C\)"),
     "0 to 255": ({"images": grey_levels(6, 1, 2, 2).astype(np.float32)}, "must lie in .*divide by 255"),
     "normalised": ({"images": torch.linspace(-2, 2, 24).view(6, 1, 2, 2)}, "must lie in"),
