@@ -434,7 +434,7 @@ def test_a_default_of_float64_changes_nothing(images, labels):
         assert left(classifier, images, labels) == usual
         assert preflight(classifier, data_of(images, labels)) == []
         noise = Noise.for_samples(0, "any", [str(k) for k in range(24)], images.device)
-        queries = {"steps": 2, "samples": 2, "step_size": 0.01, "delta": 0.01}
+        queries = {"steps": 2, "samples": 2, "step_size": 0.02, "delta": 0.01}
         for found in (
             uniform_noise(classifier, images, labels, threat=BALL, noise=noise, draws=2),
             spsa(classifier, images, labels, threat=BALL, noise=noise, **queries),
