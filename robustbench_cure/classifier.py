@@ -10,18 +10,19 @@ weak to be used.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustbench_cure.adapt import adapt, foreign, laid_out, one_line
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
 from robustbench_cure.record import ModelInfo
+from robustbench_cure.state import Fingerprint, state_digest
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
@@ -41,13 +42,17 @@ class Normalised(nn.Module):
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", _constant(mean), persistent=False)
+        self.register_buffer("std", _constant(std), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, L) of images (B,C,H,W) in [0, 1]."""
         logits: Tensor = self.net((x - self.mean) / self.std)
         return logits
+
+
+def _constant(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
 class _Headed(nn.Module):
@@ -79,9 +84,10 @@ PROBES = 8
 def probes(shape: tuple[int, int, int]) -> Tensor:
     """`PROBES` fixed images of soft patches over fine grain, float32 (8, *shape) in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand((PROBES, shape[0], 4, 4), generator=generator)
+    coarse = torch.rand((PROBES, shape[0], 4, 4), generator=generator, dtype=torch.float32)
     soft = functional.interpolate(coarse, shape[1:], mode="bilinear", align_corners=False)
-    return (0.8 * soft + 0.2 * torch.rand((PROBES, *shape), generator=generator)).clamp(0, 1)
+    fine = torch.rand((PROBES, *shape), generator=generator, dtype=torch.float32)
+    return (0.8 * soft + 0.2 * fine).clamp(0, 1)
 
 
 class Classifier:
@@ -89,8 +95,9 @@ class Classifier:
 
     Args:
         module: maps images in [0, 1], (B,C,H,W) float32, to logits (B, L). It is copied: the caller's
-            module keeps its mode, its gradients and its weights.
-        num_classes: L.
+            module keeps its mode, its gradients and its weights; see `adapt`.
+        num_classes: classes of the data; L is the network's own number of outputs, where it shows. A network
+            with one output counts as two classes, where there are two.
         input_shape: (C, H, W).
         device: where the copy lives.
         precision: of the search form.
@@ -98,6 +105,9 @@ class Classifier:
         info: who this is, for the record; default: an anonymous model with a digest of its weights.
 
     Attributes:
+        num_classes: L.
+        one_output: how a single output is read as two, in words; empty: the network has several.
+        no_gradient: why no gradient of the reference form reaches the image, in words; empty: one does.
         forwards: images passed forward so far, all forms together.
         backwards: input gradients computed so far, images times gradients.
         non_finite: images whose input gradient had NaN or infinite entries, so far; attacks see zero there.
@@ -126,22 +136,63 @@ class Classifier:
         self.forwards = 0
         self.backwards = 0
         self._non_finite = torch.zeros((), dtype=torch.int64)
-        snapshot = copy.deepcopy(module).to(self.device).float().eval().requires_grad_(False)
-        self.module = snapshot.to(memory_format=torch.channels_last)
-        example = torch.linspace(0, 1, 4 * _size(input_shape), device=self.device).view(4, *input_shape)
-        self._example = example
         self._float32: nn.Module | None = None
+        example = torch.linspace(0, 1, 4 * _size(input_shape), dtype=torch.float32, device=self.device)
         self.fallback = ""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode(False), full_precision():
+            found = adapt(module, self.device, example.view(4, *input_shape), num_classes)
+        self.module, self._layout, self._refuses = found.module, found.layout, found.refuses
+        self.num_classes = found.outputs or num_classes
+        self.one_output, self.no_gradient = found.one_output, found.no_gradient
+        self._example = example.view(4, *input_shape).to(memory_format=found.layout)
         self._search = self._search_form(precision)
         self.folded = type(self._search) is not type(self.module)
+        if precision == "bf16" and found.works:
+            self._settle_bf16()
+        self._moving = found.moving
 
     def _search_form(self, precision: Precision) -> nn.Module:
-        with full_precision():
+        with torch.inference_mode(False), full_precision():
             folded = fold_batchnorm(self.module, self._example)
-        form = folded.to(memory_format=torch.channels_last).requires_grad_(False)
+        form = laid_out(folded, self._layout)
+        for parameter in form.parameters():
+            parameter.requires_grad_(False)
         if precision == "bf16":
             _store_bf16(form, self._example)
         return form
+
+    def _settle_bf16(self) -> None:
+        """Search in bfloat16 in the memory layout in which the network can, or not at all."""
+        reason = self._failure()
+        if reason and self._layout is torch.channels_last:
+            before = self._search
+            self._lay_out(torch.contiguous_format)
+            self._search = self._search_form("bf16")
+            if self._failure():
+                self._lay_out(torch.channels_last)
+                self._search = before
+            else:
+                reason = ""
+        if reason:
+            self.fall_back(f"the model fails in bfloat16: {reason}")
+
+    def _lay_out(self, layout: torch.memory_format) -> None:
+        self._layout = layout
+        self.module, self._example = laid_out(self.module, layout), self._example.to(memory_format=layout)
+
+    def _failure(self) -> str:
+        """Why a pass of the search form fails; empty: it does not."""
+        before = self.forwards, self.backwards
+        try:
+            self.value_and_gradient(self._example, lambda logits: logits.sum(1))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the user's own code
+            return one_line(error)
+        finally:
+            self.forwards, self.backwards = before
+        return ""
 
     def fall_back(self, reason: str) -> None:
         """Search in float32 from now on; ``fallback`` says why."""
@@ -181,7 +232,8 @@ class Classifier:
         self._non_finite = torch.zeros((), dtype=torch.int64)
         self._info, self._asked = None, False
         self.heartbeat = None
-        self.folded, self.fallback = False, ""
+        self.folded, self.fallback, self.one_output, self.no_gradient = False, "", "", ""
+        self._layout, self._refuses, self._moving = torch.channels_last, False, frozenset()
         self.module = self._search = module
         return self
 
@@ -197,6 +249,7 @@ class Classifier:
         other.num_classes, other._info, other._asked, other.heartbeat = num_classes, None, False, None
         other._float32 = None
         other.forwards = other.backwards = 0
+        other._moving = frozenset(f"net.{name}" for name in self._moving)
         return other
 
     # --- reference form ---------------------------------------------------------------------------
@@ -297,11 +350,18 @@ class Classifier:
                     yield self._search
 
     def _forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        shown = x.detach() if self._refuses else x
         # A copy always: networks that normalise in place must not reach the caller's images.
-        logits = module(x.clone(memory_format=torch.channels_last))
+        with foreign():
+            logits = module(shown.clone(memory_format=self._layout))
         if not isinstance(logits, Tensor):
-            raise TypeError(f"it must return logits, a tensor (B, classes), not a {type(logits).__name__}")
-        return logits.float()
+            raise TypeError(f"it must return logits, a tensor (B, classes), not {_described(logits)}")
+        if logits.is_complex():
+            raise TypeError(f"it must return real logits, not {logits.dtype}")
+        logits = (logits.clone() if logits.is_inference() else logits).float()
+        if torch.is_grad_enabled() and x.requires_grad and not logits.requires_grad:
+            return logits + x[:0].sum()  # attacks, those of other libraries too, get a gradient of zero
+        return logits
 
     def _grad(self, value: Tensor, leaf: Tensor, *, keep: bool, raw: bool = False) -> Tensor:
         if not value.requires_grad:  # the model cut the graph: preflight flags it, attacks see zero
@@ -328,7 +388,8 @@ class Classifier:
                 sizes.append(tensor.untyped_storage().nbytes())
                 return tensor
 
-            x = torch.rand((images, *self.input_shape), device=self.device, generator=generator)
+            size = (images, *self.input_shape)
+            x = torch.rand(size, dtype=torch.float32, device=self.device, generator=generator)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 self.value_and_gradient(x, lambda logits: logits.sum(1))
             return sum(sizes)
@@ -343,16 +404,13 @@ class Classifier:
     def model_info(self) -> ModelInfo:
         """Who this is: as given, or an anonymous model known by a digest of its weights; with its answers."""
         if self._info is None:
-            digest = hashlib.sha256()
-            for name, value in sorted(self.module.state_dict().items()):
-                digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
             self._info = ModelInfo(
                 id="model",
                 name=type(self.module).__name__,
                 source="a module in memory",
                 architecture=type(self.module).__name__,
                 parameters=sum(p.numel() for p in self.module.parameters()),
-                weights_sha256=digest.hexdigest(),
+                weights_sha256=state_digest(self.module),
             )
         if not self._asked:
             self._asked = True
@@ -379,28 +437,63 @@ class Classifier:
         finally:
             (self.forwards, self.backwards), self.heartbeat = before, listener
 
-    def fingerprint(self) -> tuple[object, ...]:
-        """Cheap witness of weights, buffers and modes: differs after an edit."""
-        tensors = [t.detach() for form in (self.module, self._search) for t in form.state_dict().values()]
-        sums = torch.stack([t.double().sum() for t in tensors]).tolist() if tensors else []
-        modes = tuple(part.training for part in self.module.modules())
-        return (
-            tuple(sums),
-            modes,
-            tuple(p.requires_grad for p in self.module.parameters()),
-        )
+    def fingerprint(self) -> Fingerprint:
+        """Witness of weights, buffers and modes: differs after an edit.
+
+        Buffers that the network itself changes at every pass are left out.
+        """
+        return Fingerprint((self.module, self._search), self._moving)
+
+
+#: Where PyTorch keeps the precision of float32 products, the most general first; nowhere before 2.9.
+_PRECISIONS: list[Any] = []
+if hasattr(torch.backends, "fp32_precision"):
+    _backends: Any = torch.backends
+    _cudnn, _mkldnn = _backends.cudnn, _backends.mkldnn
+    _PRECISIONS = [_backends, _backends.cuda.matmul, _cudnn, _cudnn.conv, _cudnn.rnn]
+    _PRECISIONS += [_mkldnn, _mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn]
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 without TF32 or autocast, restored on leaving."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """float32 without TF32, bfloat16 products or autocast, restored on leaving.
+
+    Works whichever of PyTorch's two interfaces was used before: the flags ``allow_tf32`` and
+    ``set_float32_matmul_precision``, or ``fp32_precision`` (2.9 and later). Reading the flags fails where
+    the other interface was used, so both are set, and what can be read is restored.
+    """
+    kept = [(part, part.fp32_precision) for part in _PRECISIONS]
+    matmul = cudnn = None
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for part, _ in kept:
+        part.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = cudnn
+        for part, value in kept:
+            part.fp32_precision = value
+
+
+def _described(output: object) -> str:
+    """What a network returned in place of logits, and what to do about it."""
+    kind = f"a {type(output).__name__}"
+    if isinstance(output, Mapping) and "logits" in output:
+        return f"{kind}: return its entry 'logits'"
+    if hasattr(output, "logits"):
+        return f"{kind}: return its attribute .logits"
+    if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
+        return f"{kind}: return the one of its {len(output)} parts that is the logits"
+    return kind
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -434,7 +527,7 @@ def _store_bf16(module: nn.Module, example: Tensor) -> None:
     layers = [part for part in module.modules() if type(part) in (nn.Conv2d, nn.Linear)]
     hooks = [part.register_forward_hook(lambda layer, *_: called.append(layer)) for part in layers]
     try:
-        with torch.no_grad():
+        with foreign(), torch.no_grad():
             module(example.clone())
     except Exception:  # noqa: S110 - the user's own code; preflight says what is wrong with it
         pass

@@ -332,6 +332,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         what = f"{type(error).__name__}: {error}"
         _fail(f"unexpected {what}; CURE_BENCH_DEBUG=1 shows where it comes from; please report it", 3)
+    except BaseException as error:  # somebody else's code wants to end the program: that is no success
+        _fail(f"stopped by {type(error).__name__}: {error}", 3)
     sys.exit(code if isinstance(code, int) else 0)
 
 

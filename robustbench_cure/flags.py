@@ -51,6 +51,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "gradient attacks cannot move those images: their survival is no evidence of robustness",
         "look for quantisation, rounding, argmax or saturated logits; trust gradient-free attacks instead",
     ),
+    "no_gradient": FlagKind(
+        "warning",
+        "The network has no gradient",
+        "no gradient of the logits reaches the image: the network fails when asked for one, computes without "
+        "recording, or leaves PyTorch",
+        "gradient attacks stand still: their robust accuracy is that of their random start, and no evidence",
+        "trust the gradient-free attacks alone, with many queries; best evaluate a differentiable form",
+    ),
     "non_finite_gradient": FlagKind(
         "warning",
         "Gradients are not finite",
@@ -90,6 +98,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "than 5 % of the images",
         "a search in bfloat16 would be weak here and overstate robustness; float32 is right, and slower",
         "nothing",
+    ),
+    "one_output": FlagKind(
+        "note",
+        "One output, read as two classes",
+        "the network returns one number for each image, and the data has two classes",
+        "the number counts as the logit of the second class against the first or, where it stays in [0, 1] "
+        "whatever it is shown, as the probability of the second class",
+        "check that class 1 of the data is the one that the output speaks for",
     ),
     "extra_outputs": FlagKind(
         "warning",

@@ -9,7 +9,6 @@ cannot be traced, or whose folded form does not reproduce its logits, is used as
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from robustbench_cure.adapt import copied
 
 #: Largest logit difference of a folded form, relative to the logits' own scale.
 FOLD_TOLERANCE = 1e-4
@@ -34,20 +35,24 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = fx.symbolic_trace(copy.deepcopy(module))
+            traced = fx.symbolic_trace(copied(module))
         folded = _in_place(_fold(traced))
+        # The call that torch.fx gives a traced module prints a traceback wherever the network raises.
+        setattr(type(folded), "__call__", nn.Module.__call__)  # noqa: B010
         with torch.no_grad():
             before = module(example.clone())
         with torch.enable_grad():
-            after = folded(example.clone().requires_grad_(True))
+            after = folded(example.clone().requires_grad_(True).clone())
             if after.requires_grad:  # autograd itself refuses a buffer that was overwritten too early
                 after.sum().backward()
         scale = before.abs().amax().clamp_min(1.0)
         if bool(((before - after).abs().amax() <= FOLD_TOLERANCE * scale).item()):
             return folded
-    except Exception:  # noqa: S110 - whatever tracing trips over, the model itself is still right
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: S110 - whatever tracing trips over, the model itself is still right
         pass
-    return copy.deepcopy(module)
+    return copied(module)
 
 
 def _fold(traced: fx.GraphModule) -> fx.GraphModule:

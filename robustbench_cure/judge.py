@@ -99,7 +99,7 @@ def judge(
 
 
 def _rejected(n: int, reason: str) -> Verdict:
-    nan = torch.full((n,), torch.nan)
+    nan = torch.full((n,), torch.nan, dtype=torch.float32)
     none = torch.full((n,), -1)
     return Verdict(torch.zeros(n, dtype=torch.bool), none, nan, nan.clone(), nan.clone(), [reason] * n)
 

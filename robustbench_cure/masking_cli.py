@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     """
     from robustbench_cure.masking.command import masking as run
     from robustbench_cure.masking.evidence import Settings
+    from robustbench_cure.preflight import first_pass
+    from robustbench_cure.shard_work import with_memory
     from robustbench_cure.zoo.models import load_model
 
     own = ("steps", "spsa_steps", "spsa_samples", "queries", "draws", "restarts", "planted")
@@ -66,10 +69,10 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     study = study_of("masking", words, options, 200)
     if surrogate is not None:
         surrogate = load_model(surrogate, device=options["device"], data=study.data, cards=options["cards"])
-        if surrogate.input_shape != tuple(study.images.shape[1:]):
-            raise UsageError(
-                f"--surrogate: takes images of shape {surrogate.input_shape}, not those of {study.data.name}"
-            )
+        try:
+            with_memory(surrogate, partial(first_pass, surrogate, study.data))
+        except UsageError as error:
+            raise UsageError(f"--surrogate: {error}") from error
     return run(
         study,
         threat=_threat(study.models, norm, eps, options["cards"]),

@@ -6,11 +6,14 @@ What makes an evaluation meaningless is an error; what makes it unreliable is a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from robustbench_cure.adapt import one_line
 from robustbench_cure.attacks.losses import Loss, margin, odds_against
 from robustbench_cure.attacks.precision import disagreement
 from robustbench_cure.classifier import Classifier
@@ -43,47 +46,74 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     """
     first = data.take(range(min(SAMPLE, len(data))))
     x, y = first.images.to(classifier.device), first.labels.to(classifier.device)
-    logits = _first_pass(classifier, x, data)
+    logits = first_pass(classifier, data)
     near = _near(x)
-    beside = classifier.logits(near)
-    found = [
-        _holes(beside),
-        _extra(logits, data),
-        _probabilities(logits),
-        # Some networks answer properly on images as they are stored, and nowhere else.
-        _repeatable(classifier, x, logits) or _repeatable(classifier, near, beside, MOVED),
-        _zero_gradients(classifier, x, y) or _zero_gradients(classifier, near, y, MOVED),
-        _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y))),
-    ]
+    with _told(data, ", or near them"):
+        beside = classifier.logits(near)
+        found = [
+            _one_output(classifier),
+            _holes(beside),
+            _extra(logits, data),
+            _probabilities(logits),
+            # Some networks answer properly on images as they are stored, and nowhere else.
+            _repeatable(classifier, x, logits) or _repeatable(classifier, near, beside, MOVED),
+            _no_gradient(classifier),
+            _zero_gradients(classifier, x, y) or _zero_gradients(classifier, near, y, MOVED),
+            _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y))),
+        ]
     return [flag for flag in found if flag]
 
 
 def _near(x: Tensor) -> Tensor:
     """The images, each pixel moved by up to `NEAR`; shape of ``x``."""
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     return (x + NEAR * (2 * noise - 1)).clamp(0, 1)
 
 
-def _first_pass(classifier: Classifier, x: Tensor, data: EvalSet) -> Tensor:
+@contextmanager
+def _told(data: EvalSet, where: str = "") -> Iterator[None]:
+    """What the user's own network raises, in one line.
+
+    Raises:
+        UsageError: it did.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, UsageError):
+        raise
+    except Exception as error:
+        size = (min(SAMPLE, len(data)), *data.pixels.shape[1:])
+        raise UsageError(
+            f"the model failed on images of shape {size} of {data.name}{where}: {one_line(error)}"
+        ) from error
+
+
+def first_pass(classifier: Classifier, data: EvalSet) -> Tensor:
+    """Logits of the first images, float32 (B, L), where model and data fit each other.
+
+    Raises:
+        UsageError: they do not (input shape, number of classes), or the model fails, returns something else
+            than logits, or NaN.
+    """
+    x = data.take(range(min(SAMPLE, len(data)))).images.to(classifier.device)
     if tuple(x.shape[1:]) != tuple(classifier.input_shape):
         raise UsageError(
             f"the model takes images of shape {classifier.input_shape}, {data.name} has {tuple(x.shape[1:])}"
         )
-    try:
+    with _told(data):
         logits = classifier.logits(x)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the user's own code
-        reason = str(error).split("\n")[0] or type(error).__name__
+    if tuple(logits.shape) in ((len(x),), (len(x), 1)):
         raise UsageError(
-            f"the model failed on images of shape {tuple(x.shape)} of {data.name}: {reason}"
-        ) from error
+            f"the model returns one number for each image, which can tell two classes apart; {data.name} has "
+            f"{len(data.classes)}"
+        )
     if logits.dim() != 2 or len(logits) != len(x):
         raise UsageError(f"the model must return logits of shape (B, classes), got {tuple(logits.shape)}")
     classes = logits.shape[1]
     # An archive knows only the labels that occur in it.
     enough = classes >= len(data.classes) if data.name.startswith("npz") else classes == len(data.classes)
-    if classes < 2 or not enough:
+    if not enough:
         raise UsageError(f"the model has {classes} outputs, {data.name} has {len(data.classes)} classes")
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).sum())
@@ -99,6 +129,16 @@ def _holes(logits: Tensor) -> Flag | None:
         return None
     evidence = f"NaN or infinite logits for {bad} of {len(logits)} images{MOVED}"
     return Flag(kind="non_finite_nearby", evidence=evidence, value=bad, threshold=0)
+
+
+def _one_output(classifier: Classifier) -> Flag | None:
+    if not classifier.one_output:
+        return None
+    return Flag(kind="one_output", evidence=f"one output, read as the {classifier.one_output}")
+
+
+def _no_gradient(classifier: Classifier) -> Flag | None:
+    return Flag(kind="no_gradient", evidence=classifier.no_gradient) if classifier.no_gradient else None
 
 
 def _extra(logits: Tensor, data: EvalSet) -> Flag | None:
@@ -158,7 +198,12 @@ def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor, where: str = "
 
 
 def _search_precision(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None:
-    reason = disagreement(classifier, x, y)
+    try:
+        reason = disagreement(classifier, x, y)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the user's own code, which ran in float32
+        reason = f"the model fails in bfloat16: {one_line(error)}"
     if reason:
         classifier.fall_back(reason)
     return Flag(kind="search_in_fp32", evidence=classifier.fallback) if classifier.fallback else None

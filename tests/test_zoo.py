@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -423,11 +424,12 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("own_networks", None)
 
 
-def test_a_factory_in_the_current_directory_is_found_and_the_path_restored(own_module):
+def test_a_factory_in_the_current_directory_is_found_and_shadows_nothing_afterwards(own_module, monkeypatch):
     before = list(sys.path)
+    monkeypatch.setattr(sys, "path", list(before))
     assert isinstance(import_factory("own_networks:make_net"), nn.Flatten)
     assert isinstance(import_factory("own_networks:Net"), nn.Flatten)
-    assert sys.path == before
+    assert sys.path == [*before, str(Path.cwd())]  # networks import as late as in their first pass
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,9 @@ class _Ladder:
         self.restarts, self.loss, self.stop = restarts if random_start else 1, LOSSES[loss], stop
         self.proposals = [Proposal.start(x) for _ in rungs]
         n, device = len(x), x.device
-        self.best = torch.full((len(rungs), n), torch.inf, device=device)  # margin of each proposal
+        self.best = torch.full(
+            (len(rungs), n), torch.inf, dtype=torch.float32, device=device
+        )  # margin of each proposal
         self.broken = torch.zeros((len(rungs), n), dtype=torch.bool, device=device)
         self.current = x.clone()
         self.taken = torch.zeros(n, dtype=torch.int64, device=device)  # steps of the current restart

@@ -76,7 +76,7 @@ def spsa(
         raise ValueError(f"{steps} Adam steps of {step_size} cannot reach a ball of radius {threat.eps}")
     noise = noise or Noise.for_rows(len(x), device=x.device)
     proposal = Proposal.start(x)
-    lowest = torch.full((len(x),), torch.inf, device=x.device)  # margin of each proposal
+    lowest = x.new_full((len(x),), torch.inf)  # margin of each proposal
     by_rounding = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     rate = classifier.batch_size // (2 * samples)
 

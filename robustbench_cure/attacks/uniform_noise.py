@@ -65,7 +65,7 @@ def uniform_noise(
     check_inputs(classifier, x, y)
     noise = noise or Noise.for_rows(len(x), device=x.device)
     proposal = Proposal.start(x)
-    lowest = torch.full((len(x),), torch.inf, device=x.device)
+    lowest = x.new_full((len(x),), torch.inf)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         for number in range(draws):
             candidate = draw(x[rows], threat, noise[rows], number)

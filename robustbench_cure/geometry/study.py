@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.geometry.space import STEPS
+from robustbench_cure.preflight import first_pass
 from robustbench_cure.provenance import environment
 from robustbench_cure.session import Request, card_dataset, load_all, named_models, refuse_files
+from robustbench_cure.shard_work import with_memory
 
 #: Images among which one that all models classify correctly is looked for.
 LOOKED_AT = 64
@@ -143,15 +145,14 @@ def open_study(
     looked_at = max(wanted, min(LOOKED_AT, len(data))) if first_by_seed else wanted
     data = data.subset(looked_at, seed if first_by_seed else 0)
     models: dict[str, Classifier] = {}
-    for classifier in classifiers:
+    for given, classifier in zip(names, classifiers, strict=True):
+        try:
+            with_memory(classifier, partial(first_pass, classifier, data))
+        except UsageError as error:
+            raise UsageError(f"{given}: {error}") from error
         name = classifier.model_info().id
         if name in models:
             raise UsageError(f"two models are called {name}: rename one")
-        if tuple(data.pixels.shape[1:]) != classifier.input_shape:
-            raise UsageError(
-                f"{name} takes images of shape {classifier.input_shape}, {data.name} has "
-                f"{tuple(data.pixels.shape[1:])}"
-            )
         models[name] = classifier
     if first_by_seed:
         data = _first_right(data, list(models.values()), wanted)

@@ -13,7 +13,7 @@ import pickle
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ from robustbench_cure.zoo import build
 
 #: Keys under which training scripts put the state dict inside a checkpoint.
 _WRAPPERS = ("state_dict", "model_state_dict", "net", "model")
+#: What parallel training, frameworks and compilation put before every name of a state dict.
+_PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+#: Endings of files that `torch.save` wrote.
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 #: Seconds without an answer after which a download is given up.
 _TIMEOUT = 30.0
@@ -105,8 +109,8 @@ def load_weights(module: nn.Module, path: Path, sha256: str = "") -> str:
 
     Args:
         module: the bare network; changed only if everything fits.
-        path: .safetensors, or .pt / .pth with tensors alone. Half-precision tensors are upcast, and the
-            prefix that `DataParallel` adds to every key is removed.
+        path: .safetensors, or .pt and the like with tensors alone. Half-precision tensors are upcast, and
+            what wrappers put before every key is removed.
         sha256: expected digest of the file, hex; empty: not checked.
 
     Returns:
@@ -122,10 +126,8 @@ def load_weights(module: nn.Module, path: Path, sha256: str = "") -> str:
             f"{path}: sha256 is {digest[:12]}..., expected {sha256[:12]}...: "
             f"{_foreign(data) or 'the file was changed or truncated'}; fetch it again"
         )
-    state = _parse(path, data)
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
     wanted = module.state_dict()
+    state = _renamed(_parse(path, data), wanted)
     # Files written before batch-norm counted its batches lack the counter, which evaluation never reads.
     for key, value in wanted.items():
         if key.endswith(".num_batches_tracked"):
@@ -168,8 +170,9 @@ def _parse(path: Path, data: bytes) -> dict[str, Tensor]:
             raise UsageError(
                 f"{path}: truncated, or not a safetensors file ({reason}); fetch or save it again"
             ) from None
-    if path.suffix not in (".pt", ".pth"):
-        raise UsageError(f"{path}: weights are read from .safetensors, .pt or .pth, not {path.suffix!r}")
+    if path.suffix.lower() not in _PICKLES:
+        known = f"{', '.join(_PICKLES[:-1])} or .pth.tar"
+        raise UsageError(f"{path}: weights are read from .safetensors, {known}, not {path.suffix!r}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what follows is said below, in one line
@@ -180,6 +183,11 @@ def _parse(path: Path, data: bytes) -> dict[str, Tensor]:
             "is refused: save model.state_dict() alone, best as .safetensors"
         ) from None
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        if "TorchScript" in str(error):
+            raise UsageError(
+                f"{path}: is a TorchScript program, not weights; name a function that returns "
+                "torch.jit.load(...) with --model"
+            ) from None
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UsageError(
             f"{path}: truncated, or not a PyTorch file ({reason}); fetch or save it again"
@@ -195,6 +203,25 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
             if candidate and all(isinstance(value, Tensor) for value in candidate.values()):
                 return {str(key): value for key, value in candidate.items()}
     raise UsageError(f"{path}: holds no state dict: save model.state_dict()")
+
+
+def _renamed(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under the network's own names, where they differ by what wrappers put before all."""
+    if "n_averaged" not in wanted:  # how many networks an average is of
+        state = {key: value for key, value in state.items() if key != "n_averaged"}
+    own = {bare: key for key, bare in _bare(wanted).items()}
+    return {own.get(bare, bare): state[key] for key, bare in _bare(state).items()}
+
+
+def _bare(keys: Iterable[str]) -> dict[str, str]:
+    """Each key without the prefixes that all of them have; compiled parts may stand anywhere."""
+    bare = {key: key.replace("_orig_mod.", "") for key in keys}
+    while bare:
+        shared = [p for p in _PREFIXES if all(name.startswith(p) for name in bare.values())]
+        if not shared:
+            break
+        bare = {key: name.removeprefix(shared[0]) for key, name in bare.items()}
+    return bare
 
 
 def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

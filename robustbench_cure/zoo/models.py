@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from robustbench_cure.adapt import foreign, materialise, one_line
 from robustbench_cure.cards import ModelCard
 from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Classifier, Normalised, Precision, has_bf16, resolve_device
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.record import ModelInfo
+from robustbench_cure.state import state_digest
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights
 
@@ -78,8 +79,7 @@ def load_model(
             info=info,
         )
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{name}: the network cannot be copied to {place}: {reason}") from error
+        raise UsageError(f"{name}: the network cannot be copied to {place}: {one_line(error)}") from error
     if batch_size is None:
         classifier.batch_size = automatic_batch_size(classifier)
     return classifier
@@ -149,6 +149,13 @@ def _own(
         raise UsageError(f"{name}: a model without a card needs a data set that tells its shape and classes")
     channels, height, width = data.pixels.shape[1:]
     net = import_factory(name)
+    try:
+        with foreign():
+            materialise(net, (channels, height, width))
+    except Exception as error:  # the user's own code
+        raise UsageError(
+            f"{name}: the network fails on an image of shape {(channels, height, width)}: {one_line(error)}"
+        ) from error
     digest = load_weights(net, Path(weights).expanduser()) if weights else ""
     module: nn.Module = net
     if mean is not None or std is not None:
@@ -165,19 +172,9 @@ def _own(
         source=f"imported from {name}" + (f", weights {Path(weights).name}" if weights else ""),
         architecture=type(net).__name__,
         parameters=_count(net),
-        weights_sha256=digest or _state_digest(net),
+        weights_sha256=digest or state_digest(net),
     )
     return module, info, len(data.classes), (int(channels), int(height), int(width))
-
-
-def _state_digest(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of the state dict, hex; of nothing for a network without a state."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(
-            key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def _count(module: nn.Module) -> int:
