@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from robustbench_cure.attacks import ATTACKS, Proposal
 from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
@@ -46,6 +48,7 @@ SHARD_SIZE = 512
 Progress = Callable[[float, int, str], None]
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def evaluate(
     classifier: Classifier,
     battery: Battery,

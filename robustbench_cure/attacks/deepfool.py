@@ -50,6 +50,7 @@ LEAST = 1e-3
 FINEST = 2.0**-21
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def deepfool(
     classifier: Classifier,
     x: Tensor,

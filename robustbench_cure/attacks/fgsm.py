@@ -20,6 +20,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def fgsm(
     classifier: Classifier, x: Tensor, y: Tensor, *, threat: ThreatModel, noise: Noise | None = None
 ) -> Proposal:

@@ -32,6 +32,7 @@ from robustbench_cure.threat import ThreatModel
 Stop = Literal["first-success", "never"]
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def pgd(
     classifier: Classifier,
     x: Tensor,
@@ -63,6 +64,7 @@ def pgd(
     return proposal
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def pgd_ladder(
     classifier: Classifier,
     x: Tensor,

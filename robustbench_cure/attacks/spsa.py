@@ -34,6 +34,7 @@ from robustbench_cure.threat import ThreatModel
 BETA_1, BETA_2, ADAM_EPS = 0.9, 0.999, 1e-8
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def spsa(
     classifier: Classifier,
     x: Tensor,

@@ -40,6 +40,7 @@ def draw(x: Tensor, threat: ThreatModel, noise: Noise, stream: int | Tensor) -> 
     return threat.project(x, x + threat.radius * length * direction)
 
 
+@torch.inference_mode(False)  # where gradients are zero
 def uniform_noise(
     classifier: Classifier,
     x: Tensor,
