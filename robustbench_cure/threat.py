@@ -68,7 +68,7 @@ class ThreatModel:
             raise ValueError(f"eps {radius} is negative")
         if self.norm == "linf" and radius > 1:
             raise ValueError(
-                f"{given!s} is more than all of the pixels' range, 1; in grey levels: {given}/255"
+                f"{str(given)!r} is more than all of the pixels' range, 1; in grey levels: {given}/255"
             )
         object.__setattr__(self, "eps", radius)
 

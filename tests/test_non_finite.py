@@ -169,7 +169,8 @@ def test_a_network_without_an_answer_in_the_ball_is_broken_there_for_every_attac
         proposed = samples[f"{spec.id}.linf"] > 0  # what has no gradient there proposes the image itself
         assert samples.loc[proposed, f"{spec.id}.broken"].all(), spec.id
     flags = [flag for flag in record.manifest.flags if flag.kind == "non_finite_logits"]
-    assert {flag.attack for flag in flags} >= {"noise", "pgd"}
+    assert {flag.attack for flag in flags} >= {"noise", "pgd", "spsa"}
+    assert record.robust_accuracy("spsa").count == 0
     assert "non_finite_nearby" in {flag.kind for flag in record.manifest.flags}
     assert str(samples["sample_id"].iloc[0]) in flags[0].evidence
     assert flags[0].value == record.clean_accuracy.count

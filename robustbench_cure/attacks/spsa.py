@@ -8,8 +8,8 @@ section 4 and Fig. 7. Minimises the margin J = z_y - max_{j != y} z_j with Adam 
 Every image draws its own directions. Images are batched by the total of forward images, 2 * samples each.
 
 Deviations. (1) Queries stay in the box, where alone a network needs to be defined: x' is the point nearest to
-the iterate that is delta away from every side, so that pairs stay symmetric. (2) A pair whose difference is
-not finite counts as zero. (3) A row that stands `within_rounding` after a search in bfloat16 is
+the iterate that is delta away from every side, so that pairs stay symmetric. (2) A query
+without finite logits counts as a margin lower by one than its pair's: the search goes there, and ends. (3) A row that stands `within_rounding` after a search in bfloat16 is
 searched once more in the reference form, with the same directions.
 """
 
@@ -165,5 +165,5 @@ def gradient_estimate(
         queries = torch.cat((centre[:, None] + shift, centre[:, None] - shift), 1).flatten(0, 1).clamp_(0, 1)
         labels = y.repeat_interleave(2 * part.shape[1])
         plus, minus = margins(ask(queries), labels).view(len(x), 2, -1).unbind(1)
-        total += torch.einsum("bn,bnd->bd", (plus - minus).nan_to_num(0.0, 0.0, 0.0), part)
+        total += torch.einsum("bn,bnd->bd", (plus - minus).nan_to_num(-1.0, 1.0, -1.0), part)
     return (total / (2 * delta * samples)).view_as(x)
