@@ -8,9 +8,10 @@ section 4 and Fig. 7. Minimises the margin J = z_y - max_{j != y} z_j with Adam 
 Every image draws its own directions. Images are batched by the total of forward images, 2 * samples each.
 
 Deviations. (1) Queries stay in the box, where alone a network needs to be defined: x' is the point nearest to
-the iterate that is delta away from every side, so that pairs stay symmetric. (2) A query
-without finite logits counts as a margin lower by one than its pair's: the search goes there, and ends. (3) A row that stands `within_rounding` after a search in bfloat16 is
-searched once more in the reference form, with the same directions.
+the iterate that is delta away from every side, so that pairs stay symmetric. (2) A query without
+finite logits counts as a margin lower by one than its pair's: the search goes there, and ends. (3) A row that
+stands `within_rounding` after a search in bfloat16 is searched once more in the reference form, with the same
+directions.
 """
 
 from __future__ import annotations
