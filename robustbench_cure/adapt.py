@@ -104,11 +104,11 @@ def adapt(module: nn.Module, device: torch.device, example: Tensor, num_classes:
         one_output=one_output,
         no_gradient=trial.no_gradient,
         refuses=trial.refuses,
-        moving=moving(form, images),
+        moving=_moving(form, images[:1]),
     )
 
 
-def moving(form: nn.Module, images: Tensor) -> frozenset[str]:
+def _moving(form: nn.Module, images: Tensor) -> frozenset[str]:
     """Names of the buffers that a forward pass changes: counters of calls, running statistics."""
     before = {name: bits(tensor).clone() for name, tensor in form.named_buffers()}
     with torch.no_grad():
@@ -287,9 +287,9 @@ def _try(form: nn.Module, example: Tensor) -> _Trial | None:
             plain = _output(form, example)
         if plain is None or _agree(plain, first.output):
             return first
-    second = _pass(laid_out(form, torch.contiguous_format), example, torch.contiguous_format)
+    second = _pass(form, example, torch.contiguous_format)
     if second is None and first is not None:
-        return _pass(laid_out(form, torch.channels_last), example, torch.channels_last)
+        return _pass(form, example, torch.channels_last)
     return second
 
 
@@ -304,37 +304,41 @@ def _pass(form: nn.Module, example: Tensor, layout: torch.memory_format) -> _Tri
     """Forward and backward in a layout; None: the forward pass fails."""
     images = example.to(memory_format=layout)
     form = laid_out(form, layout)
-    with torch.no_grad():
-        output = _output(form, images)
-    if output is None:
-        return None
-    reason, refuses = "", False
     try:
         with foreign(), torch.enable_grad():
             leaf = images.clone().requires_grad_(True)
-            out = form(leaf.clone())
-            if out.requires_grad:
-                (slope,) = torch.autograd.grad(out.float().sum(), leaf, allow_unused=True)
-                reason = "" if slope is not None else "its output does not depend on the image"
-            else:
-                reason = "its forward pass cuts the graph"
+            output = _real(form(leaf.clone()))
+            if output is None:
+                return None
+            if not output.requires_grad:
+                return _Trial(layout, output, "its forward pass cuts the graph", refuses=False)
+            (slope,) = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
+        reason = "" if slope is not None else "its output does not depend on the image"
+        return _Trial(layout, output.detach(), reason, refuses=False)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
-        reason, refuses = one_line(error), True
-    return _Trial(layout, output, reason, refuses)
+    except Exception as error:  # the user's own code
+        with torch.no_grad():
+            output = _output(form, images)
+        return None if output is None else _Trial(layout, output, one_line(error), refuses=True)
 
 
 def _output(form: nn.Module, images: Tensor) -> Tensor | None:
     """What a form returns, or nothing where it fails or returns no tensor of real numbers."""
     try:
         with foreign():
-            out = form(images.clone())
+            return _real(form(images.clone()))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the user's own code
         return None
-    return out.clone().float() if isinstance(out, Tensor) and not out.is_complex() else None
+
+
+def _real(output: object) -> Tensor | None:
+    """An output as float32, if it is a tensor of real numbers."""
+    if not isinstance(output, Tensor) or output.is_complex():
+        return None
+    return output.clone().float()
 
 
 def laid_out(form: nn.Module, layout: torch.memory_format) -> nn.Module:

@@ -141,7 +141,7 @@ class Classifier:
         self.fallback = ""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode(False), full_precision():
-            found = adapt(module, self.device, example.view(4, *input_shape), num_classes)
+            found = adapt(module, self.device, example.view(4, *input_shape)[::2], num_classes)
         self.module, self._layout, self._refuses = found.module, found.layout, found.refuses
         self.num_classes = found.outputs or num_classes
         self.one_output, self.no_gradient = found.one_output, found.no_gradient

@@ -317,7 +317,7 @@ DECEPTIVE = {
     "quantised": (lambda: Wrapped(lambda x: (x * 16).round() / 16), {"zero_gradient"}),
     "argmax": (
         lambda: Wrapped(None, lambda z: nn.functional.one_hot(z.argmax(1), 3).float() * 9),
-        {"zero_gradient"},
+        {"no_gradient", "zero_gradient"},
     ),
     "softmax": (lambda: Wrapped(None, lambda z: z.softmax(1)), {"probabilities"}),
     "saturated": (lambda: Wrapped(None, lambda z: z * 1e4), set()),  # cross-entropy here sees through it

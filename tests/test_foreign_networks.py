@@ -103,6 +103,29 @@ def scatters(net, x):
     return net.fc(torch.zeros(len(x), 128).scatter_(1, index, features))
 
 
+def copies_into_float32(net, x):
+    """As the two above, and torch.fx can trace it."""
+    features = net.features(x).flatten(1)
+    return net.fc(x.flatten(1)[:, :128].clone().index_copy_(1, torch.arange(128), features))
+
+
+class BackwardViews(torch.autograd.Function):
+    """The identity; its backward pass asks for a contiguous gradient."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, slope):
+        return slope.view(-1).view(slope.shape)
+
+
+def views_slopes(net, x):
+    hidden = BackwardViews.apply(functional.relu(net.norm1(net.conv1(x))))
+    return net.fc(functional.relu(net.norm2(net.conv2(hidden))).flatten(1))
+
+
 def in_place(net, x):
     return net(x.sub_(0.0).mul_(1.0))
 
@@ -204,6 +227,8 @@ SAME = {
     "reads memory as it lies": lambda: Around(memory_as_it_lies),
     "writes into float32": lambda: Around(writes_into_float32),
     "scatters into float32": lambda: Around(scatters),
+    "copies into float32": lambda: Around(copies_into_float32),
+    "views slopes": lambda: Around(views_slopes),
     "normalises in place": lambda: Around(in_place),
     "scripted": lambda: torch.jit.script(plain()),
     "traced": lambda: torch.jit.trace(plain(), torch.rand(2, *SHAPE)),
@@ -293,6 +318,7 @@ def test_a_network_that_computes_the_same_is_judged_the_same(name, precision, im
 def test_wrappers_of_training_do_not_keep_batch_norm_from_being_folded(name):
     classifier = judged(made(SAME[name]))
     assert classifier.folded
+    assert judged(made(SAME["normalises in place"])).folded
     parts = [*classifier.module.modules(), *classifier._search.modules()]
     assert not any("_orig_mod" in part._modules for part in parts)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in classifier._search.modules())
@@ -323,7 +349,7 @@ def test_channels_last_is_used_where_it_works(code, layout, precision):
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="no bfloat16 here")
 def test_a_layout_that_only_bfloat16_cannot_use_is_left(images):
     def fussy(net, x):
-        if float(x.sum()) > 0 and torch.is_autocast_enabled("cpu"):  # torch.fx cannot trace this
+        if float(x.detach().sum()) > 0 and torch.is_autocast_enabled("cpu"):  # torch.fx cannot trace this
             return needs_contiguous(net, x)
         return net(x)
 
@@ -333,7 +359,7 @@ def test_a_layout_that_only_bfloat16_cannot_use_is_left(images):
 
 
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="no bfloat16 here")
-@pytest.mark.parametrize("name", ["writes into float32", "scatters into float32"])
+@pytest.mark.parametrize("name", ["writes into float32", "scatters into float32", "copies into float32"])
 def test_a_network_that_fails_in_bfloat16_is_searched_in_float32_and_flagged(name, images, labels):
     classifier = judged(made(SAME[name]), "bf16")
     assert classifier.precision == "fp32"
@@ -344,7 +370,7 @@ def test_a_network_that_fails_in_bfloat16_is_searched_in_float32_and_flagged(nam
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="no bfloat16 here")
 def test_what_only_fails_in_bfloat16_on_the_data_is_found_before_the_run(images, labels):
     def late(net, x):
-        if float(x.sum()) > 0 and torch.is_autocast_enabled("cpu") and len(x) > 8:
+        if float(x.detach().sum()) > 0 and torch.is_autocast_enabled("cpu") and len(x) > 8:
             raise RuntimeError("no such\nkernel")
         return net(x)
 
@@ -363,24 +389,40 @@ def test_a_cast_in_the_code_keeps_a_network_in_its_own_precision(images):
     assert classifier.logits(images).dtype == torch.float32
     torch.testing.assert_close(classifier.logits(images), expected, rtol=1e-2, atol=1e-2)
 
-    class DoubleThroughout(nn.Module):
-        """Writes into a tensor of float64, and takes nothing else."""
-
+    class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = plain().double()
+            self.net, self.last = plain(), plain().fc.half()
 
         def forward(self, x):
-            out = torch.zeros(len(x), CLASSES, dtype=torch.float64)
+            return self.last(self.net.features(x).flatten(1).half())
+
+    for net in (Mixed(), Normalised(HalfInside(), (0.0,) * 3, (1.0,) * 3)):
+        classifier = judged(net)
+        torch.testing.assert_close(classifier.logits(images), plain()(images), rtol=2e-2, atol=2e-2)
+
+    class Throughout(nn.Module):
+        """Writes into a tensor of its own precision, and takes nothing else."""
+
+        def __init__(self, dtype) -> None:
+            super().__init__()
+            self.net, self.dtype = plain().to(dtype), dtype
+
+        def forward(self, x):
+            assert x.dtype == self.dtype
+            out = torch.zeros(len(x), CLASSES, dtype=self.dtype)
             out[torch.arange(len(x))] = self.net(x)
             return out
 
-    for around in (lambda net: net, lambda net: Normalised(net, (0.0,) * 3, (1.0,) * 3)):
-        classifier = judged(around(DoubleThroughout()))
-        torch.testing.assert_close(classifier.logits(images), plain()(images), rtol=1e-4, atol=1e-4)
-        _, slope = classifier.value_and_gradient(images, lambda z: z[:, 0])
-        assert slope.dtype == torch.float32
-        assert bool(slope.any())
+    for dtype, tolerance in ((torch.float64, 1e-4), (torch.float16, 2e-2)):
+        for net in (Throughout(dtype), Normalised(Throughout(dtype), (0.0,) * 3, (1.0,) * 3)):
+            classifier = judged(net)
+            torch.testing.assert_close(
+                classifier.logits(images), plain()(images), rtol=tolerance, atol=tolerance
+            )
+            _, slope = classifier.value_and_gradient(images, lambda z: z[:, 0])
+            assert slope.dtype == torch.float32
+            assert bool(slope.any())
 
 
 @contextmanager
@@ -396,6 +438,13 @@ def precision_kept():
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value
         torch.set_float32_matmul_precision("highest")
+
+
+def words_asked() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the other interface was used
+        return ""
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9")
@@ -416,13 +465,13 @@ def test_float32_is_float32_whichever_interface_asked_for_less(ask):
     exact = a.double() @ a.double()
     with precision_kept() as now:
         ask()
-        asked = now()
+        asked, words = now(), words_asked()
         with full_precision():
             assert set(now()) == {"ieee"}
             assert not torch.backends.cuda.matmul.allow_tf32  # the other interface can be read as well
             with full_precision():
                 assert float((a @ a - exact).abs().max()) < 1e-4
-        assert now() == asked
+        assert (now(), words_asked()) == (asked, words)
 
 
 def test_a_default_of_float64_changes_nothing(images, labels):
@@ -460,8 +509,10 @@ def test_tensors_that_are_no_buffers_follow_the_network_to_its_device():
 def test_a_classifier_made_in_inference_mode_has_gradients(images):
     with torch.inference_mode():
         classifier = judged(plain())
-    _, slope = classifier.value_and_gradient(images, lambda z: z[:, 0])
-    assert bool(slope.any())
+    for reference in (True, False):
+        _, slope = classifier.value_and_gradient(images, lambda z: z[:, 0], reference=reference)
+        assert bool(slope.any())
+    assert not any(tensor.is_inference() for tensor in classifier.module.state_dict().values())
 
 
 # --- without a gradient ----------------------------------------------------------------------------------
@@ -482,7 +533,7 @@ def fails_on_numpy(net, x):
 
 
 def in_inference_mode(net, x):
-    with torch.inference_mode():
+    with torch.inference_mode(float(x.detach().sum()) > 0):  # torch.fx cannot trace this
         return net(x)
 
 
@@ -520,6 +571,7 @@ def test_networks_without_a_gradient_are_judged_by_attacks_without_one(name, pre
     assert words in flags["no_gradient"]
     assert flags["zero_gradient"].startswith("gradient exactly zero for 24 of 24")
     torch.testing.assert_close(classifier.logits(images), plain()(images), rtol=1e-4, atol=1e-4)
+    assert not classifier.search_logits(images).is_inference()
     x = images.clone().requires_grad_(True)  # as attacks of other libraries ask
     classifier._forward(classifier.module, x).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
@@ -619,6 +671,7 @@ def edited(classifier: Classifier, edit) -> bool:
         (lambda net: net.bounds.neg_(), True),
         (lambda net: net.net.norm1.running_mean.add_(1e-6), True),
         (lambda net: net.net.norm1.train(), True),
+        (lambda net: net.net.fc.weight.requires_grad_(True), True),
         (lambda net: net(torch.rand(2, *SHAPE)), False),
         (lambda net: net.best.fill_(torch.nan), False),
     ],
