@@ -47,6 +47,7 @@ def test_flips_are_counted_on_both_sides():
     assert Flips.between(before, after) == Flips(n=8, before=4, after=3, lost=2, gained=1)
     assert Flips.between(before, after).change == -1 / 8
     assert Flips.between(after, before).change == 1 / 8
+    assert flips(0, 0, 0, 0).change == 0
 
 
 @pytest.mark.parametrize(("more", "fewer"), [(0, 0), (1, 0), (3, 1), (5, 5), (7, 0), (2, 6)])
@@ -327,6 +328,7 @@ def test_of_a_smaller_run_its_samples_are_compared(before):
         found = compare(new, old, RULES)
         assert found.verdict.kind == "pass"
         assert [row.accuracy.flips.n for row in found.rows] == [50, 50, 50, 40, 50]
+        assert found.n == 50
         assert [note.what for note in found.notes] == ["samples"]
 
 
