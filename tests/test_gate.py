@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from fractions import Fraction
@@ -46,12 +47,21 @@ def test_flips_are_counted_on_both_sides():
     assert Flips.between(before, after) == Flips(n=8, before=4, after=3, lost=2, gained=1)
     assert Flips.between(before, after).change == -1 / 8
     assert Flips.between(after, before).change == 1 / 8
+    assert flips(0, 0, 0, 0).change == 0
 
 
 @pytest.mark.parametrize(("more", "fewer"), [(0, 0), (1, 0), (3, 1), (5, 5), (7, 0), (2, 6)])
 def test_the_exact_test_counts_coin_tosses(more, fewer):
     tosses = list(itertools.product((0, 1), repeat=more + fewer))
     assert tail(more, fewer) == pytest.approx(sum(sum(t) >= more for t in tosses) / len(tosses))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(40, 25), (3, 200), (512, 512)])
+def test_both_one_sided_p_values_are_exact_sums(lost, gained):
+    pairs, changed = lost + gained, flips(lost, gained, n=2000)
+    falls = sum(Fraction(math.comb(pairs, k), 2**pairs) for k in range(lost, pairs + 1))
+    rises = sum(Fraction(math.comb(pairs, k), 2**pairs) for k in range(gained, pairs + 1))
+    assert (changed.p_fall, changed.p_rise) == pytest.approx((float(falls), float(rises)), rel=1e-9)
 
 
 def test_the_tolerance_is_exact():
@@ -61,6 +71,8 @@ def test_the_tolerance_is_exact():
     assert flips(30, 0, n=100).fell_beyond(Fraction(29, 100))
     assert not flips(0, 7, n=100).rose_beyond(Fraction(7, 100))
     assert flips(2, 10, n=100).rose_beyond(Fraction(7, 100))
+    assert not flips(5, 10, n=100).rose_beyond(Fraction(7, 100))
+    assert not flips(10, 5, n=100).fell_beyond(Fraction(7, 100))
 
 
 def likeliest(lost: int, gained: int, n: int, difference: float) -> float:
@@ -75,7 +87,10 @@ def likeliest(lost: int, gained: int, n: int, difference: float) -> float:
     return (gained - lost - n * difference) / np.sqrt(n * (2 * q + difference - difference**2))
 
 
-@pytest.mark.parametrize(("lost", "gained", "n"), [(7, 1, 500), (2, 12, 50), (40, 40, 200), (3, 1, 2000)])
+INTERVALS = [(7, 1, 500), (2, 12, 50), (40, 40, 200), (3, 1, 2000), (10, 0, 50)]
+
+
+@pytest.mark.parametrize(("lost", "gained", "n"), INTERVALS)
 def test_the_interval_is_the_score_interval(lost, gained, n):
     z, change = norm.isf(0.025), (gained - lost) / n
     low = brentq(lambda d: likeliest(lost, gained, n, d) - z, -0.9, change - 1e-9)
@@ -124,6 +139,12 @@ def test_chances_are_those_of_an_enumeration(tolerance, lose, gain):
     assert found == pytest.approx(tuple(expected.values()), abs=1e-8)
 
 
+def test_chances_count_the_case_in_which_every_sample_flips():
+    """Three losses of three are beyond chance at 1/8, two of two, at 1/4, are not."""
+    assert chances(3, 1.0, 0.0, Fraction(0), 0.2) == pytest.approx((0, 0, 1))
+    assert chances(3, 0.5, 0.5, Fraction(0), 0.2) == pytest.approx((1 / 2, 3 / 8, 1 / 8))
+
+
 @pytest.mark.parametrize("tolerance", [Fraction(1, 200), ONE, Fraction(1, 20)])
 def test_the_sample_size_is_the_first_that_notices_twice_the_tolerance(tolerance):
     n, lose = sample_size(tolerance, 0.01), 2 * float(tolerance) + NOISE
@@ -133,7 +154,7 @@ def test_the_sample_size_is_the_first_that_notices_twice_the_tolerance(tolerance
 
 
 def test_a_tolerance_that_would_take_millions_is_refused():
-    with pytest.raises(ValueError, match="over 10,000,000 samples"):
+    with pytest.raises(ValueError, match=r"of 0\.0001 points would take over 10,000,000 samples"):
         sample_size(Fraction(1, 10**6), 0.01)
 
 
@@ -149,6 +170,10 @@ def test_the_deciding_number_of_samples_decides(lost, gained):
     unclear = [verdict(flips(int(a), int(b), n, n)) == "inconclusive" for a, b, _ in counts]
     assert np.mean(unclear) < 0.13
     assert chances(held.n, lost / 500, gained / 500, ONE, 0.01).unclear > 0.1
+
+
+def test_a_deciding_number_is_more_than_there_are():
+    assert flips(0, 0).decides_at(ONE, 0.01) == 501  # nothing flips: any number decides
 
 
 def test_where_no_number_decides_that_is_said():
@@ -303,6 +328,7 @@ def test_of_a_smaller_run_its_samples_are_compared(before):
         found = compare(new, old, RULES)
         assert found.verdict.kind == "pass"
         assert [row.accuracy.flips.n for row in found.rows] == [50, 50, 50, 40, 50]
+        assert found.n == 50
         assert [note.what for note in found.notes] == ["samples"]
 
 

@@ -386,6 +386,8 @@ def test_a_refused_proposal_counts_as_the_image_itself(affine):
         (Power(4, 12), True),
         (Power(3, 12), False),  # less than a third
         (Power(9, 9), False),  # nine are not enough
+        (Power(10, 10), True),
+        (Power(10, 10, planted=True), True),
         (Power(0, 0), False),
         (Power(12, 12, planted=True), True),
         (Power(8, 12, planted=True), False),  # surely less than 95 %

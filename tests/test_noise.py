@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,23 +72,45 @@ def test_draws_are_frozen():
     assert noise.bits(2, 0).tolist() == [[-3629374249007398466, 8941995995487996655]]
 
 
-def test_bits_are_splitmix64():
-    """The published reference: seed 1234567, first outputs of the C code."""
-    noise = Noise(torch.zeros(1, dtype=torch.int64))
-    state = 0x9E3779B97F4A7C15  # stream 0 starts at mix(key + golden)
+def splitmix64(seed: int, count: int) -> list[int]:
+    """Steele, Lea & Flood's generator in Python's own integers, as published: state, then mixed output."""
+    words = []
+    for _ in range(count):
+        seed = z = (seed + 0x9E3779B97F4A7C15) % 2**64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        words.append(z ^ (z >> 31))
+    return words
 
-    def mix(z: int) -> int:
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        return z ^ (z >> 31)
 
-    # Reference values of Steele, Lea & Flood's generator for seed 1234567.
-    golden, seed = 0x9E3779B97F4A7C15, 1234567
-    reference = [mix((seed + (i + 1) * golden) % 2**64) for i in range(3)]
-    assert reference == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    start = mix(state)
-    expected = [mix((start + (i + 1) * golden) % 2**64) for i in range(3)]
-    assert [word % 2**64 for word in noise.bits(3, 0)[0].tolist()] == expected
+def test_the_reference_has_the_published_values():
+    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("stream", [0, 1, 4711, 2**40])
+@pytest.mark.parametrize("key", [0, 1234567, -1, -6800387173620039192, 2**63 - 1])
+def test_every_draw_is_splitmix64(key, stream):
+    """A stream is the generator seeded with output number ``stream`` of the one that the key seeds."""
+    noise = Noise(torch.tensor([key]))
+    seed = splitmix64((key + stream * 0x9E3779B97F4A7C15) % 2**64, 1)[0]
+    words = splitmix64(seed, 20)
+    assert [word % 2**64 for word in noise.bits(20, stream)[0].tolist()] == words
+    shares = [half / 2**24 for word in words for half in (word % 2**24, word >> 40)]
+    assert noise.uniform((13, 3), stream)[0].flatten().tolist() == shares[:39]
+    signs = [(word >> bit) % 2 * 2 - 1 for word in words for bit in range(64)]
+    assert noise.signs((150,), stream)[0].tolist() == signs[:150]
+    normal = [
+        math.sqrt(-2 * math.log(1 - u)) * math.cos(2 * math.pi * v)
+        for u, v in zip(shares[:19], shares[19:38], strict=True)
+    ]
+    assert noise.normal((19,), stream)[0].tolist() == pytest.approx(normal, abs=1e-5)
+
+
+def test_keys_are_the_digest_of_seed_purpose_and_sample():
+    told = [hashlib.blake2b(text, digest_size=8).digest() for text in (b"7/spsa/a/1", b"7/spsa/b")]
+    expected = [int.from_bytes(digest, "little", signed=True) for digest in told]
+    assert Noise.for_samples(7, "spsa", ["a/1", "b"]).keys.tolist() == expected
+    assert torch.equal(Noise.for_rows(2, seed=7).keys, Noise.for_samples(7, "rows", ["0", "1"]).keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -200,6 +200,11 @@ def test_intervals_are_wilsons(run):
     assert run.worst_case_accuracy.interval == pytest.approx((0.107791, 0.603222), abs=1e-6)
 
 
+def test_a_rate_of_nothing_says_nothing():
+    assert math.isnan(Rate(0, 0).value)
+    assert Rate(0, 0).interval == (0, 1)
+
+
 def test_worst_case_is_at_most_every_attack_that_covers_all(run):
     for row in attack_rows(run)[1:-1]:
         if not row.limit:
