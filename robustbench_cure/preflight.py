@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustbench_cure.adapt import one_line
 from robustbench_cure.attacks.losses import Loss, margin, odds_against
-from robustbench_cure.attacks.precision import disagreement
+from robustbench_cure.attacks.precision import disagreement, typical_range
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
@@ -59,7 +59,7 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
             _repeatable(classifier, x, logits) or _repeatable(classifier, near, beside, MOVED),
             _no_gradient(classifier),
             _zero_gradients(classifier, x, y) or _zero_gradients(classifier, near, y, MOVED),
-            _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y))),
+            _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y)), typical_range(logits)),
         ]
     return [flag for flag in found if flag]
 
@@ -197,9 +197,9 @@ def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor, where: str = "
     )
 
 
-def _search_precision(classifier: Classifier, x: Tensor, y: Tensor) -> Flag | None:
+def _search_precision(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> Flag | None:
     try:
-        reason = disagreement(classifier, x, y)
+        reason = disagreement(classifier, x, y, scale)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the user's own code, which ran in float32

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
 from robustbench_cure.attacks.losses import margins, predictions
-from robustbench_cure.attacks.precision import disagreement
+from robustbench_cure.attacks.precision import disagreement, typical_range
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
@@ -261,9 +261,10 @@ class ShardWork:
 
     def _differs(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> str:
         """How the two precisions differ where an attack ended, see `disagreement`; it may return anything."""
-        if isinstance(spec, Peer) or not _fits(proposal.x_adv, x):
+        if self.classifier.precision != "bf16" or isinstance(spec, Peer) or not _fits(proposal.x_adv, x):
             return ""
-        return disagreement(self.classifier, proposal.x_adv, y, gradients=False)
+        scale = typical_range(self.classifier.logits(x))
+        return disagreement(self.classifier, proposal.x_adv, y, scale, gradients=False)
 
     def _note(self, flag: Flag) -> None:
         if flag not in self.shard.flags:

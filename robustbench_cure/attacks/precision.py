@@ -17,7 +17,7 @@ from robustbench_cure.classifier import Classifier
 
 #: One rounding of bfloat16, relative: 2^-7.
 ROUNDING = torch.finfo(torch.bfloat16).eps
-#: Images on which the two precisions must agree: margins up to this share of the range of the logits, and
+#: What the two precisions must agree on: margins up to this share of the typical range of the logits, and
 #: gradients up to this cosine. On the networks of this package the medians are 0.002 and 0.994 or better.
 MARGIN_ERROR, COSINE = 4 * ROUNDING, 0.9
 #: Share of the images that may disagree.
@@ -34,13 +34,23 @@ def within_rounding(margin: Tensor, logits: Tensor) -> Tensor:
     return margin.abs() < ROUNDING * logits.abs().amax(1)
 
 
-def disagreement(classifier: Classifier, x: Tensor, y: Tensor, *, gradients: bool = True) -> str:
+def typical_range(logits: Tensor) -> float:
+    """Median over the images of the largest logit less the smallest, of rows that are finite; logits (B, L)."""
+    sound = logits[logits.isfinite().all(1)]
+    return float((sound.amax(1) - sound.amin(1)).median()) if len(sound) else 0.0
+
+
+def disagreement(
+    classifier: Classifier, x: Tensor, y: Tensor, scale: float, *, gradients: bool = True
+) -> str:
     """In words: how the search form in bfloat16 differs from the reference form; empty where it hardly does.
 
     Args:
         classifier: the model; nothing to say unless it searches in bfloat16.
         x: points, float32 (B,C,H,W).
         y: labels, int64 (B,).
+        scale: `typical_range` of the logits of unperturbed images. That of the points themselves is no measure:
+            two classes have none left on the boundary.
         gradients: compare gradients too, not logits alone.
     """
     if classifier.precision != "bf16" or not len(x):
@@ -60,7 +70,7 @@ def disagreement(classifier: Classifier, x: Tensor, y: Tensor, *, gradients: boo
             searched, exact = classifier.search_logits(x[rows]), classifier.logits(x[rows])
         apart = (margins(searched, labels) - margins(exact, labels)).abs()
         sound = exact.isfinite().all(1)
-        wrong_margin[rows] = sound & ~(apart <= MARGIN_ERROR * (exact.amax(1) - exact.amin(1)))
+        wrong_margin[rows] = sound & ~(apart <= MARGIN_ERROR * scale)
         wrong_gradient[rows] &= sound
     if int((wrong_margin | wrong_gradient).sum()) <= DISAGREE_SHARE * len(x):
         return ""
