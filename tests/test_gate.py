@@ -397,6 +397,16 @@ def test_what_differs_in_the_data_is_said_in_words(before):
     assert "reliability: unreliable (stochastic) now, reliable before" in hindered(random, before)
 
 
+def test_other_code_around_the_same_weights_is_noted(before):
+    answers = [2.0, -1.0, 0.5]
+    known = with_model(before, answers=answers)
+    turned = with_model(before, answers=[-a for a in answers])
+    (note,) = compare(turned, known, RULES).notes
+    assert note.what == "code, mean or std around the same weights"
+    retrained = with_model(turned, weights_sha256="0" * 64)
+    assert note not in compare(retrained, known, RULES).notes
+
+
 def test_a_sample_that_is_there_twice_is_an_error(before):
     ids = before.samples["sample_id"].copy()
     ids[1] = ids[0]
