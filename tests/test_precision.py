@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import pgd, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.precision import ROUNDING, disagreement, within_rounding
+from robustbench_cure.attacks.precision import ROUNDING, disagreement, typical_range, within_rounding
 from robustbench_cure.attacks.spsa import gradient_estimate
 from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
@@ -108,7 +108,7 @@ def test_a_common_offset_of_the_logits_hides_nothing(offset):
         for reference in (False, True)
     ]
     assert float(torch.cosine_similarity(*estimates).median()) > 0.98
-    assert disagreement(model, x, y) == ""
+    assert disagreement(model, x, y, typical_range(model.logits(x))) == ""
 
 
 def test_only_the_layer_of_the_logits_stays_in_float32():
@@ -190,7 +190,19 @@ class Astray(nn.Module):
 
 def compared(net: Astray, x: torch.Tensor, **options) -> str:
     model = Classifier(net, num_classes=2, input_shape=(1, 4, 4), precision="bf16")
-    return disagreement(model, x, torch.arange(len(x)) % 2, **options)
+    return disagreement(model, x, torch.arange(len(x)) % 2, typical_range(model.logits(x)), **options)
+
+
+def test_two_classes_agree_on_their_boundary_too():
+    """There the logits have no range, and every error would be larger than a share of it."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.rand((64, 1, 4, 4), generator=generator)
+    model = Classifier(net, num_classes=2, input_shape=(1, 4, 4), precision="bf16")
+    y = model.logits(x).argmax(1)
+    near = deepfool(model, x, y, threat=ThreatModel("l2", "1"), overshoot=1e-3, clip=False).x_adv
+    assert float((model.logits(near).diff(dim=1).abs()).median()) < 1e-2 * typical_range(model.logits(x))
+    assert disagreement(model, near, y, typical_range(model.logits(x))) == ""
 
 
 @pytest.mark.parametrize("gradients", [True, False])
