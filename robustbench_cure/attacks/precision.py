@@ -35,7 +35,7 @@ def within_rounding(margin: Tensor, logits: Tensor) -> Tensor:
 
 
 def typical_range(logits: Tensor) -> float:
-    """Median over the images of the largest logit less the smallest, of rows that are finite; logits (B, L)."""
+    """Median over the images of the largest logit less the smallest, where they are finite; logits (B, L)."""
     sound = logits[logits.isfinite().all(1)]
     return float((sound.amax(1) - sound.amin(1)).median()) if len(sound) else 0.0
 
@@ -49,8 +49,8 @@ def disagreement(
         classifier: the model; nothing to say unless it searches in bfloat16.
         x: points, float32 (B,C,H,W).
         y: labels, int64 (B,).
-        scale: `typical_range` of the logits of unperturbed images. That of the points themselves is no measure:
-            two classes have none left on the boundary.
+        scale: `typical_range` of the logits of unperturbed images. That of the points themselves is no
+            measure: two classes have none left on the boundary.
         gradients: compare gradients too, not logits alone.
     """
     if classifier.precision != "bf16" or not len(x):
