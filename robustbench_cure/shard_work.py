@@ -261,7 +261,7 @@ class ShardWork:
 
     def _differs(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> str:
         """How the two precisions differ where an attack ended, see `disagreement`; it may return anything."""
-        if isinstance(spec, Peer) or not _fits(proposal.x_adv, x):
+        if isinstance(spec, Peer) or not _fits(proposal.x_adv, x) or proposal.x_adv.dtype != x.dtype:
             return ""
         return disagreement(self.classifier, proposal.x_adv, y, gradients=False)
 
