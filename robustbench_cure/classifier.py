@@ -154,12 +154,11 @@ class Classifier:
 
     def _search_form(self, precision: Precision) -> nn.Module:
         with torch.inference_mode(False), full_precision():
-            folded = fold_batchnorm(self.module, self._example)
-        form = laid_out(folded, self._layout)
-        for parameter in form.parameters():
-            parameter.requires_grad_(False)
-        if precision == "bf16":
-            _store_bf16(form, self._example)
+            form = laid_out(fold_batchnorm(self.module, self._example), self._layout)
+            for parameter in form.parameters():
+                parameter.requires_grad_(False)
+            if precision == "bf16":
+                _store_bf16(form, self._example)
         return form
 
     def _settle_bf16(self) -> None:

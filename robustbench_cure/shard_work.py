@@ -261,10 +261,13 @@ class ShardWork:
 
     def _differs(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> str:
         """How the two precisions differ where an attack ended, see `disagreement`; it may return anything."""
-        if self.classifier.precision != "bf16" or isinstance(spec, Peer) or not _fits(proposal.x_adv, x):
+        found = proposal.x_adv
+        if self.classifier.precision != "bf16" or isinstance(spec, Peer):
+            return ""
+        if not _fits(found, x) or found.dtype != x.dtype:
             return ""
         scale = typical_range(self.classifier.logits(x))
-        return disagreement(self.classifier, proposal.x_adv, y, scale, gradients=False)
+        return disagreement(self.classifier, found, y, scale, gradients=False)
 
     def _note(self, flag: Flag) -> None:
         if flag not in self.shard.flags:

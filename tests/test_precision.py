@@ -33,15 +33,17 @@ class Reversed(nn.Module):
     Args:
         centre: margin of the grey image.
         reach: what a ball of 1/10 takes away from it, or adds.
+        honest: distance of every pixel from grey at which bfloat16 is right all the same.
     """
 
-    def __init__(self, centre: float, reach: float) -> None:
+    def __init__(self, centre: float, reach: float, honest: float = 1.0) -> None:
         super().__init__()
-        self.centre, self.slope = centre, reach / 0.1 / 4
+        self.centre, self.slope, self.honest = centre, reach / 0.1 / 4, honest
 
     def forward(self, x):
         way = self.slope * (x - 0.5).sum((1, 2, 3))
-        margin = self.centre + (-way if reduced(x) else way)
+        right = ((x - 0.5).abs() - self.honest).abs().amax((1, 2, 3)) < 1e-6
+        margin = self.centre + (torch.where(right, way, -way) if reduced(x) else way)
         return torch.stack((torch.full_like(margin, 64.0), 64.0 - margin), 1)
 
 
@@ -51,7 +53,9 @@ TOLERANCE = 64 * 2.0**-7
 def broken(attack: str, centre: float, reach: float) -> tuple[bool, int]:
     """Whether bf16 search breaks it in the end, and the work it took."""
     x, y = torch.full((1, *SHAPE), 0.5), torch.zeros(1, dtype=torch.int64)
-    model = Classifier(Reversed(centre, reach), num_classes=2, input_shape=SHAPE, precision="bf16")
+    # SPSA compares the two precisions where it starts, a hundredth away.
+    net = Reversed(centre, reach, honest=0.01 if attack == "spsa" else 1.0)
+    model = Classifier(net, num_classes=2, input_shape=SHAPE, precision="bf16")
     if attack == "spsa":
         found = spsa(model, x, y, threat=BALL, steps=10, samples=16, step_size=0.02)
     else:
@@ -67,6 +71,26 @@ def test_what_one_rounding_decides_is_searched_in_float32(attack):
     stands, twice = broken(attack, 0.6 * TOLERANCE, 0.7 * TOLERANCE)  # ends at 1.3 of it
     assert not stands
     assert twice == broken(attack, 5 * TOLERANCE, 0.7 * TOLERANCE)[1]
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-4])
+def test_spsa_is_not_blind_where_bfloat16_hides_its_differences(delta):
+    """Margins and gradients agree, and yet most pixels at a distance of 1e-4 are the same in bfloat16."""
+    data, ball = load_dataset("digits").subset(40), ThreatModel("linf", "51/255")
+    x, y, stand = data.images, data.labels, []
+    for precision in ("fp32", "bf16"):
+        model = load_model("digits_cure", precision=precision)
+        found = spsa(model, x, y, threat=ball, steps=20, samples=32, step_size=0.02, delta=delta)
+        stand.append(int((~misclassified(model.logits(found.x_adv), y)).sum()))
+    assert disagreement(model, x, y) == ""
+    assert stand[1] <= stand[0] + 1
+
+
+def test_bfloat16_is_used_inside_inference_mode_too():
+    net = load_model("digits_cure", precision="fp32").module
+    with torch.inference_mode():
+        model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision="bf16")
+    assert (model.precision, model.fallback) == ("bf16", "")
 
 
 def test_the_tolerance_is_one_rounding_of_the_largest_logit():
@@ -231,6 +255,19 @@ def test_sound_networks_are_searched_in_bfloat16(name):
     model = load_model(name, precision="bf16")
     assert not [flag for flag in preflight(model, load_dataset("digits")) if flag.kind == "search_in_fp32"]
     assert model.precision == "bf16"
+
+
+def test_an_attack_that_returns_another_dtype_is_told_so():
+    """Comparing the precisions there would fail, and with it the whole run."""
+
+    def double(model, x, y, **hyper):
+        proposal = pgd(model, x, y, **hyper)
+        proposal.x_adv = proposal.x_adv.double()
+        return proposal
+
+    model, data = load_model("digits_normal", precision="bf16"), load_dataset("digits").subset(20)
+    record = evaluate(model, digits_battery(PGD), data, attacks={"pgd": double})
+    assert record.samples["pgd.violation"].str.contains("torch.float64").sum() == record.clean_accuracy.count
 
 
 class OnlyFar(nn.Module):
