@@ -132,13 +132,32 @@ class _Detached(TorchFunctionMode):
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy, of networks too that PyTorch's own `deepcopy` refuses, without compilation."""
-    memo: dict[int, Any] = {}
+    """A deep copy, of networks too that `deepcopy` refuses, without compilation.
+
+    What cannot be copied at all (a lock, an open file) is shared with the network it comes from.
+    """
     with _Detached(), torch.no_grad():
+        memo = _not_copyable(module)
         for part in module.modules():
             if "_orig_mod" in part._modules:  # what `torch.compile` returns
                 memo[id(part)] = copy.deepcopy(part._modules["_orig_mod"], memo)
         return copy.deepcopy(module, memo)
+
+
+def _not_copyable(module: nn.Module) -> dict[int, Any]:
+    """Attributes of the network and of its parts that no copy can be made of, by id."""
+    parts: dict[int, Any] = {id(part): part for part in module.modules()}
+    found: dict[int, Any] = {}
+    for part in parts.values():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        for name in vars(part).keys() - _OWN:
+            value = vars(part)[name]
+            try:
+                copy.deepcopy(value, dict(parts))  # what refers to the network itself is no obstacle
+            except Exception:
+                found[id(value)] = value
+    return found
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -156,7 +175,8 @@ def materialise(module: nn.Module, shape: tuple[int, ...]) -> None:
     """Give lazy layers their size, in place, by a forward pass of one image of this shape (C,H,W)."""
     if _is_lazy(module):
         with torch.no_grad():
-            module.eval()(torch.zeros((1, *shape), dtype=torch.float32))
+            module.eval()
+            module(torch.zeros((1, *shape), dtype=torch.float32))
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -168,9 +188,13 @@ def ordinary(module: nn.Module, device: torch.device, dtype: torch.dtype | None)
     form = copied(module)
 
     def move(tensor: Tensor) -> Tensor:
+        if dtype is not None and tensor.is_complex():
+            return tensor.to(device, dtype.to_complex())
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    form = form.to(device=device, dtype=dtype).eval()
+    # `Module.to` would drop imaginary parts; a network's own `to`, `eval` and `train` need not return it.
+    form._apply(move)  # type: ignore[no-untyped-call]
+    form.eval()
     for part in form.modules():
         if isinstance(part, nn.DataParallel):
             part.__class__ = _Single

@@ -523,7 +523,11 @@ def _store_bf16(module: nn.Module, example: Tensor) -> None:
     Logits in bfloat16 have eight bits: their differences, which SPSA lives on, drown in a common offset.
     """
     called: list[nn.Module] = []
-    layers = [part for part in module.modules() if type(part) in (nn.Conv2d, nn.Linear)]
+    layers = [
+        part
+        for part in module.modules()
+        if type(part) in (nn.Conv2d, nn.Linear) and not any(p.is_complex() for p in part.parameters())
+    ]
     hooks = [part.register_forward_hook(lambda layer, *_: called.append(layer)) for part in layers]
     try:
         with foreign(), torch.no_grad():

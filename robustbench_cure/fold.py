@@ -28,9 +28,9 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         module: in evaluation mode; left untouched.
-        example: float32 images (B,C,H,W) on the module's device, to check the folded form with.
+        example: float32 images (B,C,H,W) on the module's device, at least two; to check the folded form with.
 
-    Guarantees: the result's logits differ by at most `FOLD_TOLERANCE` on ``example``.
+    Guarantees: the result's logits differ by at most `FOLD_TOLERANCE` on the negatives of ``example``.
     """
     try:
         with warnings.catch_warnings():
@@ -39,10 +39,13 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> nn.Module:
         folded = _in_place(_fold(traced))
         # The call that torch.fx gives a traced module prints a traceback wherever the network raises.
         setattr(type(folded), "__call__", nn.Module.__call__)  # noqa: B010
+        # Other images, and fewer, than tracing can have seen: what the network kept of an earlier pass
+        # is a constant in the graph.
+        shown = 1 - example[1:]
         with torch.no_grad():
-            before = module(example.clone())
+            before = module(shown.clone())
         with torch.enable_grad():
-            after = folded(example.clone().requires_grad_(True).clone())
+            after = folded(shown.clone().requires_grad_(True).clone())
             if after.requires_grad:  # autograd itself refuses a buffer that was overwritten too early
                 after.sum().backward()
         scale = before.abs().amax().clamp_min(1.0)

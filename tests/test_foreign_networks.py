@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +179,75 @@ class Counts(nn.Module):
         return self.net(x)
 
 
+class Hooked(nn.Module):
+    """Reads features that a hook kept, as networks are extended without a change of their code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.kept = plain(), {}
+        self.net.norm2.register_forward_hook(self.keep)
+
+    def keep(self, layer, shown, features):
+        self.kept["features"] = features
+
+    def forward(self, x):
+        self.net(x)
+        return self.net.fc(functional.relu(self.kept["features"]).flatten(1))
+
+
+class Complex(nn.Module):
+    """Turns the phases of the images and of its features, and turns them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+        phase = 6 * torch.rand((8, 5), generator=torch.Generator().manual_seed(2))
+        self.turn = nn.Parameter(torch.polar(torch.ones_like(phase), phase))
+        self.register_buffer("back", self.turn.detach().conj().resolve_conj())
+        self.mix = nn.Linear(128, 128, bias=False, dtype=torch.cfloat)
+        self.mix.weight.data = 1j * torch.eye(128)
+
+    def forward(self, x):
+        x = torch.fft.irfft2(torch.fft.rfft2(x) * self.turn * self.back, s=SHAPE[1:])
+        features = self.net.features(x).flatten(1).float()
+        return self.net.fc(self.mix(features.to(torch.cfloat)).imag)
+
+
+class Holds(nn.Module):
+    """Has what no copy can be made of, and a function that refers to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.lock, self.log = plain(), threading.Lock(), sys.__stderr__
+        self.code, self.names = self.run, {"of the classes": (str(k) for k in range(CLASSES))}
+
+    def run(self, x):
+        return self.net(x)
+
+    def forward(self, x):
+        with self.lock:
+            self.log.flush()
+            return self.code(x)
+
+
+class ReturnsNothing(nn.Module):
+    """Its own `train` keeps a batch-norm as it is, its own `to` knows devices alone; neither returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.net.norm1.eval()
+
+    def to(self, device):
+        super().to(device)
+
+    def forward(self, x):
+        return self.net(x)
+
+
 class Bounded(nn.Module):
     """Buffers that are not finite."""
 
@@ -245,6 +315,10 @@ SAME = {
     "keeps activations": Keeps,
     "counts calls": Counts,
     "buffers not finite": Bounded,
+    "reads what a hook kept": Hooked,
+    "complex numbers": Complex,
+    "lock and open file": Holds,
+    "train and to return nothing": ReturnsNothing,
     "mean as plain tensors": PlainTensors,
     "double": lambda: plain().double(),
     "made in inference mode": inference_weights,
