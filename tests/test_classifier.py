@@ -237,6 +237,16 @@ def test_fingerprint_notices_edits():
 # --- forms -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not tell")
+@pytest.mark.parametrize(
+    "units", [{"avx512_bf16"}, {"amx_bf16"}, {"avx512_bf16", "amx_bf16"}, set(), {"avx2"}]
+)
+def test_either_unit_for_bfloat16_will_do(units, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
+    assert has_bf16(torch.device("cpu")) == bool(units & {"avx512_bf16", "amx_bf16"})
+    assert not has_bf16(torch.device("meta"))
+
+
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bfloat16")
 @pytest.mark.parametrize("name", NETS)
 def test_bf16_search_is_near_and_the_reference_untouched(name, images):

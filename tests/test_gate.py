@@ -407,6 +407,16 @@ def test_other_code_around_the_same_weights_is_noted(before):
     assert note not in compare(retrained, known, RULES).notes
 
 
+def test_flags_that_differ_are_noted_with_their_attacks(before):
+    kinds = [
+        Flag(kind="violations", evidence="seen", attack="fgsm"),
+        Flag(kind="lossy_data", evidence="JPEG"),
+    ]
+    flagged = with_manifest(before, flags=kinds)
+    (note,) = (n for n in compare(flagged, before, RULES).notes if n.what == "flags")
+    assert note.now == "lossy_data, violations (fgsm)"
+
+
 def test_a_sample_that_is_there_twice_is_an_error(before):
     ids = before.samples["sample_id"].copy()
     ids[1] = ids[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import deepfool, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.precision import ROUNDING, disagreement, typical_range, within_rounding
@@ -102,12 +102,14 @@ def test_the_tolerance_is_one_rounding_of_the_largest_logit():
     assert ROUNDING == 2.0**-7
 
 
-def test_noise_is_drawn_in_float32():
+@pytest.mark.parametrize("attack", [uniform_noise, fgsm, deepfool])
+def test_what_looks_once_or_seldom_looks_in_float32(attack):
+    options = {"draws": 5} if attack is uniform_noise else {}
     x, y = torch.full((8, *SHAPE), 0.5), torch.zeros(8, dtype=torch.int64)
     found = {}
     for precision in ("fp32", "bf16"):
         model = Classifier(Reversed(0.2, 0.5), num_classes=2, input_shape=SHAPE, precision=precision)
-        found[precision] = uniform_noise(model, x, y, threat=BALL, draws=5).x_adv
+        found[precision] = attack(model, x, y, threat=BALL, **options).x_adv
     assert torch.equal(found["fp32"], found["bf16"])
 
 
