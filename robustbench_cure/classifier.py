@@ -246,7 +246,7 @@ class Classifier:
         other = copy.copy(self)
         other.module, other._search = _Headed(self.module, head), _Headed(self._search, head)
         other.num_classes, other._info, other._asked, other.heartbeat = num_classes, None, False, None
-        other._float32 = None
+        other._float32, other._non_finite = None, torch.zeros_like(self._non_finite)
         other.forwards = other.backwards = 0
         other._moving = frozenset(f"net.{name}" for name in self._moving)
         return other

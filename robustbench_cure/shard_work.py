@@ -231,6 +231,7 @@ class ShardWork:
             differs = self._differs(group[-1], x, y, proposals[-1])
             if differs:  # what was found where bfloat16 leads astray says too little
                 self._note(Flag(kind="search_in_fp32", evidence=differs, attack=group[0].id))
+                non_finite = self.classifier.non_finite
                 with self.classifier.in_float32():
                     proposals, effects = run()
         except (RunError, UsageError):
@@ -262,8 +263,8 @@ class ShardWork:
     def _differs(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> str:
         """How the two precisions differ where an attack ended, see `disagreement`; it may return anything."""
         found = proposal.x_adv
-        if self.classifier.precision != "bf16" or isinstance(spec, Peer):
-            return ""
+        if self.classifier.precision != "bf16" or not isinstance(spec, PGD | SPSA):
+            return ""  # all others search in float32
         if not _fits(found, x) or found.dtype != x.dtype:
             return ""
         scale = typical_range(self.classifier.logits(x))
