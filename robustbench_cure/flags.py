@@ -56,7 +56,8 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "The network has no gradient",
         "no gradient of the logits reaches the image: the network fails when asked for one, computes without "
         "recording, or leaves PyTorch",
-        "gradient attacks stand still: their robust accuracy is that of their random start, and no evidence",
+        "attacks stand still where the form that they search with has no gradient either: what they leave "
+        "standing is no evidence",
         "trust the gradient-free attacks alone, with many queries; best evaluate a differentiable form",
     ),
     "non_finite_gradient": FlagKind(
