@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
-from robustbench_cure.attacks.deepfool import nearest_boundary_step
+from robustbench_cure.attacks.deepfool import PATIENCE, nearest_boundary_step
 from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.pgd import pgd_ladder
 from robustbench_cure.attacks.spsa import gradient_estimate
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -188,6 +189,37 @@ def test_one_fgsm_step_goes_exactly_to_the_radius(affine, norm):
     step = slope.sign() if norm == "linf" else slope / slope.norm()
     away = torch.where(y == 0, 1.0, -1.0).view(-1, 1, 1, 1)
     torch.testing.assert_close(proposal.x_adv, x + 0.05 * away * step)
+    for counted in (proposal.steps, proposal.forwards, proposal.backwards):
+        assert counted.tolist() == [1] * 8
+
+
+def test_pgd_looks_where_somebody_needs_it(affine):
+    """One pass a step, and one more where a rung or a restart ends, unless the judge looks there anyway."""
+    model, x = duel(affine, 2, 6), interior_images(4, 6)
+    y = labelled(model, x)
+    options = {"threat": ball("linf", 1e-3), "step_size": 1e-3}  # nothing is broken
+    for restarts, forwards in ((1, 5), (2, 12)):
+        found = pgd(model.classifier, x, y, steps=5, restarts=restarts, **options)
+        assert found.backwards.tolist() == [5 * restarts] * 4
+        assert found.forwards.tolist() == [forwards] * 4
+    short, long = pgd_ladder(model.classifier, x, y, rungs=(2, 5), **options)
+    assert (short.forwards.tolist(), long.forwards.tolist()) == ([3] * 4, [6] * 4)
+
+
+class Valley(nn.Module):
+    """A margin of 0.2 and the distance of the mean pixel from 1/2: past the bottom it rises again."""
+
+    def forward(self, x):
+        margin = 0.2 + (x.mean((1, 2, 3)) - 0.5).abs()
+        return torch.stack((margin, torch.zeros_like(margin)), 1)
+
+
+def test_bounded_deepfool_gives_up_where_the_margin_stays():
+    model = Classifier(Valley(), num_classes=2, input_shape=SHAPE)
+    x = torch.tensor([0.51, 0.75]).view(2, 1, 1, 1).repeat(1, *SHAPE)  # the second falls once, then no more
+    y, threat = torch.zeros(2, dtype=torch.int64), ball("linf", 0.3)
+    assert deepfool(model, x, y, threat=threat, mode="bounded").steps.tolist() == [PATIENCE, PATIENCE + 1]
+    assert deepfool(model, x, y, threat=threat, mode="minimal", steps=20).steps.tolist() == [20, 20]
 
 
 def test_every_loss_sees_past_huge_logits(affine, judge):
