@@ -454,3 +454,14 @@ def test_answers_are_asked_once_and_leave_no_trace():
     assert (model.forwards, model.backwards) == (0, 0)
     assert [known.model_info().answers for known in odd] == [[], []]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("width", [8, 50])
+def test_bytes_per_image_are_those_that_wait_for_the_backward_pass(width):
+    """Of frozen linear layers around a tanh only its float32 output is kept; nothing else is touched."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 3))
+    model = Classifier(net, num_classes=3, input_shape=(1, 4, 4), precision="fp32")
+    state = torch.get_rng_state()
+    assert model.bytes_per_image() == 4 * width
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model.forwards, model.backwards) == (0, 0)
