@@ -911,7 +911,7 @@ def test_what_nobody_foresaw_is_one_line_too_and_can_be_looked_into(bench, capsy
     [
         (0, "the model failed during the clean pass: tired"),
         (1, "attack 'fgsm' failed: tired"),
-        (3, "the model failed during the check of attack 'fgsm': tired"),
+        (2, "the model failed during the check of attack 'fgsm': tired"),
     ],
 )
 def test_a_model_that_fails_later_is_a_failed_run(bench, capsys, passes, message):

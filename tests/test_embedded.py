@@ -49,5 +49,5 @@ def test_one_step_suffices_only_where_the_loss_is_flat(figures):
         return figures[name]["fgsm"] - figures[name]["pgd20"]
 
     assert gap("digits_cure") <= 8
-    assert gap("digits_normal") > 2 * gap("digits_cure")
-    assert figures["digits_normal"]["pgd20"] < 0.1 * figures["digits_normal"]["fgsm"]
+    assert gap("digits_pgd_at") > 2 * gap("digits_cure")
+    assert figures["digits_normal"]["fgsm"] <= 5  # a step that follows the gradient; by rounding it was 19
