@@ -122,7 +122,7 @@ def test_a_suspected_model_fails_only_where_that_is_asked(tmp_path):
 
 
 def test_gradient_free_attacks_that_could_break_nothing_prove_nothing(tmp_path):
-    weak = ["--steps", "10", "--planted", "0", "--spsa-samples", "1", "--queries", "2"]
+    weak = ["--steps", "20", "--planted", "0", "--spsa-samples", "2", "--queries", "2"]
     result = masking(tmp_path / "m", *weak, "--fail-on", "not conclusive")
     assert result.return_value == 1
     assert "digits_cure: not conclusive: no power in A, H (n = " in result.output
