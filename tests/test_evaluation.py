@@ -617,6 +617,9 @@ def test_shards_merge_to_the_bytes_of_a_whole_run(tmp_path, parts):
             cost.forwards,
             cost.backwards,
         )
+        if key in (spec["id"] for spec in FULL):  # of all shards, not of the last
+            assert cost.forwards == whole.samples[f"{key}.forwards"].sum()
+            assert cost.backwards == whole.samples[f"{key}.backwards"].sum()
 
 
 def test_merge_refuses_what_does_not_belong_together(tmp_path):
