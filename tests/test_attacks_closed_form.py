@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
-from robustbench_cure.attacks.deepfool import PATIENCE, nearest_boundary_step
+from robustbench_cure.attacks.deepfool import nearest_boundary_step
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.attacks.pgd import pgd_ladder
 from robustbench_cure.attacks.spsa import gradient_estimate
@@ -218,7 +218,7 @@ def test_bounded_deepfool_gives_up_where_the_margin_stays():
     model = Classifier(Valley(), num_classes=2, input_shape=SHAPE)
     x = torch.tensor([0.51, 0.75]).view(2, 1, 1, 1).repeat(1, *SHAPE)  # the second falls once, then no more
     y, threat = torch.zeros(2, dtype=torch.int64), ball("linf", 0.3)
-    assert deepfool(model, x, y, threat=threat, mode="bounded").steps.tolist() == [PATIENCE, PATIENCE + 1]
+    assert deepfool(model, x, y, threat=threat, mode="bounded").steps.tolist() == [6, 7]
     assert deepfool(model, x, y, threat=threat, mode="minimal", steps=20).steps.tolist() == [20, 20]
 
 
@@ -376,6 +376,9 @@ def test_flat_boundaries_are_out_of_reach(norm):
     step = nearest_boundary_step(norm, gaps, slopes)
     torch.testing.assert_close(step[0].flatten(), torch.tensor([0.0, 0.0, 0.5]))
     assert torch.equal(step[1], torch.zeros(1, 1, 3))
+    for slope, reach in ((1e-6, 0.5), (1e-14, 0.0)):  # small is not flat: logits may have any scale
+        step = nearest_boundary_step(norm, torch.full((1, 1), -slope / 2), torch.full((1, 1, 1, 1, 1), slope))
+        torch.testing.assert_close(step, torch.full((1, 1, 1, 1), reach))
 
 
 class Corner(nn.Module):

@@ -20,9 +20,11 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.evaluation import evaluate
+from robustbench_cure.judge import judge
 from robustbench_cure.record import Record
 from robustbench_cure.shard_work import groups, piece_rows
 from robustbench_cure.shards import merge
+from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 4, 4)
 
@@ -163,6 +165,15 @@ def test_a_lying_attack_breaks_nothing(lie):
         == record.clean_correct.sum()
     )
     assert [flag.kind for flag in record.manifest.flags] == ["violations", "nothing_broken"]
+
+
+def test_the_box_has_the_slack_of_rounding_and_no_more():
+    net = linear()
+    x = torch.stack((torch.zeros(1, 4, 4), torch.ones(1, 4, 4))).repeat_interleave(2, 0)
+    y = net(x).argmax(1)
+    beyond = torch.tensor([-5e-7, -2e-6, 5e-7, 2e-6]).view(4, 1, 1, 1)
+    told = judge(classifier(net), x, y, Proposal.start(x + beyond), ThreatModel("linf", "1/10")).violation
+    assert told == ["", "outside the box [0, 1]"] * 2
 
 
 def test_claiming_success_on_the_clean_image_counts_for_nothing():

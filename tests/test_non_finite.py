@@ -211,6 +211,9 @@ def test_a_battery_that_breaks_nothing_says_so(base, data):
     mine = from_arrays("digits", "test", data.images, labels, ids=data.ids, classes="0123456789")
     kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM, PGD), mine).manifest.flags]
     assert "nothing_broken" in kinds
+    for n in (9, 10):  # a few that stand say nothing
+        kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM), mine.subset(n)).manifest.flags]
+        assert ("nothing_broken" in kinds) == (n == 10)
     kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM, eps="0"), mine).manifest.flags]
     assert "nothing_broken" not in kinds
     kinds = [

@@ -8,7 +8,7 @@ nearest, |f_k| / ||w_k||_q (q dual to the norm), and add the shortest step that 
     l2:    r += |f_l| / ||w_l||_2^2 * w_l            linf:  r += |f_l| / ||w_l||_1 * sign(w_l)
 
 Gaps and labels are those of the reference form, and slopes are taken in float32: with those of bfloat16 a
-path ends elsewhere, and on `digits_pgd_at` four samples of 497 stand that float32 breaks.
+path ends elsewhere, and samples stand that float32 breaks.
 ``mode = "minimal"`` runs until the label changes: its product is a distance. ``mode = "bounded"`` cuts
 the overshot vector to the ball after every step (the form of the CURE paper's Table 1, whose caption
 constrains the perturbations) and needs only a verdict. With a ``basis`` the slopes are projected onto its
