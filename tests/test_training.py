@@ -420,8 +420,7 @@ def test_the_stored_digits_networks_are_as_robust_as_their_cards_say(name):
     for key, value in measured.items():
         assert value == pytest.approx(found.card.figures[key], abs=2), key
     if name == "digits_normal":
-        assert measured["pgd20"] < 5
-        assert measured["fgsm"] > measured["pgd20"] + 10
+        assert measured["pgd20"] <= measured["fgsm"] < 5  # one step suffices on a network without a defence
     if name == "digits_cure":
         assert measured["pgd20"] > 40
         assert abs(measured["fgsm"] - measured["pgd20"]) < 8
