@@ -100,6 +100,13 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "a search in bfloat16 would be weak here and overstate robustness; float32 is right, and slower",
         "nothing",
     ),
+    "searched_again": FlagKind(
+        "note",
+        "Part of the search was made in float32",
+        "after a search in bfloat16, samples stood at points that bfloat16 sees otherwise than float32",
+        "bfloat16 led the attack astray there; those samples were searched in float32, from the same starts",
+        "nothing; with `--precision fp32` the whole search is made in float32",
+    ),
     "one_output": FlagKind(
         "note",
         "One output, read as two classes",

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
 from robustbench_cure.attacks.losses import margins, predictions
-from robustbench_cure.attacks.precision import disagreement, typical_range
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
@@ -222,18 +221,9 @@ class ShardWork:
             rest = {key: value for key, value in hyper.items() if key != "steps"}
             return pgd_ladder(self.classifier, given, y, threat=self.threat, noise=noise, rungs=rungs, **rest)
 
-        def run() -> tuple[list[Proposal], list[str]]:
-            return with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
-
         started, non_finite = time.perf_counter(), self.classifier.non_finite
         try:
-            proposals, effects = run()
-            differs = self._differs(group[-1], x, y, proposals[-1])
-            if differs:  # what was found where bfloat16 leads astray says too little
-                self._note(Flag(kind="search_in_fp32", evidence=differs, attack=group[0].id))
-                non_finite = self.classifier.non_finite
-                with self.classifier.in_float32():
-                    proposals, effects = run()
+            proposals, effects = with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
         except (RunError, UsageError):
             raise
         except Exception as error:
@@ -250,6 +240,9 @@ class ShardWork:
             cost.seconds += seconds * share
             cost.forwards += int(proposal.forwards.sum())
             cost.backwards += int(proposal.backwards.sum())
+            cost.searched_again += (
+                0 if proposal.searched_again is None else int(proposal.searched_again.sum())
+            )
         # Those of a common trajectory are those of its longest part.
         self.shard.cost[group[-1].id].non_finite += self.classifier.non_finite - non_finite
         if any(flag.kind == "stochastic" for flag in self.manifest.flags):
@@ -259,16 +252,6 @@ class ShardWork:
             for effect in seen:
                 self._note(Flag(kind=kind, evidence=effect, attack=group[0].id))
         return proposals
-
-    def _differs(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> str:
-        """How the two precisions differ where an attack ended, see `disagreement`; it may return anything."""
-        found = proposal.x_adv
-        if self.classifier.precision != "bf16" or not isinstance(spec, PGD | SPSA):
-            return ""  # all others search in float32
-        if not _fits(found, x) or found.dtype != x.dtype:
-            return ""
-        scale = typical_range(self.classifier.logits(x))
-        return disagreement(self.classifier, found, y, scale, gradients=False)
 
     def _note(self, flag: Flag) -> None:
         if flag not in self.shard.flags:

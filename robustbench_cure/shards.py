@@ -196,6 +196,7 @@ def finish(
             total.forwards += cost.forwards
             total.backwards += cost.backwards
             total.non_finite += cost.non_finite
+            total.searched_again += cost.searched_again
     manifest.wall_seconds = sum(part.seconds for part in parts)
     manifest.status = "complete" if complete else "partial"
     manifest.finished = now()

@@ -25,6 +25,7 @@ DERIVED = {
     "cross_entropy_weaker",
     "non_finite_gradient",
     "non_finite_logits",
+    "searched_again",
     "nothing_broken",
 }
 
@@ -54,6 +55,7 @@ WEAKER, LEVEL = Fraction(3, 100), 0.01
 def run_flags(record: Record) -> list[Flag]:
     """Everything a finished table and its manifest say about how far the numbers can be trusted."""
     flags = [*_data_flags(record), *_near_chance(record), *_violations(record), *_non_finite(record)]
+    flags += _searched_again(record)
     found = (_nothing_broken(record), _black_box(record), _cross_entropy(record))
     return flags + [flag for flag in found if flag is not None]
 
@@ -140,6 +142,18 @@ def _non_finite(record: Record) -> list[Flag]:
                     threshold=0,
                     attack=attack,
                 )
+            )
+    return flags
+
+
+def _searched_again(record: Record) -> list[Flag]:
+    flags = []
+    for attack, cost in record.manifest.cost.items():
+        if cost.searched_again:
+            attacked = int(record.samples[f"{attack}.attacked"].sum())
+            evidence = f"{cost.searched_again:,} of {attacked:,} samples"
+            flags.append(
+                Flag(kind="searched_again", evidence=evidence, value=cost.searched_again, attack=attack)
             )
     return flags
 

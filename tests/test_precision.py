@@ -10,7 +10,12 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.precision import ROUNDING, disagreement, typical_range, within_rounding
+from robustbench_cure.attacks.precision import (
+    ROUNDING,
+    disagreement,
+    typical_range,
+    within_rounding,
+)
 from robustbench_cure.attacks.spsa import gradient_estimate
 from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
@@ -28,7 +33,7 @@ def reduced(x: torch.Tensor) -> bool:
 
 
 class Reversed(nn.Module):
-    """Two classes, logits of size 64; in bfloat16 the margin goes the other way.
+    """Two classes, logits of size 64, beside a third far off; in bfloat16 the margin goes the other way.
 
     Args:
         centre: margin of the grey image.
@@ -44,7 +49,8 @@ class Reversed(nn.Module):
         way = self.slope * (x - 0.5).sum((1, 2, 3))
         right = ((x - 0.5).abs() - self.honest).abs().amax((1, 2, 3)) < 1e-6
         margin = self.centre + (torch.where(right, way, -way) if reduced(x) else way)
-        return torch.stack((torch.full_like(margin, 64.0), 64.0 - margin), 1)
+        first = torch.full_like(margin, 64.0)
+        return torch.stack((first, first - margin, -first), 1)
 
 
 TOLERANCE = 64 * 2.0**-7
@@ -55,7 +61,7 @@ def broken(attack: str, centre: float, reach: float) -> tuple[bool, int]:
     x, y = torch.full((1, *SHAPE), 0.5), torch.zeros(1, dtype=torch.int64)
     # SPSA compares the two precisions where it starts, a hundredth away.
     net = Reversed(centre, reach, honest=0.01 if attack == "spsa" else 1.0)
-    model = Classifier(net, num_classes=2, input_shape=SHAPE, precision="bf16")
+    model = Classifier(net, num_classes=3, input_shape=SHAPE, precision="bf16")
     if attack == "spsa":
         found = spsa(model, x, y, threat=BALL, steps=10, samples=16, step_size=0.02)
     else:
@@ -108,7 +114,7 @@ def test_what_looks_once_or_seldom_looks_in_float32(attack):
     x, y = torch.full((8, *SHAPE), 0.5), torch.zeros(8, dtype=torch.int64)
     found = {}
     for precision in ("fp32", "bf16"):
-        model = Classifier(Reversed(0.2, 0.5), num_classes=2, input_shape=SHAPE, precision=precision)
+        model = Classifier(Reversed(0.2, 0.5), num_classes=3, input_shape=SHAPE, precision=precision)
         found[precision] = attack(model, x, y, threat=BALL, **options).x_adv
     assert torch.equal(found["fp32"], found["bf16"])
 
@@ -214,9 +220,9 @@ class Astray(nn.Module):
         return torch.where(score[:, None] > 0.3, -z, z) if reduces else z
 
 
-def compared(net: Astray, x: torch.Tensor, **options) -> str:
+def compared(net: Astray, x: torch.Tensor) -> str:
     model = Classifier(net, num_classes=2, input_shape=(1, 4, 4), precision="bf16")
-    return disagreement(model, x, torch.arange(len(x)) % 2, typical_range(model.logits(x)), **options)
+    return disagreement(model, x, torch.arange(len(x)) % 2, typical_range(model.logits(x)))
 
 
 def test_two_classes_agree_on_their_boundary_too():
@@ -231,13 +237,12 @@ def test_two_classes_agree_on_their_boundary_too():
     assert disagreement(model, near, y, typical_range(model.logits(x))) == ""
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_one_image_in_twenty_may_disagree(gradients):
+def test_one_image_in_twenty_may_disagree():
     x = torch.linspace(0.1, 0.25, 320).view(20, 1, 4, 4)
     x[0] += 0.6
-    assert compared(Astray(), x, gradients=gradients) == ""
+    assert compared(Astray(), x) == ""
     x[1] += 0.6
-    found = compared(Astray(), x, gradients=gradients)
+    found = compared(Astray(), x)
     assert found.startswith("margins of 2 ")
     assert found.endswith("of 20 images differ between bfloat16 and float32")
 
@@ -248,7 +253,6 @@ def test_gradients_are_compared_where_logits_agree():
     assert compared(Astray(lost=3), x) == ""
     told = "gradients of 20 of 20 images differ between bfloat16 and float32"
     assert compared(Astray(lost=4), x) == told
-    assert compared(Astray(lost=4), x, gradients=False) == ""
     assert compared(Astray(lost=4), x[:0]) == ""
 
 
@@ -273,31 +277,47 @@ def test_an_attack_that_returns_another_dtype_is_told_so():
 
 
 class OnlyFar(nn.Module):
-    """Honest on the images and near them; further away bfloat16 is shown another image."""
+    """Honest on the images and near them; further away bfloat16 is shown the negative, if pixel 0 is dark."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x):
-        far = (x - 0.5).abs().amax((1, 2, 3), keepdim=True) > 0.07
-        return self.net(torch.where(far, 1 - x, x) if reduced(x) else x)
+        far = (x[:, :, 1:] - 0.5).abs().amax((1, 2, 3), keepdim=True) > 0.07
+        return self.net(torch.where(far & (x[:, :, :1, :1] < 0.5), 1 - x, x) if reduced(x) else x)
 
 
-def test_precisions_are_compared_where_attacks_end_too():
-    """Points that preflight looks at are no pledge for those that an attack goes to."""
+@pytest.mark.parametrize("dark", [10, 200])
+@pytest.mark.parametrize("attack", ["pgd", "spsa"])
+def test_a_row_that_bfloat16_leads_astray_is_searched_in_float32(attack, dark):
+    """Images that preflight looks at are no pledge for the points that an attack goes to.
+
+    One row in twenty weighs as much as all: none may stand that float32 breaks.
+    """
     generator = torch.Generator().manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    x = 0.5 + 0.02 * torch.rand((64, 1, 4, 4), generator=generator)
-    y = net(x).argmax(1)
-    keep = [int(row) for label in (0, 1) for row in (y == label).nonzero()[:16]]
-    data = from_arrays("toy", "test", x[keep], y[keep], classes="ab")
+    with torch.no_grad():
+        net[1].weight[:, 0] = 0  # the pixel that marks an image moves nothing
+        net[1].weight[1] = -net[1].weight[0]
+        net[1].bias.copy_(-net[1].weight.sum(1) / 2)
+        net[1].bias[0] += 0.2 * net[1].weight[0].abs().sum()  # the boundary lies a tenth away
+    x = 0.49 + 0.02 * torch.rand((200, 1, 4, 4), generator=generator)
+    x[:, :, 0, 0] = (torch.randperm(200, generator=generator) >= dark).float()[:, None]
+    data = from_arrays("toy", "test", x, torch.zeros(200, dtype=torch.int64), classes="ab")
     spec = PGD | {"step_size": "1/40"}
+    if attack == "spsa":
+        spec = {"id": "spsa", "name": "SPSA", "kind": "spsa", "limit": 0, "steps": 10, "samples": 16}
+        spec |= {"step_size": "1/40", "delta": 0.01, "stop": "first-success"}
     record = {}
     for precision in ("fp32", "bf16"):
         model = Classifier(OnlyFar(net), num_classes=2, input_shape=(1, 4, 4), precision=precision)
         record[precision] = evaluate(model, digits_battery(spec), data)
-    flags = [flag for flag in record["bf16"].manifest.flags if flag.kind == "search_in_fp32"]
-    assert [flag.attack for flag in flags] == ["pgd"]
-    for column in ("pgd.broken", "pgd.step"):
-        assert record["bf16"].samples[column].tolist() == record["fp32"].samples[column].tolist()
+    assert record["bf16"].manifest.config.precision == "bf16"
+    stand = {precision: ~record[precision].samples[f"{attack}.broken"].astype(bool) for precision in record}
+    # SPSA's queries may be led astray at an iterate that is not.
+    assert int((stand["bf16"] & ~stand["fp32"]).sum()) <= (attack == "spsa")
+    (flag,) = [flag for flag in record["bf16"].manifest.flags if flag.kind == "searched_again"]
+    assert flag.attack == attack
+    assert flag.evidence == f"{flag.value:.0f} of 200 samples"
+    assert not [flag for flag in record["fp32"].manifest.flags if flag.kind == "searched_again"]

@@ -8,8 +8,9 @@ Deviations. (1) ``stop = "first-success"``: a row leaves at its first iterate th
 misclassifies, instead of always returning the last one; that can only be stronger, makes robust
 accuracy monotone in steps, and frees the batch. (2) ``stop = "never"``: the iterate of lowest margin is
 returned, not the last. (3) PGD(7), PGD(20), ... with equal parameters are prefixes of one trajectory and
-are computed together: `pgd_ladder`. (4) A row that stands `within_rounding` after a search in bfloat16 is
-searched once more in the reference form, from the same starts: reduced precision shall not raise a number.
+are computed together: `pgd_ladder`. (4) A row that stands after a search in bfloat16 is searched once more
+in the reference form, from the same starts, where it stands `within_rounding`, or where the two forms'
+`margins_differ`: reduced precision shall not raise a number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
-from robustbench_cure.attacks.precision import within_rounding
+from robustbench_cure.attacks.precision import logit_range, margins_differ, within_rounding
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.attacks.uniform_noise import draw
 from robustbench_cure.classifier import Classifier
@@ -156,9 +157,19 @@ class _Ladder:
             pool.retire(self._visit(rows))
 
     def _look_again(self) -> None:
-        """Search rows that stand by a hair once more, with gradients of the reference form."""
+        """Search rows that bfloat16 may have let stand once more, with gradients of the reference form."""
         self.reference = True
-        self.wanted = self.by_a_hair & ~self.broken
+        differ = torch.zeros_like(self.broken)
+        for index, proposal in enumerate(self.proposals):
+            stand = (~self.broken[index]).nonzero().squeeze(1)
+            for rows in torch.split(stand, self.classifier.batch_size):
+                whole, exact = (self.classifier.logits(x[rows]) for x in (self.x, proposal.x_adv))
+                searched = self.classifier.search_logits(proposal.x_adv[rows])
+                differ[index, rows] = margins_differ(searched, exact, self.y[rows], logit_range(whole))
+                proposal.forwards[rows] += 3
+            self.best[index, differ[index]] = torch.inf  # as bfloat16 saw it
+            proposal.searched_again = differ[index]
+        self.wanted = (self.by_a_hair | differ) & ~self.broken
         chosen = self.wanted.any(0).nonzero().squeeze(1)
         self._aim(chosen)
         self.restart[chosen] = 0

@@ -2,7 +2,8 @@
 
 Most networks compute nearly the same in bfloat16 as in float32. Some do not (large constants inside, logits
 with a large common offset, sums over many small terms), and on those every attack that searches in bfloat16
-is weak and robust accuracy too high. So both precisions are compared before and during a search.
+is weak and robust accuracy too high. So both precisions are compared before a search (`disagreement`) and
+on its way (`within_rounding`, `margins_differ`): a row that stands is then searched once more in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROUNDING = torch.finfo(torch.bfloat16).eps
 #: What the two precisions must agree on: margins up to this share of the typical range of the logits, and
 #: gradients up to this cosine.
 MARGIN_ERROR, COSINE = 4 * ROUNDING, 0.9
-#: Share of the images that may disagree.
+#: Share of the images that may disagree before a model is searched in float32 throughout.
 DISAGREE_SHARE = 0.05
 
 
@@ -34,44 +35,52 @@ def within_rounding(margin: Tensor, logits: Tensor) -> Tensor:
     return margin.abs() < ROUNDING * logits.abs().amax(1)
 
 
+def logit_range(logits: Tensor) -> Tensor:
+    """Largest logit less the smallest, (B,); logits (B, L)."""
+    return logits.amax(1) - logits.amin(1)
+
+
 def typical_range(logits: Tensor) -> float:
-    """Median over the images of the largest logit less the smallest, where they are finite; logits (B, L)."""
+    """Median over the images of `logit_range`, where it is finite; logits (B, L)."""
     sound = logits[logits.isfinite().all(1)]
-    return float((sound.amax(1) - sound.amin(1)).median()) if len(sound) else 0.0
+    return float(logit_range(sound).median()) if len(sound) else 0.0
 
 
-def disagreement(
-    classifier: Classifier, x: Tensor, y: Tensor, scale: float, *, gradients: bool = True
-) -> str:
+def margins_differ(searched: Tensor, exact: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+    """Rows that have finite logits in float32, and another margin in bfloat16; bool (B,).
+
+    Args:
+        searched: logits in bfloat16, (B, L).
+        exact: logits of the same points in float32, (B, L).
+        y: labels, int64 (B,).
+        scale: `logit_range` of the unperturbed images, of each row or the typical one. That of the points
+            is no measure: two classes have none left on the boundary.
+    """
+    apart = (margins(searched, y) - margins(exact, y)).abs()
+    return exact.isfinite().all(1) & ~(apart <= MARGIN_ERROR * scale)
+
+
+def disagreement(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> str:
     """In words: how the search form in bfloat16 differs from the reference form; empty where it hardly does.
 
     Args:
         classifier: the model; nothing to say unless it searches in bfloat16.
         x: points, float32 (B,C,H,W).
         y: labels, int64 (B,).
-        scale: `typical_range` of the logits of unperturbed images. That of the points themselves is no
-            measure: two classes have none left on the boundary.
-        gradients: compare gradients too, not logits alone.
+        scale: `typical_range` of the logits of unperturbed images.
     """
     if classifier.precision != "bf16" or not len(x):
         return ""
-    wrong_margin, wrong_gradient = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for _ in range(2))
-    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
-        labels = y[rows]
-        if gradients:
-            loss = partial(odds_against, labels=labels)
-            (searched, slope), (exact, true) = (
-                classifier.value_and_gradient(x[rows], loss, reference=reference)
-                for reference in (False, True)
-            )
-            cosine = torch.cosine_similarity(slope.flatten(1), true.flatten(1), eps=1e-30)
-            wrong_gradient[rows] = (cosine < COSINE) & (true != 0).flatten(1).any(1)
-        else:
-            searched, exact = classifier.search_logits(x[rows]), classifier.logits(x[rows])
-        apart = (margins(searched, labels) - margins(exact, labels)).abs()
-        sound = exact.isfinite().all(1)
-        wrong_margin[rows] = sound & ~(apart <= MARGIN_ERROR * scale)
-        wrong_gradient[rows] &= sound
+    margin, slope = [], []
+    for part, labels in zip(*(torch.split(rows, classifier.batch_size) for rows in (x, y)), strict=True):
+        loss = partial(odds_against, labels=labels)
+        (searched, ours), (exact, true) = (
+            classifier.value_and_gradient(part, loss, reference=reference) for reference in (False, True)
+        )
+        cosine = torch.cosine_similarity(ours.flatten(1), true.flatten(1), eps=1e-30)
+        margin.append(margins_differ(searched, exact, labels, scale))
+        slope.append((cosine < COSINE) & (true != 0).flatten(1).any(1) & exact.isfinite().all(1))
+    wrong_margin, wrong_gradient = torch.cat(margin), torch.cat(slope)
     if int((wrong_margin | wrong_gradient).sum()) <= DISAGREE_SHARE * len(x):
         return ""
     parts = [f"margins of {int(wrong_margin.sum())}"] if wrong_margin.any() else []

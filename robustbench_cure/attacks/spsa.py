@@ -12,7 +12,8 @@ the iterate that is delta away from every side, so that pairs stay symmetric. (2
 finite logits counts as a margin lower by one than its pair's: the search goes there, and ends. (3) What a
 short delta changes may drown in bfloat16 where margins and gradients do not: a row whose estimates at x
 differ between the two forms is searched in the reference form. (4) So is, once more and with the same
-directions, a row that stands `within_rounding` after a search in bfloat16.
+directions, a row that stands after a search in bfloat16 `within_rounding`, or where the two forms'
+`margins_differ` at one of its iterates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import Stop
 from robustbench_cure.attacks.pool import Pool
-from robustbench_cure.attacks.precision import COSINE, within_rounding
+from robustbench_cure.attacks.precision import COSINE, logit_range, margins_differ, within_rounding
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -82,8 +83,12 @@ def spsa(
     noise = noise or Noise.for_rows(len(x), device=x.device)
     proposal = Proposal.start(x)
     lowest = x.new_full((len(x),), torch.inf)  # margin of each proposal
-    by_rounding = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    by_rounding, differ = torch.zeros((2, len(x)), dtype=torch.bool, device=x.device)
     rate = classifier.batch_size // (2 * samples)
+    reduced = classifier.precision == "bf16" and len(x) > 0
+    if reduced:
+        scale = logit_range(classifier.logits(x))
+        proposal.forwards += 1
 
     def search(chosen: Tensor, reference: bool) -> None:
         """All steps of the chosen rows."""
@@ -96,6 +101,9 @@ def spsa(
             logits = classifier.logits(here)
             margin, hit = margins(logits, labels), misclassified(logits, labels)
             proposal.forwards[rows] += 1
+            if reduced and not reference:
+                differ[rows] |= margins_differ(classifier.search_logits(here), logits, labels, scale[rows])
+                proposal.forwards[rows] += 1
             kept = margin < lowest[rows] if stop == "never" or reference else torch.ones_like(hit)
             better = rows[kept]
             lowest[better] = margin[kept]
@@ -128,14 +136,15 @@ def spsa(
             step = step_size * mean / (square.sqrt() + ADAM_EPS)
             current[rows] = threat.project(x[rows], current[rows] - step)
 
-    if classifier.precision == "fp32" or not len(x):
+    if not reduced:
         search(torch.arange(len(x), device=x.device), reference=False)
         return proposal
     compared = min(samples, COMPARED)
     seen = _seen(classifier, x, y, noise, compared, delta)
     proposal.forwards += 4 * compared
     search(seen.nonzero().squeeze(1), reference=False)
-    search((by_rounding | ~seen).nonzero().squeeze(1), reference=True)
+    proposal.searched_again = ~seen | (differ & (lowest >= 0))
+    search((by_rounding | proposal.searched_again).nonzero().squeeze(1), reference=True)
     return proposal
 
 
