@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.deepfool import nearest_boundary_step
-from robustbench_cure.attacks.losses import margins
+from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.pgd import pgd_ladder
 from robustbench_cure.attacks.spsa import gradient_estimate
 from robustbench_cure.classifier import Classifier
@@ -220,6 +221,16 @@ def test_bounded_deepfool_gives_up_where_the_margin_stays():
     y, threat = torch.zeros(2, dtype=torch.int64), ball("linf", 0.3)
     assert deepfool(model, x, y, threat=threat, mode="bounded").steps.tolist() == [6, 7]
     assert deepfool(model, x, y, threat=threat, mode="minimal", steps=20).steps.tolist() == [20, 20]
+
+
+def test_bounded_deepfool_goes_on_where_the_margin_falls_again():
+    """Six iterations in a row without a lower margin end a search, not six in all."""
+    data, rows = load_dataset("digits"), [189, 398, 440, 482]
+    x, y = data.images[rows], data.labels[rows]
+    model = load_model("digits_pgd_at", precision="fp32")
+    found = deepfool(model, x, y, threat=ball("linf", Fraction(51, 255)), mode="bounded")
+    assert bool(misclassified(model.logits(found.x_adv), y).all())
+    assert int(found.steps.min()) > 12
 
 
 def test_every_loss_sees_past_huge_logits(affine, judge):

@@ -701,7 +701,7 @@ def _(bench):
     return f"{bench.toy} --out run --resume"
 
 
-@case("table cut short", "samples.parquet", "cannot be read")
+@case("table cut short", "samples.parquet", "cannot be read", "--resume")
 def _(bench):
     file = bench.at / bench.run() / "samples.parquet"
     file.write_bytes(file.read_bytes()[:-100])
@@ -732,7 +732,7 @@ def _(bench):
     return _table(bench, lambda table: table.assign(label="a cat"))
 
 
-@case("table with fewer rows", "samples.parquet", "19 rows", "20")
+@case("table with fewer rows", "samples.parquet", "19 rows", "20", "--resume")
 def _(bench):
     return _table(bench, lambda table: table[:-1])
 

@@ -611,9 +611,14 @@ def test_a_damaged_shard_is_done_again(tmp_path):
 def test_shards_merge_to_the_bytes_of_a_whole_run(tmp_path, parts):
     evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "whole", shard_size=8)
     paths = [tmp_path / f"part{i}" for i in range(1, parts + 1)]
-    for i, path in enumerate(paths, 1):
+    for i, path in enumerate(paths, 1):  # each part on a machine of another size
         record = evaluate(
-            classifier(linear()), battery(*FULL), images(21), out=path, shard=(i, parts), shard_size=8
+            classifier(linear(), batch_size=64 * i),
+            battery(*FULL),
+            images(21),
+            out=path,
+            shard=(i, parts),
+            shard_size=8,
         )
         assert record.manifest.status == "partial"
     joined = merge(paths[::-1], tmp_path / "joined")

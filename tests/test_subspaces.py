@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -138,6 +139,17 @@ def test_perturbations_lie_in_the_span_and_change_the_label_of_a_network(digits_
     torch.testing.assert_close(inside, r, rtol=0, atol=1e-5 * float(r.abs().max()))
     assert found.converged.float().mean() > 0.9
     assert (model.logits(found.x_adv).argmax(1) != label)[found.converged].all()
+
+
+@pytest.mark.parametrize("shape", [(6, *SHAPE), (2, 6, *SHAPE), (3, 6, 9, 9, 9)])
+def test_a_basis_that_does_not_fit_the_images_is_refused_with_both_shapes(plane, shape):
+    x, y = images(3), torch.zeros(3, dtype=torch.int64)
+    options = {"threat": L2, "clip": False, "basis": torch.ones(shape)}
+    words = re.escape(f"basis of shape {shape} for images of shape {tuple(x.shape)}")
+    with pytest.raises(ValueError, match=words):
+        deepfool(plane.classifier, x, y, **options, mode="minimal")
+    with pytest.raises(ValueError, match="a basis needs mode 'minimal', the l2 norm and clip=False"):
+        deepfool(plane.classifier, x, y, **options, mode="bounded")
 
 
 def test_the_whole_space_is_a_subspace_and_smaller_ones_are_farther(digits_net, digits_test):
