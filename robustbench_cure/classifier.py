@@ -446,39 +446,48 @@ class Classifier:
 
 #: Where PyTorch keeps the precision of float32 products, the most general first; nowhere before 2.9.
 _PRECISIONS: list[Any] = []
+_CUDA_PRECISIONS: list[Any] = []
 if hasattr(torch.backends, "fp32_precision"):
     _backends: Any = torch.backends
     _cudnn, _mkldnn = _backends.cudnn, _backends.mkldnn
-    _PRECISIONS = [_backends, _backends.cuda.matmul, _cudnn, _cudnn.conv, _cudnn.rnn]
-    _PRECISIONS += [_mkldnn, _mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn]
+    _CUDA_PRECISIONS = [_backends.cuda.matmul, _cudnn, _cudnn.conv, _cudnn.rnn]
+    _PRECISIONS = [_backends, *_CUDA_PRECISIONS, _mkldnn, _mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn]
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 without TF32, bfloat16 products or autocast, restored on leaving.
+    """float32 without TF32, bfloat16 products or autocast, restored on leaving."""
+    with (
+        float32_products(tf32=False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Products of float32 with TF32 on CUDA, or in full everywhere; restored on leaving.
 
     Works whichever of PyTorch's two interfaces was used before: the flags ``allow_tf32`` and
     ``set_float32_matmul_precision``, or ``fp32_precision`` (2.9 and later). Reading the flags fails where
     the other interface was used, so both are set, and what can be read is restored.
     """
     kept = [(part, part.fp32_precision) for part in _PRECISIONS]
-    matmul = cudnn = None
+    matmul, cudnn = "highest", False
     with suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
     with suppress(RuntimeError):
         cudnn = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     for part, _ in kept:
-        part.fp32_precision = "ieee"
+        part.fp32_precision = "tf32" if tf32 and part in _CUDA_PRECISIONS else "ieee"
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
+        yield
     finally:
-        if matmul is not None:
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn is not None:
-            torch.backends.cudnn.allow_tf32 = cudnn
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
         for part, value in kept:
             part.fp32_precision = value
 

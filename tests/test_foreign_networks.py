@@ -19,7 +19,14 @@ from torch.nn.utils import prune
 from robustbench_cure.adapt import ordinary
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.classifier import Classifier, Normalised, full_precision, has_bf16
+from robustbench_cure.classifier import (
+    _CUDA_PRECISIONS,
+    Classifier,
+    Normalised,
+    float32_products,
+    full_precision,
+    has_bf16,
+)
 from robustbench_cure.cli import main
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
@@ -545,6 +552,12 @@ def test_float32_is_float32_whichever_interface_asked_for_less(ask):
             assert not torch.backends.cuda.matmul.allow_tf32  # the other interface can be read as well
             with full_precision():
                 assert float((a @ a - exact).abs().max()) < 1e-4
+        assert (now(), words_asked()) == (asked, words)
+        with float32_products(tf32=True):  # for training
+            assert torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cudnn.allow_tf32
+            assert {part.fp32_precision for part in _CUDA_PRECISIONS} == {"tf32"}
+            assert float((a @ a - exact).abs().max()) < 1e-4  # a processor has none
         assert (now(), words_asked()) == (asked, words)
 
 

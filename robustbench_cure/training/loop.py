@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robustbench_cure.classifier import Normalised, full_precision
+from robustbench_cure.classifier import Normalised, float32_products, full_precision
 from robustbench_cure.datasets import as_float
 from robustbench_cure.errors import RunError
 from robustbench_cure.recipes import AnyRecipe
@@ -299,14 +299,4 @@ def _optimizer(model: Normalised, recipe: AnyRecipe) -> torch.optim.Optimizer:
 def _precision(recipe: AnyRecipe, device: torch.device) -> AbstractContextManager[None]:
     """TF32 where bf16 is allowed anyway, except for differences of gradients: too few digits are left."""
     reduced = device.type == "cuda" and recipe.precision == "bf16" and recipe.method != "cure"
-    return _tf32() if reduced else full_precision()
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+    return float32_products(tf32=True) if reduced else full_precision()
