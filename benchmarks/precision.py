@@ -9,7 +9,7 @@ of the package. For each attack two counts, averaged over the seeds:
 Where ``reduced`` is not larger than ``reseeded``, reduced precision costs no more than luck. DeepFool draws
 nothing: its second count is zero. The error is two standard errors of the difference over the seeds.
 
-    python benchmarks/precision.py --data cifar10-lossless.npz --out benchmarks/precision.csv
+    python benchmarks/precision.py --data cifar10-lossless.npz --out benchmarks/measured/precision.csv
 """
 
 from __future__ import annotations

@@ -342,6 +342,21 @@ def test_gradients_that_are_not_finite_are_counted(black, raised):
     assert f"NaN or infinite {black}" in found.evidence
 
 
+@pytest.mark.parametrize(("scale", "raised"), [(1e-6, False), (1e-9, True)])
+def test_gradients_that_can_hardly_be_told_from_zero_are_counted(affine, scale, raised):
+    """Slopes of length 1 times the scale: attacks of others add constants of 1e-8 and more to such."""
+    weight = np.eye(3, 12) / 2**0.5
+    model = affine(scale * weight, [0.0, 0.0, 0.0], (3, 2, 2))
+    e = Evidence.__new__(Evidence)
+    e.classifier, e.threat, e.settings = model.classifier, ThreatModel.parse("linf", "8/255"), SMALL
+    e.x = torch.rand((40, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    e.y = e.classifier.logits(e.x).argmax(1)
+    e.ids = tuple(map(str, range(40)))
+    found = checks.gradients(e)
+    assert found.status == ("raised" if raised else "clear")
+    assert f"margin gradient zero 0 and tiny {40 * raised}" in found.evidence
+
+
 def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):
     model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
     x = torch.rand((40, 3, 2, 2), generator=torch.Generator().manual_seed(0))
