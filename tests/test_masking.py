@@ -376,6 +376,27 @@ def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):
     assert checks.faithful(e).value == pytest.approx(-1, abs=0.02)
     assert (checks.faithful(e).status, checks.faithful(e).beyond) == ("raised", "<")
 
+    def turned(cosine: float):
+        """The gradient turned away by an angle: what it predicts correlates as its cosine says."""
+
+        def lie(*arguments, **options):
+            z, g = honest(*arguments, **options)
+            flat, other = (
+                g.flatten(1),
+                torch.randn(g.flatten(1).shape, generator=torch.Generator().manual_seed(1)),
+            )
+            length = flat.norm(dim=1, keepdim=True)
+            other -= flat * (flat * other).sum(1, keepdim=True) / length**2
+            other *= length / other.norm(dim=1, keepdim=True)
+            return z, (cosine * flat + (1 - cosine**2) ** 0.5 * other).view_as(g)
+
+        return lie
+
+    for cosine, status in ((0.4, "raised"), (0.6, "clear")):
+        model.classifier.value_and_gradient = turned(cosine)
+        assert checks.faithful(e).value == pytest.approx(cosine, abs=0.08)
+        assert checks.faithful(e).status == status
+
 
 def test_a_refused_proposal_counts_as_the_image_itself(affine):
     model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
