@@ -180,6 +180,28 @@ def test_more_steps_and_late_falls():
     assert checks.unfinished(e).status == "raised"
 
 
+@pytest.mark.parametrize(("late", "raised"), [(25, False), (26, True)])
+def test_one_survivor_in_four_may_still_fall(late, raised):
+    """What is broken has ended, and does not count: 100 of 120 survive."""
+    e = Made(120, total=200)
+    broken, half = torch.arange(120) >= 100, torch.full((120,), 0.5)
+    half[:late] = half[100:] = 2.0  # of a fall from 10 to 0, two tenths come late
+    trajectory = {Fraction(1, 2): outcome(half, broken), Fraction(1): outcome(torch.zeros(120), broken)}
+    e.pgd_margin = lambda multiple=Fraction(1): trajectory[multiple]
+    found = checks.unfinished(e)
+    assert found.value == late / 100
+    assert found.status == ("raised" if raised else "clear")
+    assert found.ids == (tuple(f"s{i}" for i in range(late)) if raised else ())
+
+
+def test_that_a_weak_attack_breaks_nothing_alone_is_no_finding_however_many_images():
+    e = Made(5000)
+    none = torch.zeros(5000, dtype=torch.bool)
+    e.white_box_broken, e.random = none, outcome(broken=none)
+    found = checks.random_noise(e)
+    assert (found.status, found.p) == ("clear", 1.0)
+
+
 @pytest.mark.parametrize(("lost", "raised"), [(0, False), (2, False), (3, True)])
 def test_what_was_met_and_not_returned_and_what_only_the_searched_form_loses(lost, raised):
     e = Made(100)
