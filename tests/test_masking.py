@@ -14,6 +14,7 @@ from torch import nn
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Proposal, uniform_noise
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.flags import Flag
 from robustbench_cure.masking import checks
 from robustbench_cure.masking import planted as planted_module
 from robustbench_cure.masking.deceptive import DECEPTIVE
@@ -22,7 +23,7 @@ from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.finding import Finding
 from robustbench_cure.masking.planted import separate
 from robustbench_cure.masking.power import Power, controlled, powers
-from robustbench_cure.masking.verdict import conclude, diagnose
+from robustbench_cure.masking.verdict import conclude, diagnose, flag_findings
 from robustbench_cure.threat import ThreatModel
 
 THREAT = ThreatModel.parse("linf", "51/255")
@@ -362,6 +363,48 @@ def test_gradients_that_are_not_finite_are_counted(black, raised):
     assert (found.status == "raised") == raised
     assert found.ids == (tuple(map(str, range(black))) if raised else ())
     assert f"NaN or infinite {black}" in found.evidence
+
+
+class Steep(torch.autograd.Function):
+    """The identity; where a slope is asked for, it is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return torch.where(slope == 0, slope, torch.inf)
+
+
+def test_a_gradient_that_cross_entropy_alone_does_not_have_is_counted(affine):
+    """It takes in every class; the margin leaves the third one out."""
+    model = affine(np.eye(3, 12), [3.0, 2.0, -9.0], (3, 2, 2))
+    inner = model.classifier.module
+
+    class Net(nn.Module):
+        def forward(self, x):
+            z = inner(x)
+            return torch.cat((z[:, :2], Steep.apply(z[:, 2:])), 1)
+
+    e = Evidence.__new__(Evidence)
+    e.classifier = Classifier(Net(), num_classes=3, input_shape=(3, 2, 2))
+    e.threat, e.settings = ThreatModel.parse("linf", "8/255"), SMALL
+    e.x = torch.rand((40, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    e.y, e.ids = e.classifier.logits(e.x).argmax(1), tuple(map(str, range(40)))
+    found = checks.gradients(e)
+    assert (found.status, found.value) == ("raised", 1.0)
+    assert "NaN or infinite 40, margin gradient zero 0" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("kind", "letter"),
+    [("stochastic", "K"), ("batch_dependent", "K"), ("probabilities", "L"), ("one_output", "")],
+)
+def test_what_preflight_sees_raises_k_or_l(kind, letter):
+    found = flag_findings({kind: Flag(kind=kind, evidence="seen in 3 of 8")})
+    assert "".join(f.letter for f in found if f.status == "raised") == letter
+    assert [f.evidence for f in found if f.letter == letter] == ["seen in 3 of 8"] * bool(letter)
 
 
 @pytest.mark.parametrize(("scale", "raised"), [(1e-6, False), (1e-9, True)])
