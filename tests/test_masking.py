@@ -22,7 +22,7 @@ from robustbench_cure.masking.evidence import Evidence, Outcome, Settings
 from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.finding import Finding
 from robustbench_cure.masking.planted import separate
-from robustbench_cure.masking.power import Power, controlled, powers
+from robustbench_cure.masking.power import Power, controlled, on_broken, powers
 from robustbench_cure.masking.verdict import conclude, diagnose, flag_findings
 from robustbench_cure.threat import ThreatModel
 
@@ -174,6 +174,10 @@ def test_more_steps_and_late_falls():
     assert found.value == pytest.approx(5 / 200)  # out of all images
     assert found.status == "raised"
     assert found.ids == ("s0", "s1", "s2", "s3", "s4")
+    trajectory |= {Fraction(2): outcome(torch.zeros(100), more), Fraction(4): outcome(torch.zeros(100), more)}
+    assert checks.steps(e).value == pytest.approx(
+        5 / 200
+    )  # twice as many steps did it, and four times no more
     # From 10 to 0.5 in the first half and to 0 in the second: 5 % of the fall is late.
     assert checks.unfinished(e).status == "clear"
     trajectory[Fraction(1, 2)] = outcome(torch.full((100,), 2.0), broken)
@@ -500,6 +504,11 @@ def test_power_is_shown_where_adversarial_examples_are_known(power, shown):
     assert power.shown == shown
 
 
+def test_power_counts_what_gradients_broke_and_nothing_else():
+    known, broken = torch.arange(20) < 12, torch.arange(20) >= 9
+    assert on_broken(broken, known) == Power(3, 12)
+
+
 @pytest.mark.parametrize(
     ("before", "power", "after"),
     [
@@ -531,6 +540,7 @@ def test_searches_that_stand_still_show_no_power(monkeypatch, eps, is_planted):
     for module in ("power", "evidence"):
         monkeypatch.setattr(f"robustbench_cure.masking.{module}.spsa", stand_still)
     assert seen()["A"].found == 0
+    assert seen()["H"].found > 0  # Square alone
     for module in ("power", "evidence"):
         monkeypatch.setattr(f"robustbench_cure.masking.{module}.square", stand_still)
     assert seen()["H"].found == 0
