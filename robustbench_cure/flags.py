@@ -103,8 +103,10 @@ FLAG_KINDS: dict[str, FlagKind] = {
     "searched_again": FlagKind(
         "note",
         "Part of the search was made in float32",
-        "after a search in bfloat16, samples stood at points that bfloat16 sees otherwise than float32",
-        "bfloat16 led the attack astray there; those samples were searched in float32, from the same starts",
+        "for some samples bfloat16 gives another margin than float32 where an attack ends, or another "
+        "estimate of the gradient",
+        "bfloat16 may lead the attack astray; such samples were searched in float32 or, where they are more "
+        "than one in a hundred, all that stood",
         "nothing; with `--precision fp32` the whole search is made in float32",
     ),
     "one_output": FlagKind(

@@ -141,7 +141,7 @@ class Cost(_Part):
     backwards: int = 0
     #: Input gradients with NaN or infinite entries, out of ``backwards``.
     non_finite: int = 0
-    #: Rows searched in float32 because bfloat16 sees them otherwise.
+    #: Rows searched in float32 because bfloat16 sees some of them otherwise.
     searched_again: int = 0
 
 

@@ -10,6 +10,7 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
+from robustbench_cure.attacks.pgd import pgd_ladder
 from robustbench_cure.attacks.precision import (
     ROUNDING,
     disagreement,
@@ -274,6 +275,72 @@ def test_an_attack_that_returns_another_dtype_is_told_so():
     model, data = load_model("digits_normal", precision="bf16"), load_dataset("digits").subset(20)
     record = evaluate(model, digits_battery(PGD), data, attacks={"pgd": double})
     assert record.samples["pgd.violation"].str.contains("torch.float64").sum() == record.clean_accuracy.count
+
+
+class Thrown(nn.Module):
+    """Honest but near its boundary: there bfloat16 is shown the negative, and thrown back to where it is not.
+
+    Args:
+        gap: of the two largest logits below which it is near; the images' own are larger.
+        confident: factor of the logits of grey levels of 255, where images lie and attacks do not.
+    """
+
+    def __init__(self, net: nn.Module, gap: float, confident: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.gap, self.confident = net, gap, confident
+
+    def forward(self, x):
+        z = self.net(x)
+        grey = ((x * 16 - (x * 16).round()).abs() < 1e-3).flatten(1).all(1)[:, None]
+        if reduced(x):
+            first, second = z.topk(2, 1).values.unbind(1)
+            near = (first - second < self.gap)[:, None] & ~grey
+            z = torch.where(near, self.net(1 - x), z)
+        return torch.where(grey, z * self.confident, z)
+
+
+@pytest.mark.parametrize(("gap", "confident"), [(3.0, 1.0), (3.0, 100.0)])
+def test_a_search_that_is_thrown_back_from_the_boundary_is_made_in_float32(gap, confident):
+    """Most rows end where nothing is to be seen of it, and some of them would stand."""
+    data, ball = load_dataset("digits").subset(200), ThreatModel("linf", "51/255")
+    net = Thrown(load_model("digits_pgd_at", precision="fp32").module, gap, confident).eval()
+    models = {
+        p: Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision=p) for p in ("fp32", "bf16")
+    }
+    right = ~misclassified(models["fp32"].logits(data.images), data.labels)
+    x, y = data.images[right], data.labels[right]
+    found = {p: pgd(model, x, y, threat=ball, steps=20, step_size=0.05) for p, model in models.items()}
+    stand = {p: ~misclassified(models["fp32"].logits(found[p].x_adv), y) for p in found}
+    assert int(stand["fp32"].sum()) > 80
+    assert int((stand["bf16"] & ~stand["fp32"]).sum()) == 0
+    assert bool(found["bf16"].searched_again[stand["bf16"]].all())
+    assert found["fp32"].searched_again is None
+
+
+def test_a_rung_is_searched_again_as_it_would_be_alone_and_longer_ones_with_it():
+    data, ball = load_dataset("digits").subset(100), ThreatModel("linf", "51/255")
+    net = Thrown(load_model("digits_pgd_at", precision="fp32").module, 3.0).eval()
+    model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision="bf16")
+    options = {"threat": ball, "step_size": 0.05}
+    short, long = pgd_ladder(model, data.images, data.labels, rungs=(3, 20), **options)
+    alone = pgd(model, data.images, data.labels, steps=3, **options)
+    assert torch.equal(short.x_adv, alone.x_adv)
+    assert torch.equal(short.searched_again, alone.searched_again)
+    broken = [misclassified(model.logits(p.x_adv), data.labels) for p in (short, long)]
+    assert not bool((broken[0] & ~broken[1]).any())
+
+
+def test_what_is_adversarial_already_is_not_lost_by_another_search():
+    data, ball = load_dataset("digits").subset(100), ThreatModel("linf", "51/255")
+    net = Thrown(load_model("digits_pgd_at", precision="fp32").module, 3.0).eval()
+    model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision="bf16")
+    options = {"threat": ball, "steps": 20, "step_size": 0.05}
+    stopped, never = (
+        pgd(model, data.images, data.labels, stop=stop, **options) for stop in ("first-success", "never")
+    )
+    broken = [misclassified(model.logits(p.x_adv), data.labels) for p in (stopped, never)]
+    assert int((broken[0] & ~broken[1]).sum()) <= 1
+    assert not bool((never.searched_again & broken[1]).all())
 
 
 class OnlyFar(nn.Module):

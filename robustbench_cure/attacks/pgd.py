@@ -10,7 +10,7 @@ accuracy monotone in steps, and frees the batch. (2) ``stop = "never"``: the ite
 returned, not the last. (3) PGD(7), PGD(20), ... with equal parameters are prefixes of one trajectory and
 are computed together: `pgd_ladder`. (4) A row that stands after a search in bfloat16 is searched once more
 in the reference form, from the same starts, where it stands `within_rounding`, or where the two forms'
-`margins_differ`: reduced precision shall not raise a number.
+`margins_differ`, see `to_search_again`: reduced precision shall not raise a number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pool import Pool
-from robustbench_cure.attacks.precision import logit_range, margins_differ, within_rounding
+from robustbench_cure.attacks.precision import (
+    logit_range,
+    margins_differ,
+    to_search_again,
+    within_rounding,
+)
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.attacks.uniform_noise import draw
 from robustbench_cure.classifier import Classifier
@@ -144,7 +149,7 @@ class _Ladder:
 
     def run(self) -> list[Proposal]:
         self._search(torch.arange(len(self.x), device=self.x.device))
-        if self.classifier.precision == "bf16":
+        if self.classifier.precision == "bf16" and len(self.x):
             self._look_again()
         return self.proposals
 
@@ -158,18 +163,23 @@ class _Ladder:
 
     def _look_again(self) -> None:
         """Search rows that bfloat16 may have let stand once more, with gradients of the reference form."""
-        self.reference = True
-        differ = torch.zeros_like(self.broken)
+        scale = logit_range(self.classifier.logits(self.x))
+        wanted = self.by_a_hair.clone()
         for index, proposal in enumerate(self.proposals):
-            stand = (~self.broken[index]).nonzero().squeeze(1)
-            for rows in torch.split(stand, self.classifier.batch_size):
-                whole, exact = (self.classifier.logits(x[rows]) for x in (self.x, proposal.x_adv))
-                searched = self.classifier.search_logits(proposal.x_adv[rows])
-                differ[index, rows] = margins_differ(searched, exact, self.y[rows], logit_range(whole))
-                proposal.forwards[rows] += 3
-            self.best[index, differ[index]] = torch.inf  # as bfloat16 saw it
-            proposal.searched_again = differ[index]
-        self.wanted = (self.by_a_hair | differ) & ~self.broken
+            differ = torch.zeros_like(self.broken[index])
+            stand = ~self.broken[index]
+            for rows in torch.split(stand.nonzero().squeeze(1), self.classifier.batch_size):
+                here, labels = proposal.x_adv[rows], self.y[rows]
+                exact, searched = self.classifier.logits(here), self.classifier.search_logits(here)
+                differ[rows] = margins_differ(searched, exact, labels, scale[rows])
+                stand[rows] = ~misclassified(exact, labels)
+                self.best[index, rows] = margins(exact, labels)
+            proposal.forwards += 1 + 2 * ~self.broken[index]
+            proposal.searched_again = to_search_again(differ, stand)
+            wanted[index] |= proposal.searched_again
+        self.reference = True
+        # More steps are never weaker: what is searched again for a rung is so for those above, not below.
+        self.wanted = (wanted & ~self.broken).cumsum(0) > 0
         chosen = self.wanted.any(0).nonzero().squeeze(1)
         self._aim(chosen)
         self.restart[chosen] = 0
@@ -223,7 +233,7 @@ class _Ladder:
             self.stop == "first-success" and self.restarts == 1 and self.classifier.precision == "fp32"
         )
         for index, rung in enumerate(self.rungs):
-            arrived = rows[(self.taken[rows] == rung) & ~self.broken[index, rows]]
+            arrived = rows[(self.taken[rows] == rung) & self._open(index, rows)]
             if len(arrived) == 0:
                 continue
             here = self.current[arrived]
@@ -248,7 +258,7 @@ class _Ladder:
         if len(rows) == 0:
             return
         for index, rung in enumerate(self.rungs):
-            reached = (self.taken[rows] <= rung) & ~self.broken[index, rows]
+            reached = (self.taken[rows] <= rung) & self._open(index, rows)
             self._propose(index, rows[reached], here[reached])
             self.broken[index, rows[reached]] = True
         self._aim(rows)
@@ -260,11 +270,15 @@ class _Ladder:
         for index, rung in enumerate(self.rungs):
             if only is not None and index != only:
                 continue
-            unbroken = (self.taken[rows] <= rung) & ~self.broken[index, rows]
-            better = unbroken & (margin < self.best[index, rows])
+            open_ = (self.taken[rows] <= rung) & self._open(index, rows)
+            better = open_ & (margin < self.best[index, rows])
             self.best[index, rows[better]] = margin[better]
             self.by_a_hair[index, rows[better]] = close[better]
             self._propose(index, rows[better], here[better])
+
+    def _open(self, index: int, rows: Tensor) -> Tensor:
+        """Rows that a rung still works for, bool (B,)."""
+        return self.wanted[index, rows] & ~self.broken[index, rows]
 
     def _propose(self, index: int, rows: Tensor, here: Tensor) -> None:
         self.proposals[index].x_adv[rows] = here
@@ -274,6 +288,6 @@ class _Ladder:
         """Charge a pass to every rung that the row is still working for."""
         for index, rung in enumerate(self.rungs):
             needed = self.taken[rows] < rung if backward else self.taken[rows] <= rung
-            working = rows[needed & (self.wanted & ~self.broken)[index, rows]]
+            working = rows[needed & self._open(index, rows)]
             self.proposals[index].forwards[working] += 1
             self.proposals[index].backwards[working] += int(backward)

@@ -23,6 +23,8 @@ ROUNDING = torch.finfo(torch.bfloat16).eps
 MARGIN_ERROR, COSINE = 4 * ROUNDING, 0.9
 #: Share of the images that may disagree before a model is searched in float32 throughout.
 DISAGREE_SHARE = 0.05
+#: Share of the rows of an attack that may end astray before all that stand are searched again.
+ASTRAY_SHARE = 0.01
 
 
 def within_rounding(margin: Tensor, logits: Tensor) -> Tensor:
@@ -54,10 +56,26 @@ def margins_differ(searched: Tensor, exact: Tensor, y: Tensor, scale: float | Te
         exact: logits of the same points in float32, (B, L).
         y: labels, int64 (B,).
         scale: `logit_range` of the unperturbed images, of each row or the typical one. That of the points
-            is no measure: two classes have none left on the boundary.
+            is no measure: two classes have none left on the boundary. But where all logits of a point are
+            small, a network that is confident on its image is not excused.
     """
     apart = (margins(searched, y) - margins(exact, y)).abs()
+    scale = (2 * exact.abs().amax(1)).clamp(max=scale)
     return exact.isfinite().all(1) & ~(apart <= MARGIN_ERROR * scale)
+
+
+def to_search_again(differ: Tensor, stand: Tensor) -> Tensor:
+    """Rows to be searched once more in float32, bool (B,).
+
+    Args:
+        differ: rows whose `margins_differ` where it was looked, bool (B,).
+        stand: rows that the search in bfloat16 did not break, bool (B,).
+
+    Returns:
+        Those of both kinds. All that stand, where one in a hundred differs: a search may be led astray on its
+        way and end where nothing is to be seen of it.
+    """
+    return stand if int(differ.sum()) > ASTRAY_SHARE * len(differ) else differ & stand
 
 
 def disagreement(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> str:

@@ -19,8 +19,8 @@ class Proposal:
         backwards: input gradients computed for each row, int64 (B,).
         converged: whether the attack ended by its own criterion rather than by running out of steps,
             bool (B,); None where the attack has no such criterion.
-        searched_again: rows searched in float32 because bfloat16 sees them otherwise, bool (B,); None where
-            the two were not compared.
+        searched_again: rows searched in float32 because bfloat16 sees some of them otherwise, bool (B,); None
+            where the two were not compared.
     """
 
     x_adv: Tensor

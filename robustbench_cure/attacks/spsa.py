@@ -13,7 +13,7 @@ finite logits counts as a margin lower by one than its pair's: the search goes t
 short delta changes may drown in bfloat16 where margins and gradients do not: a row whose estimates at x
 differ between the two forms is searched in the reference form. (4) So is, once more and with the same
 directions, a row that stands after a search in bfloat16 `within_rounding`, or where the two forms'
-`margins_differ` at one of its iterates.
+`margins_differ` at one of its iterates, see `to_search_again`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import Stop
 from robustbench_cure.attacks.pool import Pool
-from robustbench_cure.attacks.precision import COSINE, logit_range, margins_differ, within_rounding
+from robustbench_cure.attacks.precision import (
+    COSINE,
+    logit_range,
+    margins_differ,
+    to_search_again,
+    within_rounding,
+)
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -104,7 +110,8 @@ def spsa(
             if reduced and not reference:
                 differ[rows] |= margins_differ(classifier.search_logits(here), logits, labels, scale[rows])
                 proposal.forwards[rows] += 1
-            kept = margin < lowest[rows] if stop == "never" or reference else torch.ones_like(hit)
+            lower = (margin < lowest[rows]) | (hit & (lowest[rows] >= 0))
+            kept = lower if stop == "never" or reference else torch.ones_like(hit)
             better = rows[kept]
             lowest[better] = margin[kept]
             by_rounding[better] = (within_rounding(margin, logits) & ~hit)[kept]
@@ -143,7 +150,7 @@ def spsa(
     seen = _seen(classifier, x, y, noise, compared, delta)
     proposal.forwards += 4 * compared
     search(seen.nonzero().squeeze(1), reference=False)
-    proposal.searched_again = ~seen | (differ & (lowest >= 0))
+    proposal.searched_again = ~seen | to_search_again(differ, seen & (lowest >= 0))
     search((by_rounding | proposal.searched_again).nonzero().squeeze(1), reference=True)
     return proposal
 
