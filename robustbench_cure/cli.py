@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -318,6 +319,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Exit codes: 0 good, 1 regression or failed check, 2 usage or bad input, 3 run error, 130 interrupted.
     With CURE_BENCH_DEBUG set, a failure that nothing here foresaw shows its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without ∞ shows a question mark
+            stream.reconfigure(errors="replace")
     try:
         words = sys.argv[1:] if arguments is None else arguments
         code = cli(args=words, prog_name="cure-bench", standalone_mode=False, obj=words)

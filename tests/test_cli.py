@@ -361,3 +361,17 @@ def test_a_run_cut_short_goes_on_to_the_same_bytes(place, command, how):
     command(f"{line} --resume")
     assert (shards / "0000.parquet").stat().st_mtime_ns == before
     assert table(place / "cut") == table(place / "whole")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "robustbench_cure", "list", "batteries"],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert ("l∞" if encoding == "utf-8" else "l?") + " 4/255" in " ".join(
+        done.stdout.decode(encoding).split()
+    )

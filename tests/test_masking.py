@@ -14,6 +14,7 @@ from torch import nn
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Proposal, uniform_noise
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import from_arrays
 from robustbench_cure.flags import Flag
 from robustbench_cure.masking import checks
 from robustbench_cure.masking import planted as planted_module
@@ -465,6 +466,51 @@ def test_gradients_predict_a_linear_model_and_not_its_opposite(affine):
         model.classifier.value_and_gradient = turned(cosine)
         assert checks.faithful(e).value == pytest.approx(cosine, abs=0.08)
         assert checks.faithful(e).status == status
+
+
+def test_the_probes_of_an_l2_ball_are_a_quarter_of_its_radius_long(affine):
+    model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
+    e = Evidence.__new__(Evidence)
+    e.classifier, e.threat, e.settings = model.classifier, ThreatModel.parse("l2", "1/2"), SMALL
+    e.x = torch.rand((5, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    e.y, e.ids = e.classifier.logits(e.x).argmax(1), tuple("abcde")
+    seen, honest = [], e.classifier.logits
+    e.classifier.logits = lambda x: seen.append((x - e.x).flatten(1).norm(dim=1)) or honest(x)
+    checks.faithful(e)
+    torch.testing.assert_close(torch.stack(seen), torch.full((2 * checks.PROBES, 5), 0.125))
+
+
+def test_the_white_box_is_all_that_has_gradients():
+    """The lower margin of both PGD runs; what FGSM or one of them broke."""
+    e = Evidence.__new__(Evidence)
+    yes, no = torch.tensor([True, False, False, False]), torch.zeros(4, dtype=torch.bool)
+    e.outcomes = {
+        "fgsm": outcome(torch.zeros(4), yes.roll(2)),
+        "pgd_ce": outcome(torch.tensor([1.0, 2.0, 3.0, 4.0]), yes),
+        "pgd_margin_x1": outcome(torch.tensor([4.0, 3.0, 2.0, 1.0]), yes.roll(1)),
+    }
+    assert e.white_box_margin.tolist() == [1, 2, 2, 1]
+    assert e.iterated_broken.tolist() == [True, True, False, False]
+    assert e.white_box_broken.tolist() == [True, True, True, False]
+    e.outcomes["pgd_margin_x1"] = outcome(torch.zeros(4), no)
+    assert e.iterated_broken.tolist() == yes.tolist()
+
+
+@pytest.mark.parametrize("steps", [5, 40])
+def test_spsa_may_cross_the_ball_twice(monkeypatch, affine, steps):
+    """However many steps it is given: with fewer than it takes to get there its silence would say nothing."""
+    model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
+    x = torch.rand((4, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    data = from_arrays("toy", "test", x, model.classifier.logits(x).argmax(1), classes="abc")
+    given = {}
+    monkeypatch.setattr(
+        "robustbench_cure.masking.evidence.spsa",
+        lambda classifier, x, y, **options: given.update(options) or Proposal.start(x),
+    )
+    ball = ThreatModel.parse("linf", "8/255")
+    assert not bool(Evidence(model.classifier, data, ball, Settings(spsa_steps=steps)).spsa.broken.any())
+    assert (given["steps"], given["stop"]) == (steps, "never")
+    assert given["steps"] * given["step_size"] == pytest.approx(4 * ball.radius)
 
 
 def test_a_refused_proposal_counts_as_the_image_itself(affine):
