@@ -496,6 +496,28 @@ def test_the_white_box_is_all_that_has_gradients():
     assert e.iterated_broken.tolist() == yes.tolist()
 
 
+def test_more_effort_is_what_it_is_called(monkeypatch, affine):
+    """Restarts, and steps that are a share of the radius: of the larger one in a larger ball."""
+    model = affine(np.random.default_rng(0).normal(size=(3, 12)), [0.0, 0.1, 0.2], (3, 2, 2))
+    x = torch.rand((4, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    data = from_arrays("toy", "test", x, model.classifier.logits(x).argmax(1), classes="abc")
+    given = []
+    monkeypatch.setattr(
+        "robustbench_cure.masking.evidence.pgd",
+        lambda classifier, x, y, **options: given.append(options) or Proposal.start(x),
+    )
+    ball = ThreatModel.parse("linf", "8/255")
+    e = Evidence(model.classifier, data, ball, Settings(steps=20, restarts=7))
+    for made in (e.restarted, e.stepped(0.05), e.stepped(1.0), e.at_radius(2), e.at_radius(0)):
+        assert not bool(made.broken.any())
+    assert [options["restarts"] for options in given] == [7, 1, 1, 1, 1]
+    assert [options["threat"].radius for options in given] == pytest.approx(
+        [*[ball.radius] * 3, 2 * ball.radius, 1.0]
+    )
+    shares = [options["step_size"] / options["threat"].radius for options in given]
+    assert shares == pytest.approx([0.25, 0.05, 1.0, 0.25, 0.05])
+
+
 @pytest.mark.parametrize("steps", [5, 40])
 def test_spsa_may_cross_the_ball_twice(monkeypatch, affine, steps):
     """However many steps it is given: with fewer than it takes to get there its silence would say nothing."""
