@@ -295,6 +295,15 @@ def test_an_attack_that_stands_still_misses_every_planted_example(affine, monkey
     assert planted_module.planted(e).status == "not run"
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_inner_points_fill_nineteen_twentieths_of_the_ball(norm):
+    """A twentieth is left between them and the planted one on the border."""
+    ball, x = ThreatModel.parse(norm, "1/10"), torch.full((1, 1, 4, 4), 0.5)
+    points = planted_module._inside(ball, x, 2000, torch.Generator().manual_seed(0)) - x
+    size = points.flatten(1).norm(dim=1) if norm == "l2" else points.abs().amax((1, 2, 3))
+    assert 0.0949 < float(size.max()) <= 0.095 + 1e-6
+
+
 class Waves(nn.Module):
     """Outputs without order: the phases of 195 fast waves across the image."""
 
