@@ -18,12 +18,13 @@ from pathlib import Path
 import pandas as pd
 
 from robustbench_cure import evaluate, load_battery, load_dataset
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
-from robustbench_cure.classifier import Classifier, Normalised, resolve_device
+from robustbench_cure.adapt import Normalised
+from robustbench_cure.classifier import Classifier, resolve_device
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.files import write_atomically
-from robustbench_cure.recipes import CureRecipe, GammaPhase
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
+from robustbench_cure.protocol.recipes import CureRecipe, GammaPhase
 from robustbench_cure.training.train import train
 from robustbench_cure.zoo.loading import build_from_card, load_card_module
 from robustbench_cure.zoo.models import automatic_batch_size, resolve_precision

@@ -18,8 +18,8 @@ from functools import cache
 import click
 import numpy as np
 
-from robustbench_cure.gate.paired import Flips
 from robustbench_cure.gate.verdict import Accuracy, Rules, conclude, judge
+from robustbench_cure.stats import Flips
 
 ROBUST = 0.6
 SIZES = (200, 1_000, 10_000)

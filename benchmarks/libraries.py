@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustbench_cure.specs import FGSM, PGD, SPSA, DeepFool
+from robustbench_cure.protocol.specs import FGSM, PGD, SPSA, DeepFool
 
 Run = Callable[[Tensor, Tensor], Tensor]
 DISTRIBUTIONS = {

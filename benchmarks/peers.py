@@ -34,11 +34,11 @@ from torch import Tensor
 
 from robustbench_cure import evaluate, load_battery
 from robustbench_cure.attacks.losses import cross_entropy, margins
-from robustbench_cure.cards import Battery, ModelCard
-from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Classifier, has_bf16, resolve_device
 from robustbench_cure.datasets import EvalSet, load_dataset
-from robustbench_cure.specs import SPSA, Peer
+from robustbench_cure.protocol.cards import Battery, ModelCard
+from robustbench_cure.protocol.catalog import find
+from robustbench_cure.protocol.specs import SPSA, Peer
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.loading import load_card_module
 from robustbench_cure.zoo.models import automatic_batch_size

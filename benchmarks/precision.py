@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import ATTACKS, Noise
+from robustbench_cure.attacks import Noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
 
 DIGITS = ("digits_normal", "digits_deepfool", "digits_pgd_at", "digits_cure")

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
 from robustbench_cure.classifier import resolve_device
-from robustbench_cure.recipes import CureRecipe, GammaPhase, PGDRecipe, StandardRecipe
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
+from robustbench_cure.protocol.recipes import CureRecipe, GammaPhase, PGDRecipe, StandardRecipe
 from robustbench_cure.training.loop import Trainer
 from robustbench_cure.training.monitor import SCALES
 from robustbench_cure.zoo.loading import build_from_card

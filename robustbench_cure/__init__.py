@@ -13,29 +13,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from robustbench_cure.version import __version__
+
 if TYPE_CHECKING:
-    from robustbench_cure.cards import Battery
     from robustbench_cure.classifier import Classifier
     from robustbench_cure.datasets import EvalSet, from_arrays, load_dataset
-    from robustbench_cure.evaluation import evaluate
-    from robustbench_cure.record import Record
-    from robustbench_cure.shards import merge
+    from robustbench_cure.evaluation.evaluate import evaluate
+    from robustbench_cure.evaluation.record import Record
+    from robustbench_cure.evaluation.storage import merge
+    from robustbench_cure.protocol.cards import Battery
+    from robustbench_cure.protocol.catalog import load_battery
     from robustbench_cure.threat import ThreatModel
     from robustbench_cure.zoo.models import load_model
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "Battery": "cards",
+    "Battery": "protocol.cards",
     "Classifier": "classifier",
     "EvalSet": "datasets",
-    "Record": "record",
+    "Record": "evaluation.record",
     "ThreatModel": "threat",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "from_arrays": "datasets",
+    "load_battery": "protocol.catalog",
     "load_dataset": "datasets",
     "load_model": "zoo.models",
-    "merge": "shards",
+    "merge": "evaluation.storage",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "EvalSet",
     "Record",
     "ThreatModel",
+    "__version__",
     "evaluate",
     "from_arrays",
     "load_battery",
@@ -51,22 +54,6 @@ __all__ = [
     "load_model",
     "merge",
 ]
-
-
-def load_battery(name: str, *, cards: tuple[str, ...] = ()) -> Battery:
-    """The battery with this id.
-
-    Args:
-        name: see ``cure-bench list batteries``.
-        cards: directories with further cards.
-
-    Raises:
-        UsageError: unknown id.
-    """
-    from robustbench_cure.cards import Battery
-    from robustbench_cure.catalog import find
-
-    return find(Battery, name, cards).card
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``python -m robustbench_cure`` is the command ``cure-bench``."""
 
-from robustbench_cure.cli import main
+from robustbench_cure.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -230,12 +230,38 @@ def _precision(module: nn.Module) -> torch.dtype | None:
 
 def _behind(module: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The network wrapped; where the package normalises its input, inside of that."""
-    from robustbench_cure.classifier import Normalised
-
     if isinstance(module, Normalised):
         module.net = wrap(module.net)
         return module
     return wrap(module)
+
+
+class Normalised(nn.Module):
+    """A network behind its own input normalisation: ``net((x - mean) / std)``.
+
+    Args:
+        net: maps normalised images to logits.
+        mean: per channel, in units of x in [0, 1].
+        std: per channel, positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", _constant(mean), persistent=False)
+        self.register_buffer("std", _constant(std), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of images (B,C,H,W) in [0, 1]."""
+        logits: Tensor = self.net((x - self.mean) / self.std)
+        return logits
+
+
+def _constant(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
 class _Single(nn.DataParallel):  # type: ignore[type-arg]

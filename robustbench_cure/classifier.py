@@ -12,47 +12,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_cure.adapt import adapt, foreign, laid_out, one_line
-from robustbench_cure.errors import UsageError
+from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.fold import fold_batchnorm
-from robustbench_cure.record import ModelInfo
+from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.state import Fingerprint, state_digest
 
+T = TypeVar("T")
+
 Precision: TypeAlias = Literal["fp32", "bf16"]
-
-
-class Normalised(nn.Module):
-    """A network behind its own input normalisation: ``net((x - mean) / std)``.
-
-    Args:
-        net: maps normalised images to logits.
-        mean: per channel, in units of x in [0, 1].
-        std: per channel, positive.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.net = net
-        self.register_buffer("mean", _constant(mean), persistent=False)
-        self.register_buffer("std", _constant(std), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L) of images (B,C,H,W) in [0, 1]."""
-        logits: Tensor = self.net((x - self.mean) / self.std)
-        return logits
-
-
-def _constant(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
 class _Headed(nn.Module):
@@ -490,6 +464,23 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
         for part, value in kept:
             part.fp32_precision = value
+
+
+def with_memory(classifier: Classifier, work: Callable[[], T]) -> T:
+    """Run; where the device's memory does not suffice, halve the batch and run again.
+
+    Raises:
+        RunError: not even one image fits.
+    """
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if classifier.batch_size == 1:
+                raise RunError("out of device memory even at batch size 1") from None
+            classifier.batch_size //= 2
+            if classifier.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _described(output: object) -> str:

@@ -15,17 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustbench_cure.catalog import cache_dir, did_you_mean
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.catalog import cache_dir, did_you_mean
+from robustbench_cure.protocol.request import Split
 
-Split: TypeAlias = Literal["train", "test"]
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
 
 #: More classes than any labelled image set has; a larger label is a mistake, not a class.

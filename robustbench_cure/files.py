@@ -1,13 +1,26 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and keeping what interrupted work has finished."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from robustbench_cure.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[np.generic]]
+
+#: Seconds between two writings of unfinished work.
+INTERVAL = 30.0
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,3 +47,58 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def refuse_files(out: Path) -> None:
+    """Refuse a folder for results that is a file, or lies below one (UsageError)."""
+    for part in (out, *out.parents):
+        if part.exists() and not part.is_dir():
+            raise UsageError(f"--out {out}: {part} is a file, not a directory; choose another --out")
+
+
+class Kept:
+    """One .npz file of finished rows.
+
+    Args:
+        path: the file; read at once if it is there.
+        identity: what must agree for its rows to be gone on with.
+
+    Attributes:
+        rows: what an earlier run left; empty: nothing.
+
+    Raises:
+        UsageError: the file is damaged, or of another measurement.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, str]) -> None:
+        self.path = path
+        self.identity = json.dumps(identity)
+        self.rows: dict[str, NDArray[np.generic]] = self._read() if path.exists() else {}
+        self.last = time.monotonic()
+
+    def keep(self, rows: Arrays) -> None:
+        """Write the rows, if the last time is long enough ago."""
+        if time.monotonic() - self.last >= INTERVAL:
+            self.write(rows)
+
+    def write(self, rows: Arrays) -> None:
+        """Write the rows; equal rows give equal bytes."""
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, identity=np.array(self.identity), **rows)  # type: ignore[arg-type]
+        write_atomically(self.path, lambda file: file.write_bytes(buffer.getvalue()))
+        self.last = time.monotonic()
+
+    def _read(self) -> dict[str, NDArray[np.generic]]:
+        import numpy as np
+
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                found = {name: archive[name] for name in archive.files}
+            same = str(found.pop("identity")) == self.identity
+        except Exception:  # zipfile, NumPy and zlib each have their own
+            raise UsageError(f"{self.path}: damaged: delete it to measure again") from None
+        if not same:
+            raise UsageError(f"{self.path}: of another measurement: choose another --out")
+        return found

@@ -23,21 +23,22 @@ from torch import Tensor
 
 from robustbench_cure import load_battery
 from robustbench_cure.attacks.proposal import Proposal
-from robustbench_cure.cards import Battery, ModelCard
-from robustbench_cure.catalog import find
-from robustbench_cure.classifier import Classifier
+from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.external import COLUMNS, Evidence, Submission
-from robustbench_cure.judge import judge
-from robustbench_cure.preflight import preflight
-from robustbench_cure.provenance import environment
-from robustbench_cure.record import DataInfo, Record
+from robustbench_cure.evaluation.external import COLUMNS, Evidence, Submission
+from robustbench_cure.evaluation.preflight import preflight
+from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.evaluation.storage import find_records, now
+from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.loading import card_dataset, load_all
+from robustbench_cure.protocol.cards import Battery, ModelCard
+from robustbench_cure.protocol.catalog import find
+from robustbench_cure.protocol.identity import DataInfo
+from robustbench_cure.protocol.request import Request
 from robustbench_cure.report.terminal import clean_text
 from robustbench_cure.report.wording import interval, percent
-from robustbench_cure.session import Request, card_dataset, find_records, load_all
-from robustbench_cure.shard_work import with_memory
-from robustbench_cure.shards import now
 from robustbench_cure.stats import Rate
 
 #: Array of the images in an .npz file, and of their ids.

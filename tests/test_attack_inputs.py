@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure.attacks import ATTACKS, deepfool, fgsm, pgd, pgd_ladder, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_ladder, spsa, uniform_noise
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
 
 THREAT = ThreatModel.parse("linf", "8/255")

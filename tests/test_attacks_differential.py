@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.loading import load_card_module
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure.attacks import ATTACKS, Noise, deepfool, fgsm, pgd, pgd_ladder, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_ladder, spsa, uniform_noise
 from robustbench_cure.classifier import Classifier, has_bf16
+from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
 
 EPS = {"linf": Fraction(1, 10), "l2": Fraction(1, 2)}

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robustbench_cure.cli import main
+from robustbench_cure.cli.main import main
 
 PREFIX = "cure-bench: error: "
 OURS = Path(__file__).parent.parent
@@ -897,7 +897,7 @@ def test_what_nobody_foresaw_is_one_line_too_and_can_be_looked_into(bench, capsy
     def broken(*_):
         raise KeyError("first\nsecond")
 
-    monkeypatch.setattr("robustbench_cure.inventory.where", broken)
+    monkeypatch.setattr("robustbench_cure.cli.inventory.where", broken)
     message = refused(capsys, ["where"], code=3)
     assert "unexpected KeyError" in message
     assert "CURE_BENCH_DEBUG=1" in message

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli
+from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import boundary_study, detection_study
 from robustbench_cure.geometry.boundary import (
@@ -689,7 +689,7 @@ def test_without_a_profile_only_means_are_taken(tmp_path):
     ],
 )
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, verb, module, function, files):
-    monkeypatch.setattr("robustbench_cure.geometry.kept.INTERVAL", 0.0)
+    monkeypatch.setattr("robustbench_cure.files.INTERVAL", 0.0)
     invoke(verb, *FEW, "--out", str(tmp_path / "whole"))
     real, calls = getattr(module, function), []
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from robustbench_cure.cards import Battery, ModelCard, PublishedTable, parse_card, read_card
-from robustbench_cure.catalog import FOLDERS, catalog, find
 from robustbench_cure.errors import UsageError
-from robustbench_cure.specs import FGSM, PGD, SPSA, DeepFool, UniformNoise
+from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable, parse_card, read_card
+from robustbench_cure.protocol.catalog import FOLDERS, catalog, find
+from robustbench_cure.protocol.specs import FGSM, PGD, SPSA, DeepFool, UniformNoise
 from robustbench_cure.threat import format_eps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -588,8 +588,8 @@ def test_unknown_ids_suggest_the_nearest():
 def test_reading_every_card_imports_neither_torch_nor_numpy():
     script = (
         "import sys\n"
-        "from robustbench_cure.cards import Battery, ModelCard, PublishedTable\n"
-        "from robustbench_cure.catalog import catalog\n"
+        "from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable\n"
+        "from robustbench_cure.protocol.catalog import catalog\n"
         "assert all(catalog(kind) for kind in (Battery, ModelCard, PublishedTable))\n"
         "print(sorted({'torch', 'numpy', 'pandas'} & set(sys.modules)))\n"
     )

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy, dlr, margin, margins
-from robustbench_cure.classifier import PROBES, Classifier, Normalised, has_bf16, resolve_device
+from robustbench_cure.classifier import PROBES, Classifier, has_bf16, resolve_device
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
 from robustbench_cure.zoo import build

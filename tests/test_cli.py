@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from robustbench_cure import cli, inventory
-from robustbench_cure.cli import main
+from robustbench_cure.cli import inventory
+from robustbench_cure.cli import main as cli
+from robustbench_cure.cli.main import main
 from robustbench_cure.datasets import DATASETS
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
 
 QUICK = ("--help", "list models", "list batteries", "list attacks", "list datasets", "validate", "where")
 
@@ -90,7 +91,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CURE_BENCH_CARDS", str(tmp_path / "cards"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     # Cards are read once in a process for each set of folders.
-    from robustbench_cure.catalog import catalog
+    from robustbench_cure.protocol.catalog import catalog
 
     catalog.cache_clear()
     yield tmp_path
@@ -144,7 +145,7 @@ def test_what_needs_no_torch_answers_at_once(line):
 def test_what_needs_no_torch_imports_none():
     code = f"""\
 import sys
-from robustbench_cure.cli import main
+from robustbench_cure.cli.main import main
 for line in {QUICK}:
     try:
         main(line.split())
@@ -294,7 +295,7 @@ def test_trained_weights_are_used_as_the_command_says(place, command):
 def test_trained_weights_of_a_card_without_its_own_are_found(place, command):
     models = place / "cards" / "models"
     models.mkdir()
-    source = Path(inventory.__file__).parent.parent / "models" / "digits" / "digits_normal.toml"
+    source = Path(inventory.__file__).parents[2] / "models" / "digits" / "digits_normal.toml"
     text = source.read_text().split("[weights]")[0].replace('id = "digits_normal"', 'id = "mine"')
     (models / "mine.toml").write_text(text)
     said = command("train mine --epochs 1").out

@@ -12,12 +12,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from robustbench_cure import files as kept
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli, main
+from robustbench_cure.cli.main import cli, main
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import connectivity, connectivity_study, connectivity_tables, kept
+from robustbench_cure.geometry import connectivity, connectivity_study, connectivity_tables
 from robustbench_cure.geometry.connectivity import (
     Path,
     coarse_to_fine,
@@ -30,7 +31,7 @@ from robustbench_cure.geometry.convexity import companions, mixtures
 from robustbench_cure.geometry.path_picture import cross
 from robustbench_cure.geometry.plane import normal_plane
 from robustbench_cure.geometry.region_pairs import draw_pairs, strangers
-from robustbench_cure.geometry.study import Study
+from robustbench_cure.studies.engine import Study
 from robustbench_cure.zoo.models import load_model
 
 SHAPE = (1, 1, 2)

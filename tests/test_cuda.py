@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
 from robustbench_cure.attacks import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli
+from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.geometry.detection import detect
 from robustbench_cure.zoo import build

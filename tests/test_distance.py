@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli
+from robustbench_cure.cli.main import cli
 from robustbench_cure.geometry import distance_study
 from robustbench_cure.geometry.distance import FIRST, GRID, RATIO, SHARE, one_step, smallest
 
@@ -179,7 +179,7 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, co
         return real(*given, **options)
 
     monkeypatch.setattr(distance_study, "smallest", stops)
-    monkeypatch.setattr("robustbench_cure.geometry.kept.INTERVAL", 0.0)
+    monkeypatch.setattr("robustbench_cure.files.INTERVAL", 0.0)
     CliRunner().invoke(cli, ["distance", *arguments, "--device", "cpu", "--out", str(tmp_path / "parts")])
     assert not (tmp_path / "parts" / "manifest.json").exists()
     assert calls == ["l2"] * 3 + ["linf"] * 3

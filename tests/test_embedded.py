@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
 
 MODELS = ("digits_normal", "digits_pgd_at", "digits_deepfool", "digits_cure")
 
@@ -20,7 +20,7 @@ def figures() -> dict[str, dict[str, float]]:
     measured = {}
     for name in MODELS:
         record = evaluate(load_model(name, device="cpu", precision="fp32"), short, load_dataset("digits"))
-        assert record.manifest.flags == [], name
+        assert record.flags == [], name
         rates = {attack.id: record.robust_accuracy(attack.id).value for attack in kept}
         measured[name] = {"clean": 100 * record.clean_accuracy.value}
         measured[name] |= {key: 100 * rate for key, rate in rates.items()}

@@ -13,17 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from robustbench_cure import load_battery, shard_work
-from robustbench_cure.attacks import ATTACKS, Proposal, pgd
-from robustbench_cure.cards import Battery
+from robustbench_cure import load_battery
+from robustbench_cure.attacks import Proposal, pgd
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
-from robustbench_cure.evaluation import evaluate
-from robustbench_cure.judge import judge
-from robustbench_cure.record import Record
-from robustbench_cure.shard_work import groups, piece_rows
-from robustbench_cure.shards import merge
+from robustbench_cure.evaluation import shard as shard_work
+from robustbench_cure.evaluation.evaluate import evaluate
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.evaluation.registry import ATTACKS
+from robustbench_cure.evaluation.shard import groups, piece_rows
+from robustbench_cure.evaluation.storage import merge
+from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 4, 4)
@@ -164,7 +166,7 @@ def test_a_lying_attack_breaks_nothing(lie):
         record.samples["pgd10.violation"].str.contains(reason, regex=False).sum()
         == record.clean_correct.sum()
     )
-    assert [flag.kind for flag in record.manifest.flags] == ["violations", "nothing_broken"]
+    assert [flag.kind for flag in record.flags] == ["violations", "nothing_broken"]
 
 
 def test_the_box_has_the_slack_of_rounding_and_no_more():
@@ -181,7 +183,7 @@ def test_claiming_success_on_the_clean_image_counts_for_nothing():
         classifier(linear()), battery(pgd_spec()), images(40), attacks=lying(lambda p, x: Proposal.start(x))
     )
     assert record.success_rate("pgd10").count == 0
-    assert [flag.kind for flag in record.manifest.flags] == ["nothing_broken"]
+    assert [flag.kind for flag in record.flags] == ["nothing_broken"]
 
 
 def test_side_effects_of_an_attack_are_contained_and_flagged():
@@ -196,7 +198,7 @@ def test_side_effects_of_an_attack_are_contained_and_flagged():
     honest = evaluate(model, battery(pgd_spec()), data)
     record = evaluate(model, battery(pgd_spec()), data, attacks=ATTACKS | {"pgd": rude})
     assert torch.equal(torch.get_rng_state(), state)
-    assert {flag.evidence for flag in record.manifest.flags} == {"input modified", "global random state used"}
+    assert {flag.evidence for flag in record.flags} == {"input modified", "global random state used"}
     assert record.robust_accuracy("pgd10") == honest.robust_accuracy("pgd10")
 
 
@@ -213,7 +215,7 @@ def test_only_random_numbers_are_put_down_to_a_network_that_draws_them(random):
     record = evaluate(
         classifier(net), battery(pgd_spec()), images(40), attacks=attacks, allow_unreliable=True
     )
-    seen = {flag.evidence for flag in record.manifest.flags if flag.kind == "side_effects"}
+    seen = {flag.evidence for flag in record.flags if flag.kind == "side_effects"}
     assert seen == ({"input modified"} if random else {"input modified", "global random state used"})
 
 
@@ -291,7 +293,7 @@ class Padded(nn.Module):
 def test_outputs_without_a_class_are_flagged_where_labels_do_not_tell_how_many_there_are():
     data = dataclasses.replace(images(40), name="npz:toy")
     record = evaluate(classifier(Padded(), classes=33), battery(FGSM), data)
-    (flag,) = record.manifest.flags
+    (flag,) = record.flags
     assert flag.kind == "extra_outputs"
     assert flag.evidence == "33 outputs, 3 classes in npz:toy"
     with pytest.raises(UsageError, match="33 outputs, toy has 3 classes"):
@@ -343,8 +345,8 @@ def test_a_deceptive_model_raises_exactly_its_flags(name):
     make, expected = DECEPTIVE[name]
     # The random model is right on 58 %: of 40 images that is near chance for one draw of noise in 25.
     record = evaluate(classifier(make()), battery(pgd_spec()), images(400), allow_unreliable=True)
-    assert {flag.kind for flag in record.manifest.flags} == expected
-    for flag in record.manifest.flags:
+    assert {flag.kind for flag in record.flags} == expected
+    for flag in record.flags:
         assert flag.evidence
         assert flag.about.raised_when
         assert flag.about.do_next
@@ -353,10 +355,10 @@ def test_a_deceptive_model_raises_exactly_its_flags(name):
 def test_guessing_is_flagged_and_knowing_is_not():
     data = images(60)
     other = classifier(linear(seed=5))
-    (flag,) = evaluate(other, battery(FGSM), data).manifest.flags
+    (flag,) = evaluate(other, battery(FGSM), data).flags
     assert flag.kind == "near_chance"
     assert flag.value <= 0.5
-    assert evaluate(classifier(linear()), battery(FGSM), data).manifest.flags == []
+    assert evaluate(classifier(linear()), battery(FGSM), data).flags == []
 
 
 @pytest.mark.parametrize("name", ["random", "batch statistics"])
@@ -370,7 +372,7 @@ def test_an_unreliable_model_is_refused_unless_asked_for(name):
 def test_dropout_left_in_training_mode_is_put_right():
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), linear()[1]).train()
     record = evaluate(classifier(net), battery(pgd_spec()), images(30))
-    assert record.manifest.flags == []
+    assert record.flags == []
     assert net.training
 
 
@@ -378,7 +380,7 @@ def test_a_black_box_attack_that_beats_gradients_is_flagged():
     masked = Wrapped(lambda x: (x * 64).round() / 64)
     spec = SPSA | {"limit": 0, "samples": 32, "steps": 30, "delta": 0.05}
     record = evaluate(classifier(masked), battery(pgd_spec(random_start=False), spec), images(40))
-    raised = {flag.kind: flag for flag in record.manifest.flags}
+    raised = {flag.kind: flag for flag in record.flags}
     assert set(raised) == {"zero_gradient", "black_box_stronger"}
     assert raised["black_box_stronger"].attack == "spsa"
     assert record.robust_accuracy("spsa").count < record.robust_accuracy("pgd10").count
@@ -627,7 +629,7 @@ def test_shards_merge_to_the_bytes_of_a_whole_run(tmp_path, parts):
         tmp_path / "whole" / "samples.parquet"
     ).read_bytes()
     whole = Record.load(tmp_path / "whole")
-    assert joined.manifest.flags == whole.manifest.flags
+    assert joined.flags == whole.flags
     for key, cost in whole.manifest.cost.items():
         assert (joined.manifest.cost[key].forwards, joined.manifest.cost[key].backwards) == (
             cost.forwards,
@@ -818,7 +820,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on():
 
 def test_a_long_attack_shows_that_it_is_alive(monkeypatch):
     clock = iter(range(0, 100_000, 2))
-    monkeypatch.setattr("robustbench_cure.evaluation.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("robustbench_cure.evaluation.evaluate.time.monotonic", lambda: float(next(clock)))
     said = []
     model = classifier(linear())
     evaluate(model, battery(pgd_spec()), images(40), progress=lambda *told: said.append(told[2]))

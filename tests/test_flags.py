@@ -10,14 +10,14 @@ import pytest
 import test_report as make
 from scipy.stats import binomtest
 
-from robustbench_cure import cli
-from robustbench_cure.flags import FLAG_KINDS, Flag
-from robustbench_cure.record import Record
+from robustbench_cure.cli import main as cli
+from robustbench_cure.evaluation.flags import FLAG_KINDS, Flag, derived_flags
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.report import render_report
 from robustbench_cure.report.terminal import terminal_table
-from robustbench_cure.verdicts import DERIVED, run_flags
 
 KIND = "cross_entropy_weaker"
+DERIVED = sorted(kind for kind, about in FLAG_KINDS.items() if about.origin == "derived")
 STORED = Path(__file__).parents[1] / "reports" / "measured" / "digits"
 PGD = {
     "id": "ce",
@@ -43,7 +43,7 @@ def pair(lost: int, gained: int, n: int = 100, ce=PGD, other=MARGIN) -> Record:
 
 
 def raised(record: Record) -> list[Flag]:
-    return [flag for flag in run_flags(record) if flag.kind == KIND]
+    return [flag for flag in derived_flags(record) if flag.kind == KIND]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_a_black_box_attack_broke_alone_is_a_share_of_the_samples_it_saw(al
     """One of 50 is 2 %; of the 200 of the record it would be half a per cent, and no flag."""
     evidence = {"ce": "." * 200, "spsa": "x" * alone + "." * (50 - alone) + "-" * 150}
     record = make.record(make.battery(PGD, make.SPSA | {"limit": 50}), "1" * 200, evidence)
-    found = [flag for flag in run_flags(record) if flag.kind == "black_box_stronger"]
+    found = [flag for flag in derived_flags(record) if flag.kind == "black_box_stronger"]
     assert bool(found) == there
     if there:
         assert (found[0].value, found[0].attack) == (1 / 50, "spsa")
@@ -98,22 +98,21 @@ def test_what_a_black_box_attack_broke_alone_is_a_share_of_the_samples_it_saw(al
 
 def test_stored_records_say_it_although_they_were_made_before():
     record = Record.load(STORED / "digits_cure")
-    (flag,) = [flag for flag in record.manifest.flags if flag.kind == KIND]
+    (flag,) = [flag for flag in record.flags if flag.kind == KIND]
     samples, correct = record.samples, record.clean_correct
     left = {a: int((correct & ~samples[f"{a}.broken"]).sum()) for a in ("pgd100", "deepfool")}
     assert flag.value == (left["pgd100"] - left["deepfool"]) / 500 > 0.2
     assert f"{left['pgd100']} hold under PGD(100)" in flag.evidence
-    assert [f.kind for f in Record.load(STORED / "digits_normal").manifest.flags] == []
+    assert [f.kind for f in Record.load(STORED / "digits_normal").flags] == []
 
 
 def test_flags_that_follow_from_the_table_are_made_anew_on_reading(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(STORED / "digits_normal", run)
     manifest = json.loads((run / "manifest.json").read_text())
-    stale = [Flag(kind=kind, evidence="old").model_dump() for kind in ("zero_gradient", *sorted(DERIVED))]
+    stale = [Flag(kind=kind, evidence="old").model_dump() for kind in ("zero_gradient", *DERIVED)]
     (run / "manifest.json").write_text(json.dumps(manifest | {"flags": stale}))
-    assert [flag.kind for flag in Record.load(run).manifest.flags] == ["zero_gradient"]
-    assert {*DERIVED} < {*FLAG_KINDS}
+    assert [flag.kind for flag in Record.load(run).flags] == ["zero_gradient"]
 
 
 def test_the_flag_is_shown_wherever_flags_are(tmp_path):

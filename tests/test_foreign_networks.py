@@ -16,22 +16,21 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
 
-from robustbench_cure.adapt import ordinary
+from robustbench_cure.adapt import Normalised, ordinary
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import (
     _CUDA_PRECISIONS,
     Classifier,
-    Normalised,
     float32_products,
     full_precision,
     has_bf16,
 )
-from robustbench_cure.cli import main
+from robustbench_cure.cli.main import main
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
-from robustbench_cure.judge import guarded
-from robustbench_cure.preflight import preflight
+from robustbench_cure.evaluation.preflight import preflight
+from robustbench_cure.evaluation.verify import guarded
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_weights
@@ -956,7 +955,7 @@ def test_whatever_ends_the_program_is_no_success(monkeypatch, capsys):
     def ended(*_):
         raise SystemExit(0)
 
-    monkeypatch.setattr("robustbench_cure.inventory.where", ended)
+    monkeypatch.setattr("robustbench_cure.cli.inventory.where", ended)
     with pytest.raises(SystemExit) as stop:
         main(["where"])
     assert stop.value.code == 3

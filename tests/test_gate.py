@@ -19,17 +19,17 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import norm
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
-from robustbench_cure.cards import Threat
-from robustbench_cure.cli import StoppedError, cli
+from robustbench_cure.cli.main import StoppedError, cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.flags import Flag
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.gate import baseline
 from robustbench_cure.gate.compare import compare, compare_runs
-from robustbench_cure.gate.paired import NOISE, Flips, chances, sample_size, tail
 from robustbench_cure.gate.render import overall, terminal, to_annotations, to_json, to_junit, to_markdown
 from robustbench_cure.gate.verdict import EXIT_CODES, ORDER, VERDICTS, Accuracy, Rules, conclude, judge
 from robustbench_cure.gate.wording import sentences
-from robustbench_cure.record import Record
+from robustbench_cure.protocol.cards import Threat
+from robustbench_cure.stats import NOISE, Flips, chances, sample_size, tail
 
 ONE = Fraction(1, 100)
 RULES = Rules()
@@ -409,12 +409,15 @@ def test_other_code_around_the_same_weights_is_noted(before):
 
 def test_flags_that_differ_are_noted_with_their_attacks(before):
     kinds = [
-        Flag(kind="violations", evidence="seen", attack="fgsm"),
-        Flag(kind="lossy_data", evidence="JPEG"),
+        Flag(kind="side_effects", evidence="seen", attack="fgsm"),
+        Flag(kind="search_in_fp32", evidence="all"),
     ]
     flagged = with_manifest(before, flags=kinds)
     (note,) = (n for n in compare(flagged, before, RULES).notes if n.what == "flags")
-    assert note.now == "lossy_data, violations (fgsm)"
+    assert set(note.now.split(", ")) - set(note.before.split(", ")) == {
+        "search_in_fp32",
+        "side_effects (fgsm)",
+    }
 
 
 def test_a_sample_that_is_there_twice_is_an_error(before):
@@ -674,7 +677,7 @@ def test_bad_input_is_one_line(tmp_path, before):
     ["--tolerance nan", "--tolerance -1", "--tolerance 51", "--min-robust 101", "--level 0", "--tolerance x"],
 )
 def test_numbers_out_of_range_are_usage_errors(tmp_path, before, words, capsys):
-    from robustbench_cure.cli import main
+    from robustbench_cure.cli.main import main
 
     before.save(tmp_path / "a")
     with pytest.raises(SystemExit) as ended:

@@ -13,14 +13,14 @@ import yaml
 from torch import nn
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
-from robustbench_cure.attacks import ATTACKS, Proposal
-from robustbench_cure.cards import Battery
+from robustbench_cure.attacks import Proposal
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.evaluation.registry import ATTACKS
+from robustbench_cure.evaluation.storage import find_records, merge
 from robustbench_cure.gate.compare import Comparison, compare
 from robustbench_cure.gate.verdict import Rules
-from robustbench_cure.record import Record
-from robustbench_cure.session import find_records
-from robustbench_cure.shards import merge
+from robustbench_cure.protocol.cards import Battery
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.classifier import Classifier, Normalised
+from robustbench_cure.classifier import Classifier
 from robustbench_cure.geometry import lanczos as lanczos_module
 from robustbench_cure.geometry.bounds import bounds, exact_distance
 from robustbench_cure.geometry.hessian import alignment, along_sign, columns, frobenius

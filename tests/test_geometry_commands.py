@@ -14,12 +14,14 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from robustbench_cure import files as kept
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.classifier import Classifier, Normalised
-from robustbench_cure.cli import cli
+from robustbench_cure.adapt import Normalised
+from robustbench_cure.classifier import Classifier
+from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import charts, kept
+from robustbench_cure.geometry import charts
 from robustbench_cure.geometry import curvature as curvature_module
 from robustbench_cure.geometry.curve import robust_rows
 from robustbench_cure.geometry.hessian import alignment
@@ -27,8 +29,8 @@ from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.plane import normal_plane, scan
 from robustbench_cure.geometry.profile import eigenvalues, spectrum
 from robustbench_cure.geometry.space import normalised_space
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.theorem import THRESHOLD, TwoClass, theorem
+from robustbench_cure.studies.engine import Study
 
 
 def invoke(*arguments: str):

@@ -15,7 +15,7 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Proposal, uniform_noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
-from robustbench_cure.flags import Flag
+from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.masking import checks
 from robustbench_cure.masking import planted as planted_module
 from robustbench_cure.masking.deceptive import DECEPTIVE

@@ -10,13 +10,13 @@ import pytest
 from test_report import CLEAN, EVIDENCE, FGSM, PGD, SPSA, battery, record
 from test_site import evidence
 
-from robustbench_cure import cli
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
+from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.flags import Flag
-from robustbench_cure.interop.model_info import claims
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
 from robustbench_cure.site.found import Found
+from robustbench_cure.site.model_info import claims
 
 PATH = Path("model_info/cifar10/Linf/tiny.json")
 

@@ -9,10 +9,10 @@ from torch import nn
 from robustbench_cure import from_arrays, load_dataset, load_model
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
-from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.evaluation import evaluate
+from robustbench_cure.evaluation.evaluate import evaluate
 from robustbench_cure.masking.evidence import wider
+from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 8, 8)
@@ -168,10 +168,10 @@ def test_a_network_without_an_answer_in_the_ball_is_broken_there_for_every_attac
     for spec in record.attacks:
         proposed = samples[f"{spec.id}.linf"] > 0  # what has no gradient there proposes the image itself
         assert samples.loc[proposed, f"{spec.id}.broken"].all(), spec.id
-    flags = [flag for flag in record.manifest.flags if flag.kind == "non_finite_logits"]
+    flags = [flag for flag in record.flags if flag.kind == "non_finite_logits"]
     assert {flag.attack for flag in flags} >= {"noise", "pgd", "spsa"}
     assert record.robust_accuracy("spsa").count == 0
-    assert "non_finite_nearby" in {flag.kind for flag in record.manifest.flags}
+    assert "non_finite_nearby" in {flag.kind for flag in record.flags}
     assert str(samples["sample_id"].iloc[0]) in flags[0].evidence
     assert flags[0].value == record.clean_accuracy.count
 
@@ -189,7 +189,7 @@ def test_an_image_without_an_answer_is_no_correct_one(base):
     row = record.samples.iloc[70]
     assert row["clean_pred"] == -1
     assert not record.clean_correct[70]
-    flags = [flag for flag in record.manifest.flags if flag.kind == "non_finite_logits"]
+    flags = [flag for flag in record.flags if flag.kind == "non_finite_logits"]
     assert any(flag.attack == "" and order.ids[70] in flag.evidence for flag in flags)
 
 
@@ -197,7 +197,7 @@ def test_gradients_that_are_not_finite_are_counted_in_the_record(base, data, tmp
     record = evaluate(classifier(Around(base, root)), battery(PGD), data, shard_size=20, out=tmp_path / "run")
     cost = record.manifest.cost["pgd"]
     assert 0 < cost.non_finite <= cost.backwards
-    (flag,) = [flag for flag in record.manifest.flags if flag.kind == "non_finite_gradient"]
+    (flag,) = [flag for flag in record.flags if flag.kind == "non_finite_gradient"]
     assert (flag.attack, flag.value) == ("pgd", cost.non_finite)
     assert f"{cost.non_finite:,} of {cost.backwards:,}" in flag.evidence
 
@@ -209,16 +209,14 @@ def test_a_battery_that_breaks_nothing_says_so(base, data):
     scaled = classifier(Around(base, lambda x: x / 255))
     labels = scaled.logits(data.images).argmax(1)  # all correct, so that there is something to break
     mine = from_arrays("digits", "test", data.images, labels, ids=data.ids, classes="0123456789")
-    kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM, PGD), mine).manifest.flags]
+    kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM, PGD), mine).flags]
     assert "nothing_broken" in kinds
     for n in (9, 10):  # a few that stand say nothing
-        kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM), mine.subset(n)).manifest.flags]
+        kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM), mine.subset(n)).flags]
         assert ("nothing_broken" in kinds) == (n == 10)
-    kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM, eps="0"), mine).manifest.flags]
+    kinds = [flag.kind for flag in evaluate(scaled, battery(FGSM, eps="0"), mine).flags]
     assert "nothing_broken" not in kinds
-    kinds = [
-        flag.kind for flag in evaluate(classifier(Around(base)), battery(FGSM, PGD), data).manifest.flags
-    ]
+    kinds = [flag.kind for flag in evaluate(classifier(Around(base)), battery(FGSM, PGD), data).flags]
     assert "nothing_broken" not in kinds
 
 

@@ -14,11 +14,11 @@ import torchattacks
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
 from robustbench_cure.attacks import Noise
-from robustbench_cure.cards import Battery, parse_card
+from robustbench_cure.cli.inventory import listing
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.interop import peers
-from robustbench_cure.inventory import listing
+from robustbench_cure.protocol.cards import Battery, parse_card
 from robustbench_cure.report.wording import spec_words
 from robustbench_cure.threat import ThreatModel
 
@@ -142,7 +142,7 @@ def lie(monkeypatch):
 
 
 def kinds(record) -> set[tuple[str, str]]:
-    return {(f.kind, f.evidence) for f in record.manifest.flags if f.kind in ("contained", "side_effects")}
+    return {(f.kind, f.evidence) for f in record.flags if f.kind in ("contained", "side_effects")}
 
 
 def test_leaving_the_ball_is_no_success_but_a_violation(lie):
@@ -150,7 +150,7 @@ def test_leaving_the_ball_is_no_success_but_a_violation(lie):
     attacked = record.samples["a.attacked"]
     assert not record.samples["a.broken"].any()
     assert (record.samples["a.violation"][attacked] == "outside the linf 51/255 ball").all()
-    assert any(f.kind == "violations" for f in record.manifest.flags)
+    assert any(f.kind == "violations" for f in record.flags)
 
 
 def test_an_attack_for_the_nearest_boundary_may_leave_the_ball_and_only_near_points_count(lie):

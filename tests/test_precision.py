@@ -18,11 +18,11 @@ from robustbench_cure.attacks.precision import (
     within_rounding,
 )
 from robustbench_cure.attacks.spsa import gradient_estimate
-from robustbench_cure.cards import Battery
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
-from robustbench_cure.evaluation import evaluate
-from robustbench_cure.preflight import preflight
+from robustbench_cure.evaluation.evaluate import evaluate
+from robustbench_cure.evaluation.preflight import preflight
+from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.threat import ThreatModel
 
 SHAPE, BALL = (1, 2, 2), ThreatModel("linf", "1/10")
@@ -194,7 +194,7 @@ def test_a_network_that_needs_float32_is_searched_in_float32():
     base = load_model("digits_normal", precision="fp32").module
     model = Classifier(Inside(base).eval(), num_classes=10, input_shape=(1, 8, 8), precision="bf16")
     record = evaluate(model, digits_battery(PGD), data)
-    flags = [flag for flag in record.manifest.flags if flag.kind == "search_in_fp32"]
+    flags = [flag for flag in record.flags if flag.kind == "search_in_fp32"]
     assert [flag.attack for flag in flags] == [""]
     assert record.manifest.config.precision == model.precision == "fp32"
     plain = evaluate(load_model("digits_normal", precision="fp32"), digits_battery(PGD), data)
@@ -384,7 +384,7 @@ def test_a_row_that_bfloat16_leads_astray_is_searched_in_float32(attack, dark):
     stand = {precision: ~record[precision].samples[f"{attack}.broken"].astype(bool) for precision in record}
     # SPSA's queries may be led astray at an iterate that is not.
     assert int((stand["bf16"] & ~stand["fp32"]).sum()) <= (attack == "spsa")
-    (flag,) = [flag for flag in record["bf16"].manifest.flags if flag.kind == "searched_again"]
+    (flag,) = [flag for flag in record["bf16"].flags if flag.kind == "searched_again"]
     assert flag.attack == attack
     assert flag.evidence == f"{flag.value:.0f} of 200 samples"
-    assert not [flag for flag in record["fp32"].manifest.flags if flag.kind == "searched_again"]
+    assert not [flag for flag in record["fp32"].flags if flag.kind == "searched_again"]

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from robustbench_cure import cli
-from robustbench_cure.cards import PublishedTable
-from robustbench_cure.catalog import catalog
+from robustbench_cure.cli import main as cli
+from robustbench_cure.protocol.cards import PublishedTable
+from robustbench_cure.protocol.catalog import catalog
 from robustbench_cure.site.standings import boards
 
 ENTRY = {

@@ -12,20 +12,12 @@ import jinja2
 import pandas as pd
 import pytest
 
-from robustbench_cure.cards import Battery, PublishedTable
-from robustbench_cure.catalog import catalog, find
 from robustbench_cure.errors import UsageError
-from robustbench_cure.flags import FLAG_KINDS, Flag
-from robustbench_cure.record import (
-    Cost,
-    DataInfo,
-    Environment,
-    Manifest,
-    ModelInfo,
-    Record,
-    RunConfig,
-    typed,
-)
+from robustbench_cure.evaluation.flags import FLAG_KINDS, Flag
+from robustbench_cure.evaluation.record import Cost, Environment, Manifest, Record, RunConfig, typed
+from robustbench_cure.protocol.cards import Battery, PublishedTable
+from robustbench_cure.protocol.catalog import catalog, find
+from robustbench_cure.protocol.identity import DataInfo, ModelInfo
 from robustbench_cure.report import render_report, terminal_table, write_reports
 from robustbench_cure.report.export import latex, markdown, to_csv, to_latex, to_markdown
 from robustbench_cure.report.figure import bands
@@ -252,7 +244,7 @@ def test_an_attack_on_a_subset_does_not_decide():
 
 
 def test_flags_are_ordered_by_severity_and_mark_the_run(run):
-    run.manifest.flags = [
+    run.flags = [
         Flag(kind="lossy_data", evidence="all"),
         Flag(kind="stochastic", evidence="3 of 64"),
     ]
@@ -478,9 +470,10 @@ def test_terminal_table_fits_and_cannot_move_the_cursor(run):
 def test_terminal_says_what_flags_mean_once_and_what_to_do():
     flags = [Flag(kind="lossy_data", evidence="jpeg"), Flag(kind="stochastic", evidence="3 of 64")]
     runs = [
-        record(battery(FGSM), "11", {"fgsm": "x."}, flags=flags[:i], model={"id": f"m{i}", "name": f"M {i}"})
-        for i in range(3)
+        record(battery(FGSM), "11", {"fgsm": "x."}, model={"id": f"m{i}", "name": f"M {i}"}) for i in range(3)
     ]
+    for i, run in enumerate(runs):
+        run.flags = flags[:i]
     text = terminal_table(runs)
     said = " ".join(text.split())
     about = {kind: FLAG_KINDS[kind] for kind in ("lossy_data", "stochastic")}
@@ -580,7 +573,7 @@ def test_undefined_names_are_errors_and_everything_is_escaped():
 
 
 def test_every_row_of_an_unreliable_run_is_marked(run):
-    run.manifest.flags = [Flag(kind="batch_dependent", evidence="4 of 64")]
+    run.flags = [Flag(kind="batch_dependent", evidence="4 of 64")]
     text = render_report([run], {})
     assert text.count('title="this run is flagged unreliable"') == len(attack_rows(run))
     assert 'href="#flag-batch_dependent"' in text

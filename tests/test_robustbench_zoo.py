@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from robustbench_cure import load_model
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
 from robustbench_cure.errors import UsageError
 from robustbench_cure.interop import robustbench_zoo
 from robustbench_cure.interop.robustbench import import_robustbench
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
 from robustbench_cure.zoo import build
 from robustbench_cure.zoo.loading import build_from_card
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli
+from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import shared_learn
 from robustbench_cure.geometry.boundary import Nearest, nearest_boundary, tangent_frame
@@ -448,7 +448,7 @@ def test_unfinished_work_on_other_weights_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("robustbench_cure.geometry.kept.INTERVAL", 0.0)
+    monkeypatch.setattr("robustbench_cure.files.INTERVAL", 0.0)
     invoke(*PAIR, "--out", str(tmp_path / "whole"))
     real, calls = shared_learn.bending, []
 

@@ -13,14 +13,16 @@ import pandas as pd
 import pytest
 from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
 
-from robustbench_cure import boundary_cli, cli, geometry_cli
-from robustbench_cure.cards import Battery, ModelCard, PublishedTable
-from robustbench_cure.catalog import catalog, find
+from robustbench_cure.cli import boundary as boundary_cli
+from robustbench_cure.cli import geometry as geometry_cli
+from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.external import COLUMNS, Evidence, Submission
-from robustbench_cure.flags import Flag
+from robustbench_cure.evaluation.external import COLUMNS, Evidence, Submission
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.storage import find_records
+from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable
+from robustbench_cure.protocol.catalog import catalog, find
 from robustbench_cure.report.sheet import Sheet, to_latex, to_markdown, twins
-from robustbench_cure.session import find_records
 from robustbench_cure.site.beside import STUDIES, card_of, panels
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.checklist import checklist

@@ -11,9 +11,9 @@ from test_report import DEEPFOOL, FGSM, battery, hostile, record
 from test_report_browser import ARGS, CHROMIUM
 from test_site import evidence
 
-from robustbench_cure.cards import Battery
-from robustbench_cure.catalog import find
-from robustbench_cure.flags import Flag
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.protocol.catalog import find
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.found import Found, StudyFolder, StudyManifest
 

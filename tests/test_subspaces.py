@@ -16,13 +16,13 @@ from torch import nn
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli
+from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import subspace_study
 from robustbench_cure.geometry.distance import smallest
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
+from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.models import load_model
 

@@ -12,11 +12,11 @@ from tiny import Data, card, context, quadratic
 from torch import nn
 from torch.nn import functional
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import Found, find
-from robustbench_cure.classifier import Normalised
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import Found, find
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training import METHODS
 from robustbench_cure.training.augment import AUGMENTATIONS

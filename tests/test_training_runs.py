@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from tiny import METHOD, Data, card, context, quadratic
 from torch import nn
 
-from robustbench_cure.classifier import Normalised
-from robustbench_cure.cli import cli
+from robustbench_cure.adapt import Normalised
+from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.threat import ThreatModel

@@ -18,13 +18,13 @@ from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.cli import cli
+from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import baselines, label_graph, universal_study
 from robustbench_cure.geometry import universal as module
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.universal import ITERATIONS, universal
 from robustbench_cure.geometry.universal import fooled as fooled_of
+from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 4, 4)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from robustbench_cure import cli, evaluate, load_battery, load_dataset, load_model
+from robustbench_cure import evaluate, load_battery, load_dataset, load_model
 from robustbench_cure.attacks import fgsm
+from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.external import Evidence
+from robustbench_cure.evaluation.external import Evidence
 from robustbench_cure.site.found import scan
 from robustbench_cure.site.standings import boards
 from robustbench_cure.verify import read_images
@@ -124,7 +125,7 @@ def test_a_run_of_another_threat_model_is_refused(made, verify, tmp_path):
     _, data, x_adv, _, place = made
     card = tmp_path / "cards" / "attacks"
     card.mkdir(parents=True)
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     text = (root / "attacks/digits.toml").read_text()
     (card / "wide.toml").write_text(
         text.replace('id = "digits"', 'id = "wide"', 1).replace("51/255", "60/255")

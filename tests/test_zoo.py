@@ -15,10 +15,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from robustbench_cure.cards import ModelCard, parse_card
-from robustbench_cure.catalog import Found
-from robustbench_cure.classifier import Classifier, Normalised
+from robustbench_cure.adapt import Normalised
+from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.cards import ModelCard, parse_card
+from robustbench_cure.protocol.catalog import Found
 from robustbench_cure.zoo import ARCHITECTURES, build
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustbench_cure.cards import ModelCard, parse_card
+from robustbench_cure.protocol.cards import ModelCard, parse_card
 from robustbench_cure.training.step import StepContext
 
 HEAD = """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustbench_cure.record import NO_ANSWER
+from robustbench_cure.protocol.identity import NO_ANSWER
 
 #: (logits (B, L), labels (B,)) -> loss (B,), to be increased.
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]

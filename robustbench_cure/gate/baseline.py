@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from robustbench_cure.errors import UsageError
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
 
 #: What a record consists of once it is finished; its shards are not kept.
 OLD, NEW = "old", "new"

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.evaluation.storage import find_records
 from robustbench_cure.files import write_atomically
 from robustbench_cure.gate import baseline as keeping
 from robustbench_cure.gate import render
 from robustbench_cure.gate.compare import compare, compare_runs
 from robustbench_cure.gate.verdict import Rules
-from robustbench_cure.record import Record
 from robustbench_cure.report.wording import interval, percent
-from robustbench_cure.session import find_records
 
 
 def run(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robustbench_cure.cards import Battery
 from robustbench_cure.errors import UsageError
-from robustbench_cure.gate.paired import Flips
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.gate.verdict import Accuracy, Row, Rules, Verdict, conclude, judge
-from robustbench_cure.record import Record
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.stats import Flips
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,12 +237,12 @@ def _notes(new: Record, baseline: Record) -> list[Difference]:
 
 
 def _flags(record: Record) -> str:
-    kinds = {f"{flag.kind} ({flag.attack})" if flag.attack else flag.kind for flag in record.manifest.flags}
+    kinds = {f"{flag.kind} ({flag.attack})" if flag.attack else flag.kind for flag in record.flags}
     return ", ".join(sorted(kinds)) or "none"
 
 
 def _reliability(record: Record) -> str:
-    kinds = {flag.kind for flag in record.manifest.flags if flag.about.severity == "unreliable"}
+    kinds = {flag.kind for flag in record.flags if flag.about.severity == "unreliable"}
     return f"unreliable ({', '.join(sorted(kinds))})" if kinds else "reliable"
 
 

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any
 
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.gate.compare import Comparison, Difference
 from robustbench_cure.gate.verdict import VERDICTS, Finding, Row, Rules, Verdict, conclude
 from robustbench_cure.gate.wording import (
@@ -19,7 +20,6 @@ from robustbench_cure.gate.wording import (
     rules_in_words,
     sentences,
 )
-from robustbench_cure.record import Record
 from robustbench_cure.report.export import markdown
 from robustbench_cure.report.terminal import WIDTH, clean_text
 from robustbench_cure.report.wording import count, points

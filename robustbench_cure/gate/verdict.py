@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from robustbench_cure.gate.paired import Flips
+from robustbench_cure.stats import Flips
 
 Kind = Literal["pass", "inconclusive", "suspicious rise", "regression", "not comparable"]
 Finding = Literal[

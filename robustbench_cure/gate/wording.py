@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from robustbench_cure.gate.compare import Comparison, Difference
-from robustbench_cure.gate.paired import LARGEST, Flips
 from robustbench_cure.gate.verdict import ORDER, VERDICTS, Row, Rules
 from robustbench_cure.report.wording import count, points
-from robustbench_cure.stats import Rate
+from robustbench_cure.stats import LARGEST, Flips, Rate
 
 #: What a reader may do about each hindrance, by the first word of what differs.
 ADVICE = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from robustbench_cure.geometry.connectivity import Path
 from robustbench_cure.geometry.region_pairs import SCENARIOS
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.stats import Rate
+from robustbench_cure.studies.engine import Study
 
 Columns = dict[str, NDArray[Any]]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import pgd
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.judge import judge
+from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 #: Radii of a curve by data set, l-infinity: those of the paper's figures; on digits up to its table's radius.

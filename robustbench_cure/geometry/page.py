@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.report.render import environment
+from robustbench_cure.studies.engine import Study
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from robustbench_cure.geometry import figures
 from robustbench_cure.geometry.connectivity import Path, labels_of
 from robustbench_cure.geometry.page import Shown
 from robustbench_cure.geometry.plane import normal_plane
-from robustbench_cure.geometry.study import Study
+from robustbench_cure.studies.engine import Study
 
 #: Places along a polyline and across it; odd, so that the polyline itself is a row.
 ALONG, ACROSS = 161, 61

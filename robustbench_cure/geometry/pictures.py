@@ -14,8 +14,8 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import figures, prose
 from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.plane import Grid, Plane, normal_plane, scan
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 
 

@@ -15,7 +15,7 @@ from robustbench_cure.geometry import figures
 from robustbench_cure.geometry.hessian import on_sphere
 from robustbench_cure.geometry.page import Shown
 from robustbench_cure.geometry.shared import Learned, common, cosines
-from robustbench_cure.geometry.study import Study
+from robustbench_cure.studies.engine import Study
 
 Values = NDArray[np.float64]
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
+from robustbench_cure.files import Kept
 from robustbench_cure.geometry.boundary import bending
 from robustbench_cure.geometry.boundary_study import nearest_of, steps
-from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.profile import random_basis
 from robustbench_cure.geometry.shared import ENDS, Learned, common, ends, in_inputs, most_curved
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies.engine import Study
 
 
 def images_needed(m: int, d: int) -> int:

@@ -35,7 +35,7 @@ from robustbench_cure.geometry.shared_judge import (
     row_of,
 )
 from robustbench_cure.geometry.shared_learn import images_needed, learn_subspaces
-from robustbench_cure.geometry.study import Study
+from robustbench_cure.studies.engine import Study
 
 Values = NDArray[np.float64]
 

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy
-from robustbench_cure.classifier import Classifier, Normalised
+from robustbench_cure.classifier import Classifier
 
 #: Step of the finite differences by data set: that of CURE's training there (paper, section 4; supplement).
 STEPS = {"cifar10": 1.5, "svhn": 1.25, "digits": 1.2}

@@ -16,13 +16,13 @@ from torch import Tensor
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
+from robustbench_cure.files import Kept
 from robustbench_cure.geometry import figures, prose
 from robustbench_cure.geometry.distance import smallest
-from robustbench_cure.geometry.kept import Kept
 from robustbench_cure.geometry.page import Shown, present
-from robustbench_cure.geometry.study import Study
 from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies.engine import Study
 
 Kind: TypeAlias = Literal["random", "dct"]
 

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from robustbench_cure.catalog import did_you_mean
 from robustbench_cure.errors import UsageError
 from robustbench_cure.interop.robustbench import import_robustbench
 from robustbench_cure.interop.robustbench_zoo import PREFIX, entry
+from robustbench_cure.protocol.catalog import did_you_mean
 
 #: What a card can write as an option.
 Scalar: TypeAlias = int | float | str | bool

@@ -29,7 +29,7 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier, full_precision
 from robustbench_cure.errors import UsageError
-from robustbench_cure.specs import Peer
+from robustbench_cure.protocol.specs import Peer
 from robustbench_cure.threat import ThreatModel
 
 #: What a peer did that it should not have; contained all the same.

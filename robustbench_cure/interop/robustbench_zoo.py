@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import nn
 
-from robustbench_cure.catalog import cache_dir, did_you_mean
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.interop.robustbench import import_robustbench
-from robustbench_cure.record import ModelInfo
+from robustbench_cure.protocol.catalog import cache_dir, did_you_mean
+from robustbench_cure.protocol.identity import ModelInfo
 
 PREFIX = "robustbench:"
 #: Data set -> classes and image shape.

@@ -15,9 +15,9 @@ from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, pgd_ladder, sps
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
-from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.files import Kept
 from robustbench_cure.interop.square import square
-from robustbench_cure.judge import judge
 from robustbench_cure.masking.work import Progress, Work, unheard
 from robustbench_cure.threat import ThreatModel
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from robustbench_cure.attacks import pgd
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.judge import judge
+from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.masking.comparisons import finding
 from robustbench_cure.masking.evidence import Evidence
 from robustbench_cure.masking.finding import LEVEL, Finding, not_run

@@ -14,8 +14,8 @@ from fractions import Fraction
 from torch import Tensor
 
 from robustbench_cure.attacks import Noise, spsa
+from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.interop.square import square
-from robustbench_cure.judge import judge
 from robustbench_cure.masking.evidence import Evidence
 from robustbench_cure.masking.finding import LEVEL, Finding
 from robustbench_cure.masking.planted import FEWEST, Problem, p_missed, problems

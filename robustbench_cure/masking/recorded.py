@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.checks import MORE_STEPS
 from robustbench_cure.masking.comparisons import alone, finding, random_noise, single_step
@@ -20,8 +21,7 @@ from robustbench_cure.masking.comparisons import scatter as scatter_check
 from robustbench_cure.masking.finding import Finding, not_run
 from robustbench_cure.masking.power import controlled, on_broken
 from robustbench_cure.masking.verdict import Verdict, conclude, flag_findings
-from robustbench_cure.record import Record
-from robustbench_cure.specs import PGD, AttackSpec
+from robustbench_cure.protocol.specs import PGD, AttackSpec
 
 #: Kinds of attack that follow gradients.
 SIGHTED = ("fgsm", "pgd", "deepfool")
@@ -151,7 +151,7 @@ def from_record(record: Record) -> Panel | None:
 
 def _of_flags(record: Record) -> list[Finding]:
     """B, K and L: what was seen before the first attack."""
-    flags = {flag.kind: flag for flag in record.manifest.flags}
+    flags = {flag.kind: flag for flag in record.flags}
     zero = flags.get("zero_gradient")
     about = zero.evidence if zero else "no gradient is zero on the first images"
     gradients = Finding(letter="B", check="gradients", status="raised" if zero else "clear", evidence=about)

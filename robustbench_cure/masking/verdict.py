@@ -8,14 +8,14 @@ from typing import Literal
 
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
-from robustbench_cure.flags import Flag
-from robustbench_cure.geometry.kept import Kept
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.preflight import preflight
+from robustbench_cure.files import Kept
 from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.masking.evidence import Evidence, Settings
 from robustbench_cure.masking.finding import Finding
 from robustbench_cure.masking.power import controlled, powers
 from robustbench_cure.masking.work import Progress, unheard
-from robustbench_cure.preflight import preflight
 from robustbench_cure.threat import ThreatModel
 
 #: Images classified correctly below which silence says nothing.

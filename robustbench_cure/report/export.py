@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.report.tables import (
     AccuracyRow,
     DistanceRow,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustbench_cure.cards import PublishedCell, PublishedTable
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.protocol.cards import PublishedCell, PublishedTable
 from robustbench_cure.report.tables import labels
 from robustbench_cure.report.wording import count, same_threat
 from robustbench_cure.stats import Rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.report.wording import count, data_words, duration, threat_words
 
 

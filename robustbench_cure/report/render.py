@@ -8,15 +8,15 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from robustbench_cure.cards import PublishedTable
-from robustbench_cure.catalog import catalog
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.flags import FLAG_KINDS
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.files import write_atomically
-from robustbench_cure.flags import FLAG_KINDS
 from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.masking.scatter import SIDE
-from robustbench_cure.record import Record
+from robustbench_cure.protocol.cards import PublishedTable
+from robustbench_cure.protocol.catalog import catalog
 from robustbench_cure.report import figure, wording
 from robustbench_cure.report.export import to_csv, to_latex, to_markdown
 from robustbench_cure.report.paper import tables_for
@@ -70,7 +70,7 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
     if not records:
         raise UsageError("no runs to report")
     groups = protocols(records)
-    raised = {flag.kind for record in records for flag in record.manifest.flags}
+    raised = {flag.kind for record in records for flag in record.flags}
     panels = [
         (line.label, panel)
         for group in groups

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from robustbench_cure.cards import Battery
-from robustbench_cure.flags import Flag
-from robustbench_cure.record import DataInfo, Record
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.protocol.identity import DataInfo
+from robustbench_cure.protocol.specs import AttackSpec, DeepFool
 from robustbench_cure.report.wording import spec_words
-from robustbench_cure.specs import AttackSpec, DeepFool
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import ThreatModel
 
@@ -190,7 +191,7 @@ def summary(records: Sequence[Record]) -> list[SummaryRow]:
     """One row a model, in the order given."""
     rows = []
     for record, label in zip(records, labels(records), strict=True):
-        flags = tuple(sorted(record.manifest.flags, key=lambda flag: SEVERITIES.index(flag.about.severity)))
+        flags = tuple(sorted(record.flags, key=lambda flag: SEVERITIES.index(flag.about.severity)))
         rows.append(
             SummaryRow(
                 label,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from robustbench_cure.flags import FlagKind
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.flags import FlagKind
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.report.tables import (
     SEVERITIES,
     AccuracyRow,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from robustbench_cure.record import DataInfo
-from robustbench_cure.specs import FGSM, PGD, SPSA, AttackSpec, DeepFool, Peer, UniformNoise
+from robustbench_cure.protocol.identity import DataInfo
+from robustbench_cure.protocol.specs import FGSM, PGD, SPSA, AttackSpec, DeepFool, Peer, UniformNoise
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 

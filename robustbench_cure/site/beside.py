@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import Found as FoundCard
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.finding import Finding
 from robustbench_cure.masking.recorded import from_record
-from robustbench_cure.record import ModelInfo, Record
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import Found as FoundCard
+from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.wording import data_words, threat_words
 from robustbench_cure.site.found import StudyFolder

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustbench_cure import __version__
-from robustbench_cure.cards import ModelCard, PublishedTable
-from robustbench_cure.catalog import catalog
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.files import write_atomically
-from robustbench_cure.record import Record
+from robustbench_cure.protocol.cards import ModelCard, PublishedTable
+from robustbench_cure.protocol.catalog import catalog
 from robustbench_cure.report.export import attack_data, to_csv, to_latex, to_markdown
 from robustbench_cure.report.paper import PaperTable, paper_table
 from robustbench_cure.report.sheet import twins
@@ -29,6 +28,7 @@ from robustbench_cure.site import pages, sheets
 from robustbench_cure.site.beside import FIGURES, TABLES, belonging, card_of, panels, study_files
 from robustbench_cure.site.found import SITE, Found, StudyFolder
 from robustbench_cure.site.standings import Board, boards, by_model
+from robustbench_cure.version import __version__
 
 #: Files of a record that can be downloaded.
 RAW = ("manifest.json", "samples.parquet")

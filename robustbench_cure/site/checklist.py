@@ -13,19 +13,17 @@ from typing import Literal
 
 import pandas as pd
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.specs import FGSM, PGD, AttackSpec, UniformNoise
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.wording import count, data_words, percent, threat_words
-from robustbench_cure.specs import FGSM, PGD, SPSA, DeepFool, UniformNoise
 from robustbench_cure.stats import Rate
 
 Status = Literal["met", "not met", "not in the record", "declared", "not declared"]
 
 #: Share of all samples that the second half of the steps may still break.
 STILL_FALLING = 0.01
-#: Kinds of attack that follow gradients, and those that ask for outputs alone.
-SIGHTED, BLIND = (FGSM, PGD, DeepFool), (SPSA,)
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,9 @@ def checklist(record: Record, card: ModelCard | None) -> list[Item]:
     return [item(record) for item in AUTOMATIC] + _declared(record, card)
 
 
-def _broken(record: Record, *kinds: type) -> pd.Series | None:
-    columns = [record.samples[f"{s.id}.broken"] for s in record.attacks if isinstance(s, kinds)]
+def _broken(record: Record, wanted: Callable[[AttackSpec], bool]) -> pd.Series | None:
+    """Samples that one of the wanted attacks broke; None: the battery has no such attack."""
+    columns = [record.samples[f"{s.id}.broken"] for s in record.attacks if wanted(s)]
     if not columns:
         return None
     found = columns[0]
@@ -94,7 +93,8 @@ def _whole_set(record: Record) -> Item:
 
 def _iterated(record: Record) -> Item:
     name = "Iterated attacks beat single steps, sample by sample"
-    single, iterated = _broken(record, FGSM), _broken(record, PGD)
+    single = _broken(record, lambda s: isinstance(s, FGSM))
+    iterated = _broken(record, lambda s: isinstance(s, PGD))
     if single is None or iterated is None:
         return Item(name, "not in the record", "needs FGSM and PGD in the battery")
     alone = int((single & ~iterated).sum())
@@ -129,26 +129,30 @@ def _losses(record: Record) -> Item:
 
 def _gradient_free(record: Record) -> Item:
     name = "Gradient-free attack, no stronger than gradients on any sample"
-    blind, sighted = _broken(record, *BLIND), _broken(record, *SIGHTED)
-    if blind is None or sighted is None:
-        return Item(name, "not in the record", "needs SPSA beside attacks with gradients")
-    alone = int((blind & ~sighted).sum())
-    said = f"SPSA broke {count(int(blind.sum()))}, {count(alone)} of them left standing by gradients"
+    white_box = _broken(record, lambda s: s.gradients)
+    gradient_free = _broken(record, lambda s: not s.gradients and not isinstance(s, UniformNoise))
+    if gradient_free is None or white_box is None:
+        return Item(name, "not in the record", "needs a gradient-free attack beside white-box ones")
+    alone = int((gradient_free & ~white_box).sum())
+    names = ", ".join(s.name for s in record.attacks if not s.gradients and not isinstance(s, UniformNoise))
+    broken = count(int(gradient_free.sum()))
+    said = f"{names} broke {broken}, {count(alone)} of them left standing by gradients"
     return Item(name, "not met" if alone else "met", said)
 
 
 def _noise(record: Record) -> Item:
     name = "Random noise as a control, weaker than gradients"
-    noise, sighted = _broken(record, UniformNoise), _broken(record, *SIGHTED)
-    if noise is None or sighted is None:
+    noise = _broken(record, lambda s: isinstance(s, UniformNoise))
+    white_box = _broken(record, lambda s: s.gradients)
+    if noise is None or white_box is None:
         return Item(name, "not in the record", "needs uniform noise beside attacks with gradients")
-    alone = int((noise & ~sighted).sum())
+    alone = int((noise & ~white_box).sum())
     said = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them left standing by gradients"
     return Item(name, "not met" if alone else "met", said)
 
 
 def _deterministic(record: Record) -> Item:
-    found = [f for f in record.manifest.flags if f.about.severity == "unreliable"]
+    found = [f for f in record.flags if f.about.severity == "unreliable"]
     said = "; ".join(f"{f.about.title.lower()}: {f.evidence}" for f in found)
     return Item(
         "The same image gives the same output, alone or in a batch",

@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustbench_cure.record import Record
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.protocol.specs import PGD, DeepFool
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.wording import NORMS, interval, number
-from robustbench_cure.specs import PGD, DeepFool
 from robustbench_cure.stats import Rate
 
 #: Steps at which the printed table has a row.

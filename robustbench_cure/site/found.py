@@ -12,10 +12,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from robustbench_cure.errors import UsageError
-from robustbench_cure.external import MANIFEST as EXTERNAL
-from robustbench_cure.external import Evidence
-from robustbench_cure.record import ModelInfo, Record, same_answers
-from robustbench_cure.strict import describe
+from robustbench_cure.evaluation.external import MANIFEST as EXTERNAL
+from robustbench_cure.evaluation.external import Evidence
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.protocol.identity import ModelInfo, same_answers
+from robustbench_cure.protocol.schema import describe
 
 #: List of a site's files; a folder that has one is a site and holds copies of records, not records.
 SITE = "site.json"

@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.flags import FLAG_KINDS
+from robustbench_cure.evaluation.flags import FLAG_KINDS
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking.explanations import EXPLANATIONS
 from robustbench_cure.masking.scatter import SIDE
-from robustbench_cure.record import Record
+from robustbench_cure.protocol.cards import ModelCard
 from robustbench_cure.report import figure
 from robustbench_cure.report.paper import PaperTable
 from robustbench_cure.report.provenance import facts
@@ -102,7 +102,7 @@ def _render(template: str, **context: Any) -> str:
 
 def _raised(records: Sequence[Record]) -> dict[str, Any]:
     """Flags of some records: raised with their evidence, and not raised."""
-    kinds = {flag.kind for record in records for flag in record.manifest.flags}
+    kinds = {flag.kind for record in records for flag in record.flags}
     order = sorted(FLAG_KINDS.items(), key=lambda item: SEVERITIES.index(item[1].severity))
     return {
         "raised": [(kind, about) for kind, about in order if kind in kinds],
@@ -143,7 +143,7 @@ def _filled(paper: PaperTable) -> dict[str, Any]:
 
 
 def _line(model: Model) -> _Line:
-    flags = {(f.kind, f.attack, f.evidence): f for r in model.records for f in r.manifest.flags}
+    flags = {(f.kind, f.attack, f.evidence): f for r in model.records for f in r.flags}
     return _Line(model.label, tuple(flags.values()))
 
 

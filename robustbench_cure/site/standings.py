@@ -14,10 +14,11 @@ from typing import Literal
 
 import pandas as pd
 
-from robustbench_cure.cards import PublishedCell, PublishedRow, PublishedTable
-from robustbench_cure.external import Evidence
-from robustbench_cure.flags import Flag
-from robustbench_cure.record import ModelInfo, Record
+from robustbench_cure.evaluation.external import Evidence
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.record import Record
+from robustbench_cure.protocol.cards import PublishedCell, PublishedRow, PublishedTable
+from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import threat_words
 from robustbench_cure.stats import Rate
@@ -198,7 +199,7 @@ def _measured(records: list[Record], external: Sequence[Evidence], extra_data: s
     batteries = dict.fromkeys(f"{r.manifest.battery.id} v{r.manifest.battery.version}" for r in records)
     strongest = min(records, key=lambda r: r.worst_case_accuracy.value)
     model, data = records[0].manifest.model, records[0].manifest.data
-    flags = {(f.kind, f.attack, f.evidence): f for r in records for f in r.manifest.flags}
+    flags = {(f.kind, f.attack, f.evidence): f for r in records for f in r.flags}
     row = Standing(
         kind="measured",
         label=model.name or model.id,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import catalog, find
 from robustbench_cure.classifier import resolve_device
 from robustbench_cure.datasets import EvalSet, load_dataset
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.provenance import environment
 from robustbench_cure.files import write_atomically
 from robustbench_cure.progress import ProgressLine
-from robustbench_cure.provenance import environment
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import catalog, find
 from robustbench_cure.training.parallel import world
 from robustbench_cure.training.result import TrainingResult
 from robustbench_cure.training.stopping import Stopper, seconds

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy
-from robustbench_cure.classifier import Normalised
 from robustbench_cure.errors import UsageError
-from robustbench_cure.recipes import CureRecipe
+from robustbench_cure.protocol.recipes import CureRecipe
 from robustbench_cure.training.step import Step, StepContext, evaluation_mode
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.recipes import DeepFoolRecipe
+from robustbench_cure.protocol.recipes import DeepFoolRecipe
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training.step import Step, StepContext, evaluation_mode
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robustbench_cure.classifier import Normalised, float32_products, full_precision
+from robustbench_cure.adapt import Normalised
+from robustbench_cure.classifier import float32_products, full_precision
 from robustbench_cure.datasets import as_float
 from robustbench_cure.errors import RunError
-from robustbench_cure.recipes import AnyRecipe
+from robustbench_cure.protocol.recipes import AnyRecipe
 from robustbench_cure.training import METHODS, PREPARATIONS
 from robustbench_cure.training.augment import AUGMENTATIONS
 from robustbench_cure.training.monitor import IMAGES, Scale, measure

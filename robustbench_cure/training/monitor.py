@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy
-from robustbench_cure.classifier import Normalised, full_precision
+from robustbench_cure.classifier import full_precision
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training.cure import curvature_penalty, in_space
 from robustbench_cure.training.pgd_at import last_iterate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_cure.attacks.losses import odds_against
-from robustbench_cure.recipes import PGDRecipe
+from robustbench_cure.protocol.recipes import PGDRecipe
 from robustbench_cure.threat import ThreatModel, parse_fraction
 from robustbench_cure.training.step import Step, StepContext, evaluation_mode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustbench_cure.recipes import AnyRecipe
+from robustbench_cure.protocol.recipes import AnyRecipe
 from robustbench_cure.training.step import Step, StepContext
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.fgsm import fgsm
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.recipes import StaticDeepFoolRecipe, StaticFGSMRecipe
+from robustbench_cure.protocol.recipes import StaticDeepFoolRecipe, StaticFGSMRecipe
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training.step import evaluation_mode
 

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
-from robustbench_cure.classifier import Normalised
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
 from robustbench_cure.training import checkpoint
 from robustbench_cure.training.journal import Journal
 from robustbench_cure.training.loop import Progress, Trainer

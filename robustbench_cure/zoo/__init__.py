@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from robustbench_cure.catalog import did_you_mean
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.catalog import did_you_mean
 from robustbench_cure.zoo.digits_cnn import digits_cnn
 from robustbench_cure.zoo.lenet import lenet
 from robustbench_cure.zoo.resnet import resnet18

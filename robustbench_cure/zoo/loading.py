@@ -22,11 +22,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import Found, cache_dir
-from robustbench_cure.classifier import Normalised
+from robustbench_cure.adapt import Normalised
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import Found, cache_dir
 from robustbench_cure.zoo import build
 
 #: Keys under which training scripts put the state dict inside a checkpoint.

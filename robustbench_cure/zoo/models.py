@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robustbench_cure.adapt import foreign, materialise, one_line
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import find
-from robustbench_cure.classifier import Classifier, Normalised, Precision, has_bf16, resolve_device
+from robustbench_cure.adapt import Normalised, foreign, materialise, one_line
+from robustbench_cure.classifier import Classifier, Precision, has_bf16, resolve_device
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.record import ModelInfo
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import find
+from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.state import state_digest
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights

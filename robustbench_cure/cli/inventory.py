@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, get_args
 
-from robustbench_cure import __version__
-from robustbench_cure.cards import Battery, ModelCard, PublishedTable, read_card
-from robustbench_cure.catalog import Found, cache_dir, catalog, roots
 from robustbench_cure.errors import UsageError
-from robustbench_cure.specs import AttackSpec
+from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable, read_card
+from robustbench_cure.protocol.catalog import Found, cache_dir, catalog, roots
+from robustbench_cure.protocol.specs import AttackSpec
+from robustbench_cure.version import __version__
 
 T = TypeVar("T", ModelCard, Battery)
 
@@ -76,7 +76,7 @@ def validate(files: tuple[Path, ...] = (), cards: tuple[str, ...] = ()) -> str:
 
 def where(cards: tuple[str, ...] = ()) -> str:
     """Card roots in order of lookup, the cache, and the version."""
-    lines = [("version", __version__), ("code", str(Path(__file__).parent))]
+    lines = [("version", __version__), ("code", str(Path(__file__).parents[1]))]
     lines += [(f"cards ({reason})", str(path)) for reason, path in roots(cards)]
     lines += [("cache", str(cache_dir()))]
     return _table((), lines)

@@ -14,15 +14,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from robustbench_cure.classifier import Classifier
+from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.files import write_atomically
+from robustbench_cure.evaluation.preflight import first_pass
+from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.files import refuse_files, write_atomically
 from robustbench_cure.geometry.space import STEPS
-from robustbench_cure.preflight import first_pass
-from robustbench_cure.provenance import environment
-from robustbench_cure.session import Request, card_dataset, load_all, named_models, refuse_files
-from robustbench_cure.shard_work import with_memory
+from robustbench_cure.loading import card_dataset, load_all, named_models
+from robustbench_cure.protocol.request import Request
 
 #: Images among which one that all models classify correctly is looked for.
 LOOKED_AT = 64

@@ -14,30 +14,24 @@ fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from robustbench_cure.cards import Battery
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.flags import Flag, derived_flags, stored
 from robustbench_cure.files import write_atomically
-from robustbench_cure.flags import Flag
-from robustbench_cure.specs import AttackSpec
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.protocol.identity import DataInfo, ModelInfo
+from robustbench_cure.protocol.schema import describe
+from robustbench_cure.protocol.specs import AttackSpec
 from robustbench_cure.stats import Rate
-from robustbench_cure.strict import describe
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
-
-#: By how much of their largest value the answers of one network may differ between machines and libraries.
-ROUNDING = 1e-2
-
-#: What stands for the predicted label where logits are not finite.
-NO_ANSWER = -1
 
 #: Field -> pandas dtype of the columns ``<attack>.<field>``. Rows not attacked (clean errors, rows
 #: beyond the attack's limit) have no evidence: broken False, attacked False, the rest missing.
@@ -58,51 +52,6 @@ ATTACK_FIELDS: dict[str, str] = {
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class ModelInfo(_Part):
-    """Who was judged.
-
-    ``answers`` tell apart what equal weights do not: networks with another normalisation or other code
-    around the same weights. See `Classifier.answers`; empty: not known.
-    """
-
-    id: str
-    name: str
-    source: str
-    architecture: str
-    parameters: int
-    weights_sha256: str
-    card_digest: str = ""
-    published_row: str = ""
-    training: str = ""
-    answers: list[float] = []
-
-    def same_as(self, other: ModelInfo) -> bool:
-        """Whether both are one function: the same weights, and answers equal but for rounding."""
-        return self.weights_sha256 == other.weights_sha256 and same_answers(self.answers, other.answers)
-
-
-def same_answers(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two lists of answers are one function's, up to `ROUNDING`; unknown ones agree with all."""
-    if not one or not other:
-        return True
-    scale = max(map(abs, [*one, *other]))
-    return len(one) == len(other) and all(
-        abs(a - b) <= ROUNDING * scale for a, b in zip(one, other, strict=True)
-    )
-
-
-class DataInfo(_Part):
-    """On which images."""
-
-    name: str
-    split: str
-    n: int
-    total: int
-    digest: str
-    classes: list[str]
-    notes: str = ""
 
 
 class RunConfig(_Part):
@@ -158,6 +107,7 @@ class Manifest(_Part):
     data: DataInfo
     config: RunConfig
     environment: Environment
+    #: Raised by preflight and by attacks; the record adds what follows from its table.
     flags: list[Flag] = []
     cost: dict[str, Cost] = {}
     wall_seconds: float = 0.0
@@ -182,6 +132,7 @@ class Record:
     Attributes:
         manifest: see `Manifest`.
         samples: the per-sample table, see the module.
+        flags: those of the manifest, and those that follow from the table and it.
         path: directory it lives in, or None.
     """
 
@@ -189,10 +140,11 @@ class Record:
         self.manifest = manifest
         self.samples = samples
         self.path = path
+        self.flags: list[Flag] = [*stored(manifest.flags), *derived_flags(self)]
 
     def __repr__(self) -> str:
         worst, clean = self.worst_case_accuracy, self.clean_accuracy
-        flags = ", ".join(dict.fromkeys(flag.kind for flag in self.manifest.flags)) or "none"
+        flags = ", ".join(dict.fromkeys(flag.kind for flag in self.flags)) or "none"
         return (
             f"<Record {self.manifest.model.id} under {self.manifest.battery.id}: worst case "
             f"{100 * worst.value:.1f} %, clean {100 * clean.value:.1f} %, n = {clean.total}, flags: {flags}>"
@@ -253,7 +205,7 @@ class Record:
     @property
     def unreliable(self) -> bool:
         """Whether a flag says that these numbers cannot be compared."""
-        return any(flag.about.severity == "unreliable" for flag in self.manifest.flags)
+        return any(flag.about.severity == "unreliable" for flag in self.flags)
 
     # --- files ------------------------------------------------------------------------------------------
 
@@ -266,7 +218,7 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read a finished record; flags that follow from its table are made anew, see `verdicts`.
+        """Read a finished record; flags that follow from its table are made anew, see `derived_flags`.
 
         Raises:
             UsageError: not a record, unfinished, damaged, or of another schema.
@@ -291,11 +243,7 @@ class Record:
                 f"{table}: has {len(samples)} rows, the manifest says {manifest.data.n}; "
                 "evaluate again with --resume"
             )
-        from robustbench_cure.verdicts import derive  # which looks at records
-
-        record = cls(manifest, samples, path)
-        derive(record)
-        return record
+        return cls(manifest, samples, path)
 
 
 def typed(samples: pd.DataFrame, battery: Battery) -> pd.DataFrame:

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from robustbench_cure.cli.options import NumberRange
 from robustbench_cure.errors import UsageError
-from robustbench_cure.options import NumberRange
 
 
 class Percentage(click.ParamType):  # type: ignore[type-arg]
@@ -60,8 +60,8 @@ def sized(options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("--n auto and --tolerance POINTS go together")
     if not auto:
         return options
-    from robustbench_cure.gate.paired import sample_size
     from robustbench_cure.gate.verdict import Rules
+    from robustbench_cure.stats import sample_size
 
     if not 0 < tolerance < Fraction(1, 4):
         shown = f"{100 * float(tolerance):g}"

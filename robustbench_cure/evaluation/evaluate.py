@@ -13,24 +13,17 @@ from pathlib import Path
 
 import torch
 
-from robustbench_cure.attacks import ATTACKS, Proposal
-from robustbench_cure.cards import Battery
-from robustbench_cure.classifier import Classifier
+from robustbench_cure.attacks import Proposal
+from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.flags import Flag
-from robustbench_cure.preflight import preflight
-from robustbench_cure.provenance import environment
-from robustbench_cure.record import (
-    DataInfo,
-    Manifest,
-    Record,
-    RunConfig,
-    read_manifest,
-    write_manifest,
-)
-from robustbench_cure.shard_work import ShardWork, with_memory
-from robustbench_cure.shards import (
+from robustbench_cure.evaluation.flags import Flag, stored
+from robustbench_cure.evaluation.preflight import preflight
+from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.evaluation.record import Manifest, Record, RunConfig, read_manifest, write_manifest
+from robustbench_cure.evaluation.registry import ATTACKS
+from robustbench_cure.evaluation.shard import ShardWork
+from robustbench_cure.evaluation.storage import (
     Shard,
     check_same_run,
     finish,
@@ -39,7 +32,9 @@ from robustbench_cure.shards import (
     read_unfinished,
     write_shard,
 )
-from robustbench_cure.specs import PGD, Peer
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.protocol.identity import DataInfo
+from robustbench_cure.protocol.specs import PGD, Peer
 
 #: Samples in one shard: the unit of resuming and splitting. Part of a run's identity.
 SHARD_SIZE = 512
@@ -248,6 +243,8 @@ class _Run:
             before = read_manifest(out)
             check_same_run(before, self.manifest, out)
             self.manifest.started = before.started
+            earlier = [flag for flag in before.flags if flag.about.origin == "preflight"]
+            self.manifest.flags = stored([*earlier, *self.manifest.flags])
             write_manifest(out, self.manifest)
             return read_shards(out, self.manifest.battery)
         write_manifest(out, self.manifest)

@@ -15,9 +15,9 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from robustbench_cure.errors import UsageError
-from robustbench_cure.recipes import Recipe
-from robustbench_cure.specs import AttackSpec
-from robustbench_cure.strict import Fractional, Identifier, Positive, Strict, describe
+from robustbench_cure.protocol.recipes import Recipe
+from robustbench_cure.protocol.schema import Fractional, Identifier, Positive, Strict, describe
+from robustbench_cure.protocol.specs import AttackSpec
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 # --- batteries ---------------------------------------------------------------------------------------

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.proposal import Proposal
-from robustbench_cure.cards import Battery
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.flags import Flag, stored
+from robustbench_cure.evaluation.record import Cost, Manifest, Record, read_manifest, typed, write_table
+from robustbench_cure.evaluation.verify import Verdict
 from robustbench_cure.files import write_atomically
-from robustbench_cure.flags import Flag
-from robustbench_cure.judge import Verdict
-from robustbench_cure.record import Cost, Manifest, Record, read_manifest, typed, write_table
-from robustbench_cure.specs import AttackSpec
-from robustbench_cure.verdicts import DERIVED, run_flags
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.protocol.specs import AttackSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,7 +187,7 @@ def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:
 def finish(
     manifest: Manifest, parts: list[Shard], samples: pd.DataFrame, complete: bool, out: Path | None
 ) -> Record:
-    """Add up the shards, raise the flags that need the whole table, and write the record."""
+    """Add up the shards and their flags, and write the record."""
     for part in parts:
         for key, cost in part.cost.items():
             total = manifest.cost.setdefault(key, Cost())
@@ -200,9 +199,8 @@ def finish(
     manifest.wall_seconds = sum(part.seconds for part in parts)
     manifest.status = "complete" if complete else "partial"
     manifest.finished = now()
+    manifest.flags = stored([*manifest.flags, *(flag for part in parts for flag in part.flags)])
     record = Record(manifest, typed(samples, manifest.battery), out)
-    noted = {(flag.kind, flag.attack, flag.evidence): flag for part in parts for flag in part.flags}
-    manifest.flags = [*manifest.flags, *noted.values(), *run_flags(record)]
     if out:
         record.save(out)
     return record
@@ -216,20 +214,20 @@ def merge(paths: list[Path], out: Path) -> Record:
     """
     import pandas as pd
 
-    first, parts = gather(paths, out)
+    first, flags, parts = gather(paths, out)
     samples = pd.concat([part.rows for part in parts], ignore_index=True)
-    # What preflight raised is about no attack, and the same for every part; all else is found again.
-    keep = [flag for flag in first.flags if not flag.attack and flag.kind not in DERIVED]
     whole = first.model_copy(
-        update={"cost": {}, "flags": keep, "config": first.config.model_copy(update={"shard": ""})}
+        update={"cost": {}, "flags": flags, "config": first.config.model_copy(update={"shard": ""})}
     )
     for index, part in enumerate(parts):
         write_shard(out, index, part)
     return finish(whole, parts, samples, complete=True, out=out)
 
 
-def gather(paths: list[Path], out: Path) -> tuple[Manifest, list[Shard]]:
-    """The shards of some parts in order, and the manifest of the first; writes nothing.
+def gather(paths: list[Path], out: Path) -> tuple[Manifest, list[Flag], list[Shard]]:
+    """The manifest of the first part, what preflight raised in any of them, and all shards in order.
+
+    Writes nothing.
 
     Raises:
         UsageError: as `merge`.
@@ -254,9 +252,64 @@ def gather(paths: list[Path], out: Path) -> tuple[Manifest, list[Shard]]:
             f"merge: shards {', '.join(missing)} of {expected} are missing in {', '.join(map(str, paths))}; "
             "finish every part with `evaluate --shard I/K` and name them all"
         )
-    return first, [shards[k] for k in range(expected)]
+    # What attacks raised comes back with the shards, in their order.
+    flags = [flag for part in manifests for flag in part.flags if flag.about.origin == "preflight"]
+    return first, flags, [shards[k] for k in range(expected)]
 
 
 def now() -> str:
     """This moment, UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def record_dirs(run: Path) -> list[Path]:
+    """Record directories of a run: itself, or its children.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such run directory")
+    if (run / "manifest.json").is_file():
+        return [run]
+    found = sorted(path.parent for path in run.glob("*/manifest.json") if not _is_study(path))
+    if not found:
+        raise UsageError(f"{run}: not a run: neither it nor a folder in it has a manifest.json")
+    return found
+
+
+def _is_study(manifest: Path) -> bool:
+    """Whether this is what `curvature`, `masking` and the like left there; anything damaged is not."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "verb" in content
+
+
+def find_records(runs: tuple[Path, ...]) -> list[Record]:
+    """Every finished record of some run directories.
+
+    Raises:
+        UsageError: not a run, damaged, unfinished, or only a part.
+    """
+    records = [Record.load(path) for run in runs for path in record_dirs(run)]
+    for record in records:
+        if record.manifest.status == "partial":
+            raise UsageError(
+                f"{record.path}: only part {record.manifest.config.shard} of a run; "
+                "join the parts with `cure-bench merge`"
+            )
+    return records
+
+
+def merge_runs(parts: tuple[Path, ...], out: Path) -> list[Record]:
+    """Join the parts of a run, model by model; see `shards.merge`."""
+    by_model: dict[str, list[Path]] = {}
+    for part in parts:
+        for path in record_dirs(part):
+            by_model.setdefault(path.name if path != part else "", []).append(path)
+    places = {name: out / name if name else out for name in by_model}
+    for name, paths in by_model.items():  # all of them before the first is written
+        gather(paths, places[name])
+    return [merge(paths, places[name]) for name, paths in by_model.items()]

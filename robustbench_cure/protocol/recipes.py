@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from robustbench_cure.strict import Fractional, Positive, Strict
+from robustbench_cure.protocol.schema import Fractional, Positive, Strict
 from robustbench_cure.threat import Norm
 
 

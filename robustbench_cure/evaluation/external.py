@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from robustbench_cure.cards import Threat
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.record import Environment, Record, write_table
 from robustbench_cure.files import write_atomically
-from robustbench_cure.record import DataInfo, Environment, ModelInfo, Record, write_table
-from robustbench_cure.strict import describe
+from robustbench_cure.protocol.cards import Threat
+from robustbench_cure.protocol.identity import DataInfo, ModelInfo
+from robustbench_cure.protocol.schema import describe
 
 if TYPE_CHECKING:
     import pandas as pd

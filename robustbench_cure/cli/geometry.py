@@ -56,8 +56,8 @@ def study_of(verb: str, words: list[str] | None, options: dict[str, Any], defaul
     Where the options name no precision slopes are taken in float32: distances, normals and differences are
     only as good as they are. ``"auto"`` is for searches whose finds are verified.
     """
-    from robustbench_cure.geometry.study import open_study
-    from robustbench_cure.session import Request
+    from robustbench_cure.protocol.request import Request
+    from robustbench_cure.studies.engine import open_study
 
     step = more.pop("step", None)
     positive_step(step)

@@ -7,15 +7,31 @@ This module imports neither torch nor numpy.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from robustbench_cure.strict import Fractional, Identifier, Positive, Strict
+from robustbench_cure.protocol.schema import Fractional, Identifier, Positive, Strict
 from robustbench_cure.threat import ThreatModel, format_eps, parse_fraction
+
+#: Attacks of other libraries that see outputs alone: scores or labels.
+GRADIENT_FREE_PEERS = {
+    "autoattack": {"square"},
+    "torchattacks": {"GN", "OnePixel", "Pixle", "SPSA", "Square"},
+    "foolbox": {
+        "BoundaryAttack", "GenAttack", "HopSkipJumpAttack", "PointwiseAttack", "SaltAndPepperNoiseAttack",
+    },
+    "art": {
+        "BoundaryAttack", "GeoDA", "HopSkipJump", "PixelAttack", "SignOPTAttack", "SimBA", "SquareAttack",
+        "ThresholdAttack", "ZooAttack",
+    },
+}  # fmt: skip
 
 
 class _Attack(Strict):
+    #: White-box: it takes gradients of the model. False: gradient-free, it sees outputs alone.
+    gradients: ClassVar[bool] = True
+
     id: Identifier
     #: What the report prints, e.g. "PGD(20)".
     name: str
@@ -61,6 +77,8 @@ class FGSM(_Attack):
 class UniformNoise(_Attack):
     """Control: random points of the ball, the worst of `draws` counts."""
 
+    gradients = False
+
     kind: Literal["uniform_noise"]
     draws: Positive
 
@@ -104,6 +122,8 @@ class DeepFool(_Attack):
 class SPSA(_Attack):
     """Gradient-free search from finite differences along random sign vectors."""
 
+    gradients = False
+
     kind: Literal["spsa"]
     steps: Positive
     samples: Positive
@@ -131,6 +151,12 @@ class Peer(_Attack):
             if not isinstance(value, (bool, int, float, str)):
                 raise ValueError(f"{key}: must be a number, a word or true or false")
         return self
+
+    @property
+    def gradients(self) -> bool:  # type: ignore[override]  # decided by the kind, not by the class
+        """Whether it takes gradients of the model, as far as is known."""
+        library, _, name = self.kind.partition(":")
+        return name not in GRADIENT_FREE_PEERS.get(library, set())
 
     @property
     def options(self) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from robustbench_cure.cards import ModelCard
-from robustbench_cure.catalog import catalog
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.cards import ModelCard
+from robustbench_cure.protocol.catalog import catalog
 from robustbench_cure.report.sheet import write_text
 from robustbench_cure.report.terminal import clean_text
 from robustbench_cure.report.wording import count

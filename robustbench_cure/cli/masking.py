@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from robustbench_cure.cli.geometry import study_of, study_options
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry_cli import study_of, study_options
 
 
 class _Even(click.IntRange):
@@ -56,10 +56,10 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     examples: what should hold if gradients can be trusted. The same command with the same --out goes on
     where it was stopped.
     """
+    from robustbench_cure.classifier import with_memory
+    from robustbench_cure.evaluation.preflight import first_pass
     from robustbench_cure.masking.command import masking as run
     from robustbench_cure.masking.evidence import Settings
-    from robustbench_cure.preflight import first_pass
-    from robustbench_cure.shard_work import with_memory
     from robustbench_cure.zoo.models import load_model
 
     own = ("steps", "spsa_steps", "spsa_samples", "queries", "draws", "restarts", "planted")
@@ -90,7 +90,7 @@ def selftest(device: str, out: Path | None) -> int:
 
     About a minute on a processor; exit code 1 if anything is not as it must be.
     """
-    from robustbench_cure.selftest import selftest as run
+    from robustbench_cure.studies.selftest import selftest as run
 
     return run(device, out)
 
@@ -98,8 +98,8 @@ def selftest(device: str, out: Path | None) -> int:
 def _threat(models: dict[str, Any], norm: Any, eps: str | None, cards: tuple[str, ...]) -> Any:
     """The ball: as asked for, else that of the models' batteries, which must agree."""
     from robustbench_cure import load_battery
-    from robustbench_cure.cards import ModelCard
-    from robustbench_cure.catalog import catalog
+    from robustbench_cure.protocol.cards import ModelCard
+    from robustbench_cure.protocol.catalog import catalog
     from robustbench_cure.threat import ThreatModel
 
     known = catalog(ModelCard, cards)

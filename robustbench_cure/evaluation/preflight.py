@@ -19,7 +19,7 @@ from robustbench_cure.attacks.precision import disagreement, typical_range
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
-from robustbench_cure.flags import Flag
+from robustbench_cure.evaluation.flags import Flag
 
 #: Images looked at, and images evaluated one by one.
 SAMPLE, ALONE = 64, 8

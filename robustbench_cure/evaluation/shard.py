@@ -18,14 +18,14 @@ from torch import Tensor
 
 from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
 from robustbench_cure.attacks.losses import margins, predictions
-from robustbench_cure.classifier import Classifier
+from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
-from robustbench_cure.flags import Flag
-from robustbench_cure.judge import RANDOM_STATE, Verdict, guarded, judge
-from robustbench_cure.record import Cost, Manifest, typed
-from robustbench_cure.shards import Shard, fill_columns, read_proposals, save_proposals
-from robustbench_cure.specs import PGD, SPSA, AttackSpec, DeepFool, Peer
+from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.record import Cost, Manifest, typed
+from robustbench_cure.evaluation.storage import Shard, fill_columns, read_proposals, save_proposals
+from robustbench_cure.evaluation.verify import RANDOM_STATE, Verdict, guarded, judge
+from robustbench_cure.protocol.specs import PGD, SPSA, AttackSpec, DeepFool, Peer
 
 T = TypeVar("T")
 
@@ -276,23 +276,6 @@ def _images(x: Tensor, proposal: Proposal) -> Tensor:
 
 def _fits(found: object, x: Tensor) -> bool:
     return isinstance(found, Tensor) and found.shape == x.shape
-
-
-def with_memory(classifier: Classifier, work: Callable[[], T]) -> T:
-    """Run; where the device's memory does not suffice, halve the batch and run again.
-
-    Raises:
-        RunError: not even one image fits.
-    """
-    while True:
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if classifier.batch_size == 1:
-                raise RunError("out of device memory even at batch size 1") from None
-            classifier.batch_size //= 2
-            if classifier.device.type == "cuda":
-                torch.cuda.empty_cache()
 
 
 def groups(specs: Iterable[AttackSpec], *, shared: bool = True) -> Iterator[list[AttackSpec]]:

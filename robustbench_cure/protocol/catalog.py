@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from robustbench_cure.cards import Battery, ModelCard, PublishedTable, read_card
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable, read_card
 
 T = TypeVar("T", ModelCard, Battery, PublishedTable)
 
@@ -52,7 +52,7 @@ def roots(extra: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
             raise UsageError(f"{reason}: no cards in {text}: they lie in its {', '.join(FOLDERS.values())}")
         if not any(path.samefile(other) for _, other in result):
             result.append((reason, path))
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     packaged, checkout = package / "_cards", package.parent
     if packaged.is_dir():
         result.append(("installed package", packaged))
@@ -102,6 +102,19 @@ def find(kind: type[T], name: str, extra: tuple[str, ...] = ()) -> Found[T]:
     plural = {"battery": "batteries", "model": "models"}.get(what)
     hint = f"; see `cure-bench list {plural}`" if plural else ""
     raise UsageError(f"unknown {what} {name!r}{did_you_mean(name, known)}{hint}")
+
+
+def load_battery(name: str, *, cards: tuple[str, ...] = ()) -> Battery:
+    """The battery with this id.
+
+    Args:
+        name: see ``cure-bench list batteries``.
+        cards: directories with further cards.
+
+    Raises:
+        UsageError: unknown id.
+    """
+    return find(Battery, name, cards).card
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -17,14 +17,14 @@ import click
 import tomli_w
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from robustbench_cure.cards import PublishedTable
-from robustbench_cure.catalog import FOLDERS
 from robustbench_cure.errors import UsageError
-from robustbench_cure.interop.model_info import THREATS
+from robustbench_cure.protocol.cards import PublishedTable
+from robustbench_cure.protocol.catalog import FOLDERS
+from robustbench_cure.protocol.schema import Fractional, describe
 from robustbench_cure.report.sheet import write_text
 from robustbench_cure.report.terminal import clean_text
 from robustbench_cure.report.wording import count, threat_words
-from robustbench_cure.strict import Fractional, describe
+from robustbench_cure.site.model_info import THREATS
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 #: RobustBench's name of a threat model -> ours.

@@ -16,12 +16,12 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Noise, Proposal, deepfool, fgsm, pgd, spsa
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier, resolve_device
+from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.files import write_atomically
-from robustbench_cure.judge import judge
 from robustbench_cure.masking.deceptive import DECEPTIVE
 from robustbench_cure.masking.evidence import Settings
 from robustbench_cure.masking.verdict import diagnose
-from robustbench_cure.provenance import environment
 from robustbench_cure.threat import ThreatModel
 
 #: Images of the affine network, and their shape.

@@ -11,9 +11,14 @@ from typing import Any, NoReturn
 
 import click
 
-from robustbench_cure import __version__, boundary_cli, gate_cli, geometry_cli, inventory, masking_cli
+from robustbench_cure.cli import boundary as boundary_cli
+from robustbench_cure.cli import gate as gate_cli
+from robustbench_cure.cli import geometry as geometry_cli
+from robustbench_cure.cli import inventory
+from robustbench_cure.cli import masking as masking_cli
 from robustbench_cure.errors import CureBenchError, UsageError
-from robustbench_cure.flags import FLAG_KINDS
+from robustbench_cure.evaluation.flags import FLAG_KINDS
+from robustbench_cure.version import __version__
 
 CARDS = click.option(
     "--cards", multiple=True, metavar="DIR", help="Directory with further cards; repeatable."
@@ -127,8 +132,9 @@ def cli(context: click.Context) -> None:
 @click.pass_obj
 def evaluate(words: list[str] | None, /, fail_on: tuple[str, ...], **options: object) -> int:
     """Judge models by a battery of attacks and write a report."""
-    from robustbench_cure.session import Request, run
-    from robustbench_cure.verdicts import failures
+    from robustbench_cure.cli.evaluate import run
+    from robustbench_cure.evaluation.flags import failures
+    from robustbench_cure.protocol.request import Request
 
     command = shlex.join(["cure-bench", *(words or [])])
     failed = failures(run(Request(**gate_cli.sized(options)), command=command), fail_on)
@@ -144,7 +150,8 @@ def evaluate(words: list[str] | None, /, fail_on: tuple[str, ...], **options: ob
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write the report of finished runs again, from their records alone."""
-    from robustbench_cure.session import find_records, write_and_name
+    from robustbench_cure.cli.evaluate import write_and_name
+    from robustbench_cure.evaluation.storage import find_records
 
     if out is None and len(runs) > 1:
         raise UsageError("several runs: say where the report goes with --out")
@@ -187,7 +194,7 @@ def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[st
 @CARDS
 def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
     """Write the records of a run in the form of other benchmarks."""
-    from robustbench_cure.interop.model_info import export as write
+    from robustbench_cure.site.model_info import export as write
 
     write(run, out, said, cards)
 
@@ -205,7 +212,7 @@ def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
 )
 def import_numbers(folder: Path, out: Path) -> None:
     """Read the numbers of other benchmarks as published rows."""
-    from robustbench_cure.interop.published_models import import_model_info
+    from robustbench_cure.site.published_models import import_model_info
 
     import_model_info(folder, out)
 
@@ -237,7 +244,7 @@ def verify_adv(words: list[str] | None, /, file: Path, **options: Any) -> int:
     images are (N, C, H, W), float in [0, 1]. Without ids: the first N of the split, in its order. Exit
     code 1: an image was refused, or none breaks a sample.
     """
-    from robustbench_cure.session import Request
+    from robustbench_cure.protocol.request import Request
     from robustbench_cure.verify import verify_file
 
     own = {key: options.pop(key) for key in ("tensor", "against", "source", "out")}
@@ -250,7 +257,8 @@ def verify_adv(words: list[str] | None, /, file: Path, **options: Any) -> int:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
 def merge(parts: tuple[Path, ...], out: Path) -> None:
     """Join the parts that `evaluate --shard I/K` wrote, and write the report."""
-    from robustbench_cure.session import merge_runs, write_and_name
+    from robustbench_cure.cli.evaluate import write_and_name
+    from robustbench_cure.evaluation.storage import merge_runs
 
     write_and_name(merge_runs(parts, out), out)
 

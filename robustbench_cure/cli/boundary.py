@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from robustbench_cure.cli.geometry import positive_step, study_of, study_options
+from robustbench_cure.cli.options import NumberRange
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry_cli import positive_step, study_of, study_options
-from robustbench_cure.options import NumberRange
 from robustbench_cure.threat import parse_fraction
 
 #: Of the smallest perturbation: further than the box is wide.

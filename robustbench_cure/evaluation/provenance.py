@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from robustbench_cure import __version__
-from robustbench_cure.catalog import is_our_checkout
-from robustbench_cure.record import Environment
+from robustbench_cure.evaluation.record import Environment
+from robustbench_cure.protocol.catalog import is_our_checkout
+from robustbench_cure.version import __version__
 
 
 def environment(device: torch.device, command: str = "", peers: Sequence[str] = ()) -> Environment:
@@ -22,7 +22,7 @@ def environment(device: torch.device, command: str = "", peers: Sequence[str] = 
         command: the command line, if there was one.
         peers: other libraries that took part, with their versions.
     """
-    commit, dirty = git_state(Path(__file__).parent.parent)
+    commit, dirty = git_state(Path(__file__).parents[2])
     return Environment(
         version=__version__,
         python=platform.python_version(),

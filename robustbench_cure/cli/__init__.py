@@ -1,0 +1,1 @@
+"""The command line `cure-bench`: one file a family of verbs; torch is imported late."""

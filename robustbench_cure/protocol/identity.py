@@ -1,0 +1,65 @@
+"""Who was judged, on which images: what tells two models, or two sets of images, apart.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+#: By how much of their largest value the answers of one network may differ between machines and libraries.
+ROUNDING = 1e-2
+
+#: What stands for the predicted label where logits are not finite.
+NO_ANSWER = -1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelInfo(_Part):
+    """Who was judged.
+
+    ``answers`` tell apart what equal weights do not: networks with another normalisation or other code
+    around the same weights. See `Classifier.answers`; empty: not known.
+    """
+
+    id: str
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    weights_sha256: str
+    card_digest: str = ""
+    published_row: str = ""
+    training: str = ""
+    answers: list[float] = []
+
+    def same_as(self, other: ModelInfo) -> bool:
+        """Whether both are one function: the same weights, and answers equal but for rounding."""
+        return self.weights_sha256 == other.weights_sha256 and same_answers(self.answers, other.answers)
+
+
+def same_answers(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two lists of answers are one function's, up to `ROUNDING`; unknown ones agree with all."""
+    if not one or not other:
+        return True
+    scale = max(map(abs, [*one, *other]))
+    return len(one) == len(other) and all(
+        abs(a - b) <= ROUNDING * scale for a, b in zip(one, other, strict=True)
+    )
+
+
+class DataInfo(_Part):
+    """On which images."""
+
+    name: str
+    split: str
+    n: int
+    total: int
+    digest: str
+    classes: list[str]
+    notes: str = ""
