@@ -264,6 +264,13 @@ def _constant(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network itself, without normalisation, casts and heads that this package put around it."""
+    while isinstance(module, (Normalised, _Cast, _TwoClasses)):
+        module = module.net
+    return unwrapped(module)
+
+
 class _Single(nn.DataParallel):  # type: ignore[type-arg]
     """What calls the network inside, plainly; the code around it may look for that by name."""
 

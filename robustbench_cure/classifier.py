@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustbench_cure.adapt import adapt, foreign, laid_out, one_line
+from robustbench_cure.adapt import adapt, bare, foreign, laid_out, one_line
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.fold import fold_batchnorm
 from robustbench_cure.protocol.identity import ModelInfo
-from robustbench_cure.state import Fingerprint, state_digest
+from robustbench_cure.state import Fingerprint, state_digest, tensors_digest
 
 T = TypeVar("T")
 
@@ -387,7 +387,8 @@ class Classifier:
             )
         if not self._asked:
             self._asked = True
-            self._info = self._info.model_copy(update={"answers": self.answers()})
+            known = {"answers": self.answers(), "tensors_sha256": tensors_digest(bare(self.module))}
+            self._info = self._info.model_copy(update=known)
         return self._info
 
     def answers(self) -> list[float]:

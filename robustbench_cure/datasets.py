@@ -24,6 +24,7 @@ from torch import Tensor
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.catalog import cache_dir, did_you_mean
+from robustbench_cure.protocol.identity import DataInfo
 from robustbench_cure.protocol.request import Split
 
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
@@ -76,6 +77,18 @@ class EvalSet:
         Grey levels take four times the memory so, and are converted anew each time: `take` the rows first.
         """
         return as_float(self.pixels)
+
+    def info(self) -> DataInfo:
+        """What a record says of these images."""
+        return DataInfo(
+            name=self.name,
+            split=self.split,
+            n=len(self),
+            total=self.total,
+            digest=self.digest,
+            classes=list(self.classes),
+            notes=self.notes,
+        )
 
     @property
     def digest(self) -> str:

@@ -49,6 +49,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all; see `write_atomically`."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def refuse_files(out: Path) -> None:
     """Refuse a folder for results that is a file, or lies below one (UsageError)."""
     for part in (out, *out.parents):

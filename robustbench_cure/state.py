@@ -1,4 +1,4 @@
-"""What a network holds: its weights and buffers, bit for bit."""
+"""What a network holds: its weights and buffers, bit for bit, and digests of them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,29 @@ def state_digest(module: nn.Module) -> str:
         # Quantised layers and others keep what is no tensor there, too.
         held = bits(value).cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
         digest.update(key.encode() + held)
+    return digest.hexdigest()
+
+
+def tensors_digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of a network's weights and buffers, hex.
+
+    Equal for equal tensors, whatever file they came from. Names are those of the bare network, without what
+    compilation puts before them; counters of batch-norm, which evaluation never reads and old files lack,
+    are left out.
+
+    Args:
+        module: the bare network, see `adapt.bare`.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        name = key.replace("_orig_mod.", "")
+        if name.endswith("num_batches_tracked"):
+            continue
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
+            digest.update(bits(value).cpu().numpy().tobytes())
+        else:  # quantised layers and others keep what is no tensor there, too
+            digest.update(f"{name} {value!r}\0".encode())
     return digest.hexdigest()
 
 

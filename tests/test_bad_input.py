@@ -477,21 +477,21 @@ for _name, (_change, _fragments) in NPZ.items():
 
 # --- options ------------------------------------------------------------------------------------------
 
-simple("no samples", "TOY --n 0", "--n", "0 is not in the range")
+simple("no samples", "TOY --n 0", "--n", "auto or a positive number")
 simple("more samples than there are", "TOY --n 21", "--n 21", "npz:toy", "only 20")
-simple("batch size of nothing", "TOY --batch-size 0", "--batch-size 0", "auto or a positive number")
-simple("batch size in words", "TOY --batch-size many", "--batch-size many", "auto or a positive number")
+simple("batch size of nothing", "TOY --batch-size 0", "--batch-size", "'0'", "auto or a positive number")
+simple("batch size in words", "TOY --batch-size many", "--batch-size", "'many'", "auto or a positive number")
 simple("negative seed", "TOY --seed -1", "--seed", "-1 is not in the range")
 simple("enormous seed", f"TOY --seed {2**64}", "--seed", "is not in the range")
-simple("part beyond the parts", "TOY --shard 3/2", "--shard 3/2", "I/K with 1 <= I <= K")
-simple("part in words", "TOY --shard x", "--shard x", "I/K")
+simple("part beyond the parts", "TOY --shard 3/2", "--shard", "3/2", "I/K with 1 <= I <= K")
+simple("part in words", "TOY --shard x", "--shard", "'x'", "I/K")
 simple("more parts than shards", "TOY --shard 2/2", "--shard 2/2", "only 1 shard")
 simple("mean of another count", "TOY --mean .1,.2 --std 1,1", "--mean and --std need 1 number", "npz:toy")
-simple("mean in words", "TOY --mean grey", "--mean grey", "numbers separated by commas")
-simple("mean that is not finite", "TOY --mean nan", "--mean nan", "finite")
-simple("mean of a card's model", "--model digits_cure --mean .5", "--mean", "'digits_cure'", "card")
+simple("mean in words", "TOY --mean grey", "--mean", "grey", "numbers separated by commas")
+simple("mean that is not finite", "TOY --mean nan", "--mean", "nan", "finite")
+simple("mean of a card's model", "--model digits_cure --mean .5", "--mean", "digits_cure", "card")
 simple("deviation 0", "TOY --std 0", "--std", "positive")
-simple("deviation infinite", "TOY --std inf", "--std inf", "finite")
+simple("deviation infinite", "TOY --std inf", "--std", "inf", "finite")
 simple("precision nobody has", "TOY --precision fp8", "--precision", "'fp8'", "bf16")
 simple("device nobody has", "TOY --device nonsense", "--device nonsense", "not available here")
 simple("device that computes nothing", "TOY --device meta", "--device meta", "auto, cpu or cuda")
@@ -897,7 +897,7 @@ def test_what_nobody_foresaw_is_one_line_too_and_can_be_looked_into(bench, capsy
     def broken(*_):
         raise KeyError("first\nsecond")
 
-    monkeypatch.setattr("robustbench_cure.cli.inventory.where", broken)
+    monkeypatch.setattr("robustbench_cure.cli.inventory.places", broken)
     message = refused(capsys, ["where"], code=3)
     assert "unexpected KeyError" in message
     assert "CURE_BENCH_DEBUG=1" in message

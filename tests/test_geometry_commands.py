@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,7 +39,7 @@ def invoke(*arguments: str):
 
 
 def refused(*arguments: str) -> str:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises((UsageError, click.ClickException)) as caught:
         invoke(*arguments)
     return str(caught.value)
 

@@ -15,10 +15,9 @@ from robustbench_cure import evaluate, load_battery, load_dataset, load_model
 from robustbench_cure.attacks import fgsm
 from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation.external import Evidence
+from robustbench_cure.evaluation.external import Evidence, read_images
 from robustbench_cure.site.found import scan
 from robustbench_cure.site.standings import boards
-from robustbench_cure.verify import read_images
 
 EPS = 51 / 255
 

@@ -1,68 +1,159 @@
-"""What the verbs of the command line do: put models, data and battery together, find records, name files."""
+"""Verbs that make and join records: `evaluate`, `merge`, `report`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from robustbench_cure import load_battery
-from robustbench_cure.classifier import Classifier
-from robustbench_cure.datasets import EvalSet
+from robustbench_cure.cli.options import (
+    BATCH_SIZE,
+    CARDS,
+    DATA,
+    DEVICE,
+    MODELS,
+    NETWORK,
+    PATH,
+    POINTS,
+    PRECISION,
+    AutoOr,
+    PartOf,
+    out,
+    seed,
+    taking,
+    with_options,
+)
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation.evaluate import SHARD_SIZE, admit, evaluate
-from robustbench_cure.evaluation.flags import Flag
-from robustbench_cure.evaluation.record import Record
+from robustbench_cure.evaluation.flags import FLAG_KINDS
 from robustbench_cure.files import refuse_files
-from robustbench_cure.loading import card_dataset, load_all, named_models
 from robustbench_cure.progress import ProgressLine
-from robustbench_cure.protocol.cards import Battery, ModelCard
-from robustbench_cure.protocol.catalog import find
-from robustbench_cure.protocol.request import Request
-from robustbench_cure.report.render import write_reports
-from robustbench_cure.report.terminal import terminal_table
+from robustbench_cure.protocol.request import EvaluateRequest
+
+if TYPE_CHECKING:
+    from robustbench_cure.classifier import Classifier
+    from robustbench_cure.datasets import EvalSet
+    from robustbench_cure.evaluation.flags import Flag
+    from robustbench_cure.evaluation.record import Record
+    from robustbench_cure.protocol.cards import Battery
+    from robustbench_cure.protocol.naming import ModelName
+
+#: What ``--n auto`` stands for until the tolerance is known.
+AUTO: Literal["auto"] = "auto"
 
 
-def run(request: Request, command: str = "") -> list[Record]:
+@click.command()
+@with_options(
+    MODELS,
+    click.option("--battery", metavar="ID", help="Protocol; default: the model card's own."),
+    click.option("--eps", metavar="EPS", help='Another radius for the battery, as "4/255"; steps follow it.'),
+    DATA,
+    click.option(
+        "--n",
+        type=AutoOr(AUTO),
+        metavar="N",
+        help="Number of samples, or auto: as --tolerance needs; default: what the battery asks for.",
+    ),
+    click.option("--tolerance", type=POINTS, help="With --n auto: that of `compare`, in points."),
+    NETWORK,
+    DEVICE,
+    PRECISION,
+    BATCH_SIZE,
+    seed("Of the attacks; default: the battery's."),
+    out("Run directory; default: runs/<battery>-<time>."),
+    click.option("--resume", is_flag=True, help="Go on with the run that --out holds."),
+    click.option(
+        "--shard",
+        type=PartOf(),
+        default="1/1",
+        metavar="I/K",
+        help="Do the I-th of K parts; join them with `cure-bench merge`.",
+    ),
+    click.option(
+        "--shard-size",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Samples that are written, resumed and split together; the same for all parts; default: 512.",
+    ),
+    click.option("--save-adversarials", is_flag=True, help="Keep every attack's images, float32."),
+    click.option(
+        "--allow-unreliable", is_flag=True, help="Evaluate a random or batch-dependent model, marked as such."
+    ),
+    click.option(
+        "--fail-on",
+        multiple=True,
+        type=click.Choice(list(FLAG_KINDS)),
+        metavar="FLAG",
+        help="Flag that makes the exit code 1 if it is raised; repeatable.",
+    ),
+    CARDS,
+)
+@taking(EvaluateRequest)
+def evaluate(request: EvaluateRequest, tolerance: Fraction | None, fail_on: tuple[str, ...]) -> int:
+    """Judge models by a battery of attacks and write a report."""
+    from robustbench_cure.evaluation.flags import failures
+
+    failed = failures(run(_sized(request, tolerance)), fail_on)
+    for line in failed:
+        click.echo(line)
+    return int(bool(failed))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@out("Where to write; default: into the run, if it is one.")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write the report of finished runs again, from their records alone."""
+    from robustbench_cure.evaluation.storage import find_records
+
+    if out is None and len(runs) > 1:
+        raise UsageError("several runs: say where the report goes with --out")
+    write_and_name(find_records(runs), out or runs[0])
+
+
+@click.command()
+@click.argument("parts", nargs=-1, required=True, type=PATH)
+@out("Run directory to make.", required=True)
+def merge(parts: tuple[Path, ...], out: Path) -> None:
+    """Join the parts that `evaluate --shard I/K` wrote, and write the report."""
+    from robustbench_cure.evaluation.storage import merge_runs
+
+    write_and_name(merge_runs(parts, out), out)
+
+
+def run(request: EvaluateRequest) -> list[Record]:
     """Evaluate every model of a request and write the report; names the files at the end.
 
     Raises:
         UsageError: anything wrong with the request, before the first forward pass.
         RunError: a model or the device failed.
     """
+    from robustbench_cure.evaluation.evaluate import SHARD_SIZE
+    from robustbench_cure.evaluation.evaluate import evaluate as evaluate_model
+    from robustbench_cure.loading import load_all, named_models
+
     if request.resume and request.out is None:
         raise UsageError("--resume needs --out DIR, the run to go on with")
-    shard = parse_shard(request.shard)
     models = named_models(request)
     battery = _battery(request, models)
-    dataset = request.dataset or _default_dataset(models[0], battery, request.cards)
-    classifiers, data = load_all(models, dataset, request)
+    classifiers, data = load_all(models, request, battery)
     if request.n_at_most and request.n is not None and request.n > len(data):
         click.echo(f"--n auto: {request.n:,} samples are needed, {data.name} has {len(data):,}", err=True)
         request = replace(request, n=len(data))
     out = request.out or Path("runs") / f"{battery.id}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     _check_places(models, classifiers, out, request.resume)
     flags = [_admit(*each, battery, data, request) for each in zip(models, classifiers, strict=True)]
-    first = classifiers[0]
-    n = request.n or min(battery.n or len(data), len(data))
-    head = [
-        f"{battery.name}\n{data.name} {data.split}, {n} of {len(data)} samples; device {first.device}, "
-        f"search in {first.precision}, batch size {first.batch_size}"
-    ]
+    heading = [_head(classifiers[0], battery, data, request)]
     records = []
     for classifier, raised in zip(classifiers, flags, strict=True):
         info = classifier.model_info()
-        with ProgressLine(info.id) as progress:
-
-            def told(done: float, total: float, doing: str, line: ProgressLine = progress) -> None:
-                while head:  # said once the run is under way: before that an error is all there is to say
-                    click.echo(head.pop(), err=True)
-                line(done, total, doing)
-
+        with ProgressLine(info.id) as line:
             try:
-                record = evaluate(
+                record = evaluate_model(
                     classifier,
                     battery,
                     data,
@@ -70,12 +161,12 @@ def run(request: Request, command: str = "") -> list[Record]:
                     seed=request.seed,
                     out=out / info.id,
                     resume=request.resume,
-                    shard=shard,
+                    shard=request.shard,
                     shard_size=request.shard_size or SHARD_SIZE,
                     allow_unreliable=request.allow_unreliable,
                     save_adversarials=request.save_adversarials,
-                    command=command,
-                    progress=told,
+                    command=request.command,
+                    progress=_after(heading, line),
                     flags=raised,
                 )
             except KeyboardInterrupt:
@@ -83,17 +174,64 @@ def run(request: Request, command: str = "") -> list[Record]:
                     f"finished shards are kept: go on with the same command and --resume --out {out}"
                 ) from None
         records.append(record)
-    if shard != (1, 1):
-        click.echo(f"part {shard[0]} of {shard[1]} is in {out}; join the parts with `cure-bench merge`")
+    if request.shard != (1, 1):
+        part, parts = request.shard
+        click.echo(f"part {part} of {parts} is in {out}; join the parts with `cure-bench merge`")
     else:
         # In the order in which `report` finds them, so that it writes the same files again.
         write_and_name(sorted(records, key=lambda record: record.manifest.model.id), out)
     return records
 
 
-def _battery(request: Request, models: tuple[str, ...]) -> Battery:
-    battery = load_battery(request.battery or _default_battery(models, request.cards), cards=request.cards)
-    if not request.models and request.dataset is None and battery.dataset not in ("", "digits"):
+def _sized(request: EvaluateRequest, tolerance: Fraction | None) -> EvaluateRequest:
+    """The request with ``--n auto`` turned into the number that the tolerance needs.
+
+    Raises:
+        UsageError: only one of the two was given, or the tolerance is too small or too large.
+    """
+    given: object = request.n
+    if (given == AUTO) != (tolerance is not None):
+        raise UsageError("--n auto and --tolerance POINTS go together")
+    if tolerance is None:
+        return request
+    from robustbench_cure.gate.verdict import Rules
+    from robustbench_cure.stats import sample_size
+
+    if not 0 < tolerance < Fraction(1, 4):
+        shown = f"{100 * float(tolerance):g}"
+        raise UsageError(f"--tolerance {shown}: --n auto needs a tolerance between 0 and 25 points")
+    try:
+        n = sample_size(tolerance, Rules().level)
+    except ValueError as error:
+        raise UsageError(f"--n auto: {error}") from None
+    return replace(request, n=n, n_at_most=True)
+
+
+def _head(classifier: Classifier, battery: Battery, data: EvalSet, request: EvaluateRequest) -> str:
+    """What is evaluated, and how: said once the run is under way."""
+    n = request.n or min(battery.n or len(data), len(data))
+    return (
+        f"{battery.name}\n{data.name} {data.split}, {n} of {len(data)} samples; device {classifier.device}, "
+        f"search in {classifier.precision}, batch size {classifier.batch_size}"
+    )
+
+
+def _after(heading: list[str], line: ProgressLine) -> Callable[[float, float, str], None]:
+    """Progress that prints a heading first, once; before that an error is all there is to say."""
+
+    def progress(done: float, total: float, doing: str) -> None:
+        while heading:
+            click.echo(heading.pop(), err=True)
+        line(done, total, doing)
+
+    return progress
+
+
+def _battery(request: EvaluateRequest, models: Sequence[ModelName]) -> Battery:
+    from robustbench_cure.loading import EMBEDDED, named_battery
+
+    battery = named_battery(request.battery, models, request.cards)
+    if not request.models and request.dataset is None and battery.dataset not in ("", EMBEDDED):
         raise UsageError(f"--battery {battery.id} is of {battery.dataset}: name a model with --model")
     if request.eps is None:
         return battery
@@ -103,7 +241,9 @@ def _battery(request: Request, models: tuple[str, ...]) -> Battery:
         raise UsageError(f"--eps {request.eps}: {error}") from None
 
 
-def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: Path, resume: bool) -> None:
+def _check_places(
+    models: Sequence[ModelName], classifiers: list[Classifier], out: Path, resume: bool
+) -> None:
     """Refuse what would only show when the first models are done: a place taken, or one for two models."""
     refuse_files(out)
     places: dict[str, str] = {}
@@ -113,7 +253,7 @@ def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: P
             raise UsageError(
                 f"--model {places[place]} and --model {model} both write to {out / place}: rename one"
             )
-        places[place] = model
+        places[place] = model.name
         if not resume and (out / place / "manifest.json").exists():
             raise UsageError(
                 f"{out / place}: already holds a run; continue it with --resume or choose another --out"
@@ -121,41 +261,21 @@ def _check_places(models: tuple[str, ...], classifiers: list[Classifier], out: P
 
 
 def _admit(
-    model: str, classifier: Classifier, battery: Battery, data: EvalSet, request: Request
+    model: ModelName, classifier: Classifier, battery: Battery, data: EvalSet, request: EvaluateRequest
 ) -> list[Flag]:
+    from robustbench_cure.evaluation.evaluate import admit
+
     try:
         return admit(classifier, battery, data, n=request.n or 0, allow_unreliable=request.allow_unreliable)
     except UsageError as error:
         raise UsageError(f"{model}: {error}") from error
 
 
-def _default_battery(models: tuple[str, ...], cards: tuple[str, ...]) -> str:
-    if any(":" in model for model in models):
-        return "strong"
-    wanted = {find(ModelCard, model, cards).card.battery for model in models}
-    if len(wanted) > 1:
-        raise UsageError(
-            f"these models have different batteries ({', '.join(sorted(wanted))}): choose one with --battery"
-        )
-    return wanted.pop()
-
-
-def _default_dataset(model: str, battery: Battery, cards: tuple[str, ...]) -> str:
-    return battery.dataset or card_dataset(model, cards)
-
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """``2/4`` is the second of four parts."""
-    if text is None:
-        return (1, 1)
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise UsageError(f"--shard {text}: write I/K with 1 <= I <= K")
-    return (int(part), int(parts))
-
-
 def write_and_name(records: list[Record], out: Path) -> None:
     """Write the report files and print the table and where they are."""
+    from robustbench_cure.report.render import write_reports
+    from robustbench_cure.report.terminal import terminal_table
+
     files = write_reports(records, out)
     click.echo(terminal_table(records))
     for file in files:

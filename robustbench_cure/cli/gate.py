@@ -1,81 +1,24 @@
-"""The gate's verbs: options here, work in `robustbench_cure.gate`."""
+"""Verbs of the gate: `compare` and `baseline update`."""
 
 from __future__ import annotations
 
-from decimal import Decimal
+import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from robustbench_cure.cli.options import NumberRange
+from robustbench_cure.cli.options import PATH, POINTS, NumberRange, Percentage
 from robustbench_cure.errors import UsageError
 
-
-class Percentage(click.ParamType):  # type: ignore[type-arg]
-    """A number of per cent or points, kept as an exact share: 1.5 is 3/200."""
-
-    name = "number"
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
-        """The share."""
-        if isinstance(value, Fraction):
-            return value
-        try:
-            share = Fraction(Decimal(value)) / 100
-        except (ArithmeticError, ValueError, TypeError):
-            self.fail(f"{value!r} is not a number.", param, ctx)
-        if not 0 <= 100 * share <= self.most:
-            self.fail(f"{value} is not between 0 and {self.most}.", param, ctx)
-        return share
-
-
-class Samples(click.ParamType):  # type: ignore[type-arg]
-    """A positive number, or ``auto``."""
-
-    name = "samples"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or the word."""
-        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
-
-
-#: Points of accuracy.
-POINTS = Percentage(50)
-
-
-def sized(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `evaluate` with ``--n auto`` turned into the number that the tolerance needs.
-
-    Raises:
-        UsageError: only one of the two was given, or the tolerance is too small or too large.
-    """
-    tolerance = options.pop("tolerance")
-    auto = options["n"] == "auto"
-    if auto != (tolerance is not None):
-        raise UsageError("--n auto and --tolerance POINTS go together")
-    if not auto:
-        return options
-    from robustbench_cure.gate.verdict import Rules
-    from robustbench_cure.stats import sample_size
-
-    if not 0 < tolerance < Fraction(1, 4):
-        shown = f"{100 * float(tolerance):g}"
-        raise UsageError(f"--tolerance {shown}: --n auto needs a tolerance between 0 and 25 points")
-    try:
-        n = sample_size(tolerance, Rules().level)
-    except ValueError as error:
-        raise UsageError(f"--n auto: {error}") from None
-    return options | {"n": n, "n_at_most": True}
+if TYPE_CHECKING:
+    from robustbench_cure.evaluation.record import Record
 
 
 @click.command()
-@click.argument("new", type=click.Path(path_type=Path))
-@click.argument("baseline", type=click.Path(path_type=Path))
+@click.argument("new", type=PATH)
+@click.argument("baseline", type=PATH)
 @click.option(
     "--tolerance",
     type=POINTS,
@@ -101,9 +44,9 @@ def sized(options: dict[str, Any]) -> dict[str, Any]:
     multiple=True,
     help="Verdicts whose exit code is 0 all the same; repeatable.",
 )
-@click.option("--markdown", type=click.Path(path_type=Path), help="Write a summary.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML.")
-@click.option("--json", type=click.Path(path_type=Path), help="Write everything as JSON.")
+@click.option("--markdown", type=PATH, help="Write a summary.")
+@click.option("--junit", type=PATH, help="Write JUnit XML.")
+@click.option("--json", type=PATH, help="Write everything as JSON.")
 @click.option("--github", is_flag=True, help="Print annotations and add the summary to the job's.")
 def compare(
     new: Path,
@@ -112,16 +55,31 @@ def compare(
     min_robust: Fraction | None,
     level: float,
     accept: tuple[str, ...],
-    **outputs: Any,
+    markdown: Path | None,
+    junit: Path | None,
+    json: Path | None,
+    github: bool,
 ) -> int:
     """Is the run NEW as robust as BASELINE, sample by sample?
 
     Exit codes: 0 pass, 1 regression, suspicious rise or inconclusive, 2 not comparable.
     """
-    from robustbench_cure.gate.command import run
+    from robustbench_cure.evaluation.storage import find_records
+    from robustbench_cure.files import write_text
+    from robustbench_cure.gate import render
+    from robustbench_cure.gate.compare import compare_runs
     from robustbench_cure.gate.verdict import Rules
 
-    return run(new, baseline, Rules(tolerance, min_robust, level / 100, accept), **outputs)
+    rules = Rules(tolerance, min_robust, level / 100, accept)
+    comparisons = compare_runs(find_records((new,)), find_records((baseline,)), rules)
+    click.echo(render.terminal(comparisons, rules))
+    for path, form in ((markdown, render.to_markdown), (junit, render.to_junit), (json, render.to_json)):
+        if path is not None:
+            write_text(path, form(comparisons, rules))
+    if github:
+        click.echo("\n".join(render.to_annotations(comparisons, rules)))
+        _add_to_summary(render.to_markdown(comparisons, rules))
+    return render.overall(comparisons, rules).exit_code
 
 
 @click.group()
@@ -130,13 +88,45 @@ def baseline() -> None:
 
 
 @baseline.command()
-@click.argument("new", type=click.Path(path_type=Path))
-@click.argument("baseline", type=click.Path(path_type=Path))
+@click.argument("new", type=PATH)
+@click.argument("baseline", type=PATH)
 def update(new: Path, baseline: Path) -> None:
     """Make the run NEW the BASELINE, and show what changes."""
-    from robustbench_cure.gate.command import update as work
+    from robustbench_cure.evaluation.storage import find_records
+    from robustbench_cure.gate.baseline import places, replace
 
-    work(new, baseline)
+    records = places(find_records((new,)), new, baseline)
+    for place, record in records.items():
+        click.echo(_change(record, place) + "\n")
+    replace(records)
+    click.echo(f"baseline: {baseline}")
+
+
+def _change(record: Record, place: Path) -> str:
+    """The table of changes, under the usual rules; of a model without a baseline what it starts from."""
+    from robustbench_cure.evaluation.record import Record
+    from robustbench_cure.gate import render
+    from robustbench_cure.gate.compare import compare as compare_records
+    from robustbench_cure.gate.verdict import Rules
+    from robustbench_cure.report.wording import interval, percent
+
+    if not (place / "manifest.json").exists():
+        worst = record.worst_case_accuracy
+        return (
+            f"{record.manifest.model.id}: new; worst case {percent(worst)} {interval(worst)} of {worst.total}"
+        )
+    return render.terminal([compare_records(record, Record.load(place), Rules())], Rules())
+
+
+def _add_to_summary(text: str) -> None:
+    place = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not place:
+        return
+    try:
+        with Path(place).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise UsageError(f"GITHUB_STEP_SUMMARY: {place}: cannot be written: {error.strerror}") from None
 
 
 VERBS = (compare, baseline)

@@ -10,36 +10,14 @@ from typing import Any
 
 import click
 
+from robustbench_cure.cli.options import STUDY
 from robustbench_cure.errors import UsageError
 from robustbench_cure.threat import parse_fraction
 
 
 def study_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that all verbs share which look at models on some images, named as those of `evaluate`."""
-    options = [
-        click.option(
-            "--model", "models", multiple=True, metavar="ID", help="As for evaluate; repeatable: shared axes."
-        ),
-        click.option("--dataset", metavar="NAME", help="Data set; default: the first model's."),
-        click.option("--data-dir", type=click.Path(path_type=Path), help="Where the data are."),
-        click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True),
-        click.option("--n", type=click.IntRange(1), help="Number of images."),
-        click.option("--weights", type=click.Path(path_type=Path), help="Weights, instead of the card's."),
-        click.option("--mean", metavar="M,M,M", help="Channel means of a model of your own."),
-        click.option("--std", metavar="S,S,S", help="Channel standard deviations, likewise."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
-        click.option("--batch-size", default="auto", show_default=True, help="Images a pass."),
-        click.option(
-            "--seed",
-            type=click.IntRange(0, 2**63 - 1),
-            help="Of whatever is random; section, surface: of the image.",
-        ),
-        click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<verb>-<time>."),
-        click.option("--cards", multiple=True, metavar="DIR", help="Directory with further cards."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return click.pass_obj(command)
+    """Options that all verbs share which look at models on some images."""
+    return STUDY(click.pass_obj(command))
 
 
 STEP = click.option(

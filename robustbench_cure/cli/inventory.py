@@ -1,4 +1,7 @@
-"""What can be named, whether it is well-formed, and where it is looked for. Imports no torch."""
+"""Verbs `list`, `validate` and `where`: what can be named, whether it is well-formed, where it is looked for.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, get_args
 
+import click
+
+from robustbench_cure.cli.options import CARDS, PATH
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable, read_card
 from robustbench_cure.protocol.catalog import Found, cache_dir, catalog, roots
@@ -28,6 +34,29 @@ DATASET_SUMMARIES = {
     "folder": "your image files: DIR/test/<class>/*",
     "npz": "your arrays: x, y (or x_test, y_test), uint8 or float32 in [0, 1]",
 }
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(["models", "batteries", "attacks", "datasets"]))
+@CARDS
+def list_(what: str, cards: tuple[str, ...]) -> None:
+    """Show what can be named."""
+    click.echo(listing(what, cards))
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=PATH)
+@CARDS
+def validate(files: tuple[Path, ...], cards: tuple[str, ...]) -> None:
+    """Check FILES, or every card that can be found, and what they refer to."""
+    click.echo(checked(files, cards))
+
+
+@click.command()
+@CARDS
+def where(cards: tuple[str, ...]) -> None:
+    """Say where cards, weights and data are looked for."""
+    click.echo(places(cards))
 
 
 def listing(what: str, cards: tuple[str, ...] = ()) -> str:
@@ -50,7 +79,7 @@ def listing(what: str, cards: tuple[str, ...] = ()) -> str:
     return _table(("dataset", "what it is"), list(DATASET_SUMMARIES.items()))
 
 
-def validate(files: tuple[Path, ...] = (), cards: tuple[str, ...] = ()) -> str:
+def checked(files: tuple[Path, ...] = (), cards: tuple[str, ...] = ()) -> str:
     """Parse cards and check what they refer to.
 
     Args:
@@ -74,7 +103,7 @@ def validate(files: tuple[Path, ...] = (), cards: tuple[str, ...] = ()) -> str:
     return f"{len(models)} models, {len(batteries)} batteries, {len(tables)} published tables: all valid"
 
 
-def where(cards: tuple[str, ...] = ()) -> str:
+def places(cards: tuple[str, ...] = ()) -> str:
     """Card roots in order of lookup, the cache, and the version."""
     lines = [("version", __version__), ("code", str(Path(__file__).parents[1]))]
     lines += [(f"cards ({reason})", str(path)) for reason, path in roots(cards)]

@@ -100,10 +100,11 @@ def _threat(models: dict[str, Any], norm: Any, eps: str | None, cards: tuple[str
     from robustbench_cure import load_battery
     from robustbench_cure.protocol.cards import ModelCard
     from robustbench_cure.protocol.catalog import catalog
+    from robustbench_cure.protocol.naming import DEFAULT_BATTERY
     from robustbench_cure.threat import ThreatModel
 
     known = catalog(ModelCard, cards)
-    batteries = {known[name].card.battery if name in known else "strong" for name in models}
+    batteries = {known[name].card.battery if name in known else DEFAULT_BATTERY for name in models}
     threats = {load_battery(battery, cards=cards).threat.model for battery in batteries}
     if len(threats) > 1 and (norm is None or eps is None):
         raise UsageError("these models' batteries have different threat models: give --norm and --eps")

@@ -33,7 +33,6 @@ from robustbench_cure.evaluation.storage import (
     write_shard,
 )
 from robustbench_cure.protocol.cards import Battery
-from robustbench_cure.protocol.identity import DataInfo
 from robustbench_cure.protocol.specs import PGD, Peer
 
 #: Samples in one shard: the unit of resuming and splitting. Part of a run's identity.
@@ -108,15 +107,7 @@ def evaluate(
         model=classifier.model_info(),
         battery=battery,
         battery_digest=battery.digest,
-        data=DataInfo(
-            name=subset.name,
-            split=subset.split,
-            n=len(subset),
-            total=subset.total,
-            digest=subset.digest,
-            classes=list(subset.classes),
-            notes=subset.notes,
-        ),
+        data=subset.info(),
         config=config,
         environment=environment(classifier.device, command, _peers(battery)),
         flags=flags,

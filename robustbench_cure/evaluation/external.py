@@ -10,22 +10,29 @@ Read by the site, which lowers the best known number of a model by them, under t
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
+from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.classifier import Classifier, with_memory
+from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.preflight import preflight
 from robustbench_cure.evaluation.record import Environment, Record, write_table
+from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.files import write_atomically
-from robustbench_cure.protocol.cards import Threat
+from robustbench_cure.protocol.cards import Battery, Threat
 from robustbench_cure.protocol.identity import DataInfo, ModelInfo
 from robustbench_cure.protocol.schema import describe
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA_VERSION = 1
 MANIFEST = "external.json"
@@ -95,8 +102,6 @@ class Evidence:
         Raises:
             UsageError: damaged, or of another schema.
         """
-        import pandas as pd
-
         file, table = path / MANIFEST, path / "samples.parquet"
         try:
             submission = Submission.model_validate_json(file.read_text(encoding="utf-8"))
@@ -125,3 +130,160 @@ class Evidence:
         found = record.clean_correct.copy()
         found[:] = [pair in keys for pair in pairs]
         return found
+
+
+# --- files of adversarial examples -------------------------------------------------------------------------
+
+#: Array of the images in an .npz file, and of their ids.
+IMAGES, IDS = "x_adv", "ids"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a file holds.
+
+    Attributes:
+        images: (N,C,H,W) as stored.
+        ids: names of the samples; None: the first N of the split, in its order.
+        sha256: of the file.
+    """
+
+    images: Tensor
+    ids: tuple[str, ...] | None
+    sha256: str
+
+
+def read_images(file: Path, tensor: str = "") -> Given:
+    """Read a .safetensors or .npz file of adversarial examples.
+
+    Args:
+        file: a safetensors file with the ids as a JSON list under ``sample_ids`` of its metadata, as
+            `evaluate --save-adversarials` writes them, or an .npz file with ``x_adv`` and ``ids``.
+        tensor: name of the images where the file holds several.
+
+    Raises:
+        UsageError: another format, damaged, or no images of a floating or 8-bit type.
+    """
+    try:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from None
+    readers = {".safetensors": _safetensors, ".npz": _npz}
+    if file.suffix not in readers:
+        raise UsageError(f"{file}: give a .safetensors or .npz file")
+    images, ids = readers[file.suffix](file, tensor)
+    if images.dim() != 4 or not len(images):
+        raise UsageError(f"{file}: expected images (N, C, H, W), got the shape {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    if not images.is_floating_point():
+        raise UsageError(f"{file}: images must be float in [0, 1] or uint8, not {images.dtype}")
+    if ids is not None and len(ids) != len(images):
+        raise UsageError(f"{file}: {len(images)} images and {len(ids)} ids")
+    twice = [name for name, n in Counter(ids or ()).items() if n > 1]
+    if twice:
+        raise UsageError(f"{file}: sample {twice[0]!r} is given twice")
+    return Given(images.float(), ids, sha256)
+
+
+def _safetensors(file: Path, tensor: str) -> tuple[Tensor, tuple[str, ...] | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as archive:
+            name = _choose(file, list(archive.keys()), tensor)
+            ids = (archive.metadata() or {}).get("sample_ids")
+            names = None if ids is None else tuple(map(str, json.loads(ids)))
+            return archive.get_tensor(name), names
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise UsageError(f"{file}: not a readable .safetensors file: {error}") from None
+
+
+def _npz(file: Path, tensor: str) -> tuple[Tensor, tuple[str, ...] | None]:
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            names = [name for name in archive.files if name != IDS]
+            images = archive[_choose(file, names, tensor or (IMAGES if IMAGES in names else ""))]
+            ids = tuple(map(str, archive[IDS].tolist())) if IDS in archive.files else None
+            return torch.from_numpy(images), ids
+    except UsageError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib each have their own
+        raise UsageError(f"{file}: not a readable .npz file: {error}") from None
+
+
+def _choose(file: Path, names: list[str], wanted: str) -> str:
+    if wanted in names:
+        return wanted
+    if len(names) == 1 and not wanted:
+        return names[0]
+    if wanted:
+        raise UsageError(f"{file}: no tensor {wanted!r}; it has {', '.join(names) or 'none'}")
+    raise UsageError(f"{file}: holds {', '.join(names) or 'nothing'}: choose one with --tensor")
+
+
+def match(given: Given, data: EvalSet, file: Path) -> EvalSet:
+    """The original images, in the order of the file.
+
+    Raises:
+        UsageError: an unknown id, too many images, or images of another shape.
+    """
+    if given.images.shape[1:] != data.pixels.shape[1:]:
+        shapes = tuple(given.images.shape[1:]), tuple(data.pixels.shape[1:])
+        raise UsageError(f"{file}: images of shape {shapes[0]}; {data.name} has {shapes[1]}")
+    if given.ids is None:
+        if len(given.images) > len(data):
+            raise UsageError(f"{file}: {len(given.images)} images; {data.name} {data.split} has {len(data)}")
+        return data.take(range(len(given.images)))
+    rows = {name: row for row, name in enumerate(data.ids)}
+    unknown = [name for name in given.ids if name not in rows]
+    if unknown:
+        example = f"{data.ids[0]!r}"
+        raise UsageError(
+            f"{file}: {data.name} {data.split} has no sample {unknown[0]!r}; ids are like {example}"
+        )
+    return data.take([rows[name] for name in given.ids])
+
+
+def check(classifier: Classifier, battery: Battery, originals: EvalSet, images: Tensor) -> pd.DataFrame:
+    """Judge images row by row.
+
+    Args:
+        classifier: the model.
+        battery: its threat model is the one in question.
+        originals: what the images were made from.
+        images: float32 (N,C,H,W).
+
+    Returns:
+        A row an image, see `COLUMNS`, and ``correct``: whether the model classifies the
+        original correctly.
+
+    Raises:
+        UsageError: the model does not fit the data, or is random or batch-dependent: one lucky pass is no
+            proof.
+    """
+    unreliable = [f for f in preflight(classifier, originals) if f.about.severity == "unreliable"]
+    if unreliable:
+        raise UsageError(
+            f"{unreliable[0].about.title.lower()}: {unreliable[0].evidence}; nothing can be verified on it"
+        )
+    x, y = originals.images.to(classifier.device), originals.labels.to(classifier.device)
+    proposal = Proposal.start(x)
+    proposal.x_adv = images.to(x.device)
+    threat = battery.threat.model
+    verdict = with_memory(classifier, lambda: judge(classifier, x, y, proposal, threat))
+    correct = with_memory(classifier, lambda: classifier.logits(x).argmax(1) == y)
+    table = pd.DataFrame(
+        {
+            "sample_id": list(originals.ids),
+            "image_sha256": list(originals.hashes),
+            "label": y.cpu().numpy(),
+            "broken": verdict.broken.numpy(),
+            "pred": verdict.pred.numpy(),
+            "margin": verdict.margin.numpy(),
+            "linf": verdict.linf.numpy(),
+            "l2": verdict.l2.numpy(),
+            "violation": verdict.violation,
+        }
+    ).astype(COLUMNS)
+    return table.assign(correct=correct.cpu().numpy())

@@ -114,10 +114,9 @@ class Manifest(_Part):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What must agree for two shards to belong to one run."""
+        """What must agree for two shards to belong to one run, beside the weights."""
         config = self.config.model_dump(exclude={"batch_size", "device", "shard"})
         return {
-            "model weights": self.model.weights_sha256,
             "model": self.model.id,
             "battery": self.battery_digest,
             "data": self.data.digest,

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -171,17 +171,21 @@ def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:
     Raises:
         UsageError: names the first thing that differs.
     """
-    if before.model.weights_sha256 == now.model.weights_sha256 and not before.model.same_as(now.model):
+    if not before.model.same_weights(now.model):
+        _refuse(where, "model weights", before.model.weights_sha256, now.model.weights_sha256)
+    if not before.model.same_as(now.model):
         raise UsageError(
             f"{where}: holds a run of the same weights in another network (code, mean or std); "
             "choose another --out"
         )
     for name, value in now.identity.items():
         if before.identity[name] != value:
-            shown = (str(before.identity[name])[:12], str(value)[:12])
-            raise UsageError(
-                f"{where}: holds another run: {name} was {shown[0]}, now {shown[1]}; choose another --out"
-            )
+            _refuse(where, name, before.identity[name], value)
+
+
+def _refuse(where: Path, name: str, before: object, now: object) -> NoReturn:
+    was, is_now = str(before)[:12], str(now)[:12]
+    raise UsageError(f"{where}: holds another run: {name} was {was}, now {is_now}; choose another --out")
 
 
 def finish(

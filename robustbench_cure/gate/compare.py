@@ -219,9 +219,11 @@ def _paired(name: str, new: Record | None, baseline: Record | None, rules: Rules
 
 def _notes(new: Record, baseline: Record) -> list[Difference]:
     a, b = new.manifest, baseline.manifest
+    same_weights = a.model.same_weights(b.model)
+    weights = ["same"] * 2 if same_weights else [m.model.weights_sha256[:8] for m in (a, b)]
     pairs = (
         ("model", a.model.id, b.model.id),
-        ("weights", _weights(new)[:8], _weights(baseline)[:8]),
+        ("weights", *weights),
         ("samples", f"{new.n:,}", f"{baseline.n:,}"),
         ("seed", a.config.seed, b.config.seed),
         ("search in", a.config.precision, b.config.precision),
@@ -231,7 +233,7 @@ def _notes(new: Record, baseline: Record) -> list[Difference]:
         ("flags", _flags(new), _flags(baseline)),
     )
     noted = [Difference(what, str(now), str(before)) for what, now, before in pairs if now != before]
-    if _weights(new) == _weights(baseline) and not _same(new, baseline):
+    if same_weights and not _same(new, baseline):
         noted.insert(0, Difference("code, mean or std around the same weights", "other", "as they were"))
     return noted
 
@@ -248,7 +250,3 @@ def _reliability(record: Record) -> str:
 
 def _same(new: Record, baseline: Record) -> bool:
     return new.manifest.model.same_as(baseline.manifest.model)
-
-
-def _weights(record: Record) -> str:
-    return record.manifest.model.weights_sha256

@@ -15,8 +15,9 @@ from torch import nn
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.interop.robustbench import import_robustbench
-from robustbench_cure.interop.robustbench_zoo import PREFIX, entry
+from robustbench_cure.interop.robustbench_zoo import entry
 from robustbench_cure.protocol.catalog import did_you_mean
+from robustbench_cure.protocol.naming import ROBUSTBENCH
 
 #: What a card can write as an option.
 Scalar: TypeAlias = int | float | str | bool
@@ -27,7 +28,7 @@ def network(name: str, num_classes: int, args: Mapping[str, Scalar]) -> nn.Modul
 
     Args:
         name: after the prefix: ``module.Class`` of ``robustbench.model_zoo.architectures``, or an entry as in
-            `robustbench_zoo.parts`.
+            `robustbench_parts`.
         num_classes: handed on where the class takes it.
         args: options of the class; an entry has none.
 
@@ -38,7 +39,7 @@ def network(name: str, num_classes: int, args: Mapping[str, Scalar]) -> nn.Modul
     try:
         return _entry(name, args) if "/" in name or "." not in name else _built(name, num_classes, args)
     except UsageError as error:
-        raise UsageError(f"architecture {PREFIX}{name}: {error}") from None
+        raise UsageError(f"architecture {ROBUSTBENCH}{name}: {error}") from None
 
 
 def _entry(name: str, args: Mapping[str, Scalar]) -> nn.Module:

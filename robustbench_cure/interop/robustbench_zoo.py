@@ -23,30 +23,7 @@ from robustbench_cure.files import write_atomically
 from robustbench_cure.interop.robustbench import import_robustbench
 from robustbench_cure.protocol.catalog import cache_dir, did_you_mean
 from robustbench_cure.protocol.identity import ModelInfo
-
-PREFIX = "robustbench:"
-#: Data set -> classes and image shape.
-DATASETS = {
-    "cifar10": (10, (3, 32, 32)),
-    "cifar100": (100, (3, 32, 32)),
-    "imagenet": (1000, (3, 224, 224)),
-}
-
-
-def parts(name: str) -> tuple[str, str, str]:
-    """Data set, threat model and model of ``robustbench:[dataset/threat/]NAME``; default: cifar10, Linf.
-
-    Raises:
-        UsageError: not of that form, or an unknown data set.
-    """
-    words = name.removeprefix(PREFIX).split("/")
-    if len(words) == 1:
-        words = ["cifar10", "Linf", *words]
-    if len(words) != 3 or not all(words):
-        raise UsageError(f"{name}: write robustbench:NAME or robustbench:cifar100/Linf/NAME")
-    if words[0] not in DATASETS:
-        raise UsageError(f"{name}: unknown data set {words[0]!r}; there are {', '.join(DATASETS)}")
-    return words[0], words[1], words[2]
+from robustbench_cure.protocol.naming import ROBUSTBENCH_DATASETS, robustbench_parts
 
 
 def known(dataset: str, threat: str) -> dict[str, dict[str, Any]]:
@@ -69,12 +46,12 @@ def known(dataset: str, threat: str) -> dict[str, dict[str, Any]]:
 
 
 def entry(name: str) -> tuple[str, str, str, dict[str, Any]]:
-    """Data set, threat model, model and RobustBench's entry of a name, see `parts`.
+    """Data set, threat model, model and RobustBench's entry of a name, see `robustbench_parts`.
 
     Raises:
         UsageError: there is no such entry.
     """
-    dataset, threat, model = parts(name)
+    dataset, threat, model = robustbench_parts(name)
     entries = known(dataset, threat)
     if model not in entries:
         hint = did_you_mean(model, entries)
@@ -86,7 +63,7 @@ def load(name: str) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
     """A RobustBench model with its weights.
 
     Args:
-        name: see `parts`.
+        name: see `robustbench_parts`.
 
     Returns:
         The network in evaluation mode, what the record says of it, its classes and its image shape.
@@ -110,7 +87,7 @@ def load(name: str) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
                 f"({' '.join(str(error).split())[:120] or type(error).__name__}); try again with a network"
             ) from error
         raise UsageError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-    classes, shape = DATASETS[dataset]
+    classes, shape = ROBUSTBENCH_DATASETS[dataset]
     info = ModelInfo(
         id="robustbench_" + "".join(c if c.isalnum() else "_" for c in f"{dataset}_{threat}_{model}".lower()),
         name=f"{model} (RobustBench)",

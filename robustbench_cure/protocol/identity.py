@@ -23,8 +23,21 @@ class _Part(BaseModel):
 class ModelInfo(_Part):
     """Who was judged.
 
-    ``answers`` tell apart what equal weights do not: networks with another normalisation or other code
-    around the same weights. See `Classifier.answers`; empty: not known.
+    Attributes:
+        id: of the card, or made of the name that was given.
+        name: what reports print.
+        source: where network and weights come from, in words.
+        architecture: name of the architecture.
+        parameters: their number.
+        weights_sha256: SHA-256 of the weights file, hex; without a file, of the state dict's names and bytes.
+        tensors_sha256: SHA-256 of names, shapes, dtypes and values of the network's tensors, hex, see
+            `state.tensors_digest`: the same for equal weights, however they were saved or wrapped. Empty in
+            records of versions that did not know it.
+        card_digest: of the card, where there is one.
+        published_row: key of the model's row in published tables; empty: none.
+        training: method it was trained by; empty: not known.
+        answers: what tells apart networks with another normalisation, or other code, around the same
+            weights, see `Classifier.answers`; empty: not known.
     """
 
     id: str
@@ -33,6 +46,7 @@ class ModelInfo(_Part):
     architecture: str
     parameters: int
     weights_sha256: str
+    tensors_sha256: str = ""
     card_digest: str = ""
     published_row: str = ""
     training: str = ""
@@ -40,7 +54,13 @@ class ModelInfo(_Part):
 
     def same_as(self, other: ModelInfo) -> bool:
         """Whether both are one function: the same weights, and answers equal but for rounding."""
-        return self.weights_sha256 == other.weights_sha256 and same_answers(self.answers, other.answers)
+        return self.same_weights(other) and same_answers(self.answers, other.answers)
+
+    def same_weights(self, other: ModelInfo) -> bool:
+        """Whether both have the same weights: equal files, or equal tensors in different files."""
+        known = bool(self.tensors_sha256 and other.tensors_sha256)
+        equal = known and self.tensors_sha256 == other.tensors_sha256
+        return equal or self.weights_sha256 == other.weights_sha256
 
 
 def same_answers(one: Sequence[float], other: Sequence[float]) -> bool:

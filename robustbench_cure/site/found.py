@@ -15,7 +15,7 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.external import MANIFEST as EXTERNAL
 from robustbench_cure.evaluation.external import Evidence
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.protocol.identity import ModelInfo, same_answers
+from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.protocol.schema import describe
 
 #: List of a site's files; a folder that has one is a site and holds copies of records, not records.
@@ -26,11 +26,12 @@ class StudiedModel(BaseModel):
     """The part of a `ModelInfo` that says which model a study is about."""
 
     weights_sha256: str = ""
+    tensors_sha256: str = ""
     answers: list[float] = []
 
     def is_about(self, model: ModelInfo) -> bool:
         """Whether this is the same function with the same weights."""
-        return self.weights_sha256 == model.weights_sha256 and same_answers(self.answers, model.answers)
+        return model.same_as(model.model_copy(update=self.model_dump()))
 
 
 class _Images(BaseModel):

@@ -21,7 +21,7 @@ from robustbench_cure.evaluation.preflight import first_pass
 from robustbench_cure.evaluation.provenance import environment
 from robustbench_cure.files import refuse_files, write_atomically
 from robustbench_cure.geometry.space import STEPS
-from robustbench_cure.loading import card_dataset, load_all, named_models
+from robustbench_cure.loading import load_all, named_models
 from robustbench_cure.protocol.request import Request
 
 #: Images among which one that all models classify correctly is looked for.
@@ -134,12 +134,12 @@ def open_study(
         UsageError: a model or the data cannot be loaded, or the folder is taken.
     """
     names = named_models(request)
-    dataset = request.dataset or card_dataset(names[0], request.cards)
+    dataset = request.dataset or names[0].dataset
     out = request.out or Path("runs") / f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     refuse_files(out)
     if (out / "manifest.json").exists():
         raise UsageError(f"--out {out}: already holds results; choose another --out")
-    classifiers, data = load_all(names, dataset, request)
+    classifiers, data = load_all(names, request)
     seed = 0 if request.seed is None else request.seed
     wanted = min(default_n, len(data)) if request.n is None else request.n
     looked_at = max(wanted, min(LOOKED_AT, len(data))) if first_by_seed else wanted

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
+from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError
-from robustbench_cure.files import write_atomically
+from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.files import write_atomically, write_text
+from robustbench_cure.protocol.cards import ModelCard
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,32 @@ def save_weights(state: dict[str, Tensor], path: Path, recipe_json: str) -> str:
     data = safetensors.torch.save(state, metadata={"recipe": recipe_json})
     write_atomically(path, lambda file: file.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
+
+
+def write_provenance(
+    card: ModelCard,
+    data: EvalSet,
+    result: TrainingResult,
+    start_digest: str,
+    target: Path,
+    device: torch.device,
+) -> None:
+    """Write ``<stem>.json``: how the weights came about."""
+    recipe = card.training
+    content = {
+        "model": card.id,
+        "architecture": card.architecture,
+        "architecture_args": dict(card.architecture_args),
+        "weights": {"file": target.name, "sha256": result.sha256},
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_digest": recipe.digest,
+        "start": {"model": recipe.start, "sha256": start_digest},
+        "data": {"name": data.name, "notes": data.notes, "n": len(data), "digest": data.digest},
+        "epochs": len(result.log),
+        "steps": result.steps,
+        "seconds": round(sum(row.seconds for row in result.log), 1),
+        "seed": result.seed,
+        "figures": {name: round(value, 2) for name, value in result.figures.items()},
+        "environment": environment(device).model_dump(mode="json"),
+    }
+    write_text(target.with_suffix(".json"), json.dumps(content, indent=2) + "\n")

@@ -12,14 +12,13 @@ from robustbench_cure.classifier import Classifier, Precision, has_bf16, resolve
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.catalog import find
+from robustbench_cure.protocol.catalog import Found
 from robustbench_cure.protocol.identity import ModelInfo
+from robustbench_cure.protocol.naming import ModelName, resolve_model
 from robustbench_cure.state import state_digest
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import load_card_module, load_weights
 
-#: What names of RobustBench's models begin with.
-ROBUSTBENCH = "robustbench:"
 #: Least and most images a pass, where no batch size is asked for.
 BATCH_RANGE = (16, 512)
 #: Bytes that one pass may keep for its backward pass, for each thread of a CPU; on a card it is half of
@@ -29,7 +28,7 @@ CPU_BUDGET = 1 << 26
 
 
 def load_model(
-    name: str,
+    name: str | ModelName,
     *,
     weights: str | Path | None = None,
     device: str = "auto",
@@ -43,7 +42,8 @@ def load_model(
     """Load a model ready to be judged.
 
     Args:
-        name: a card's id, ``robustbench:NAME``, or ``package.module:factory`` for a network of your own.
+        name: a card's id, ``robustbench:NAME``, or ``package.module:factory`` for a network of your own; or
+            what `resolve_model` made of it.
         weights: a .safetensors file (or .pt with tensors alone); overrides the card's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         precision: of the search for perturbations, ``auto`` (bf16 where the processor has it),
@@ -60,14 +60,15 @@ def load_model(
     place = resolve_device(device)
     if place.type == "meta":
         raise UsageError(f"--device {device}: computes nothing; use auto, cpu or cuda")
-    if name.startswith(ROBUSTBENCH):
-        module, info, classes, shape = _of_robustbench(name, weights, mean, std)
-    elif ":" in name:
-        module, info, classes, shape = _own(name, weights, mean, std, data)
-    else:
+    model = resolve_model(name, cards) if isinstance(name, str) else name
+    if model.found:
         if mean is not None or std is not None:
-            raise UsageError(f"--mean and --std are for models of your own; {name!r} has them in its card")
-        module, info, classes, shape = _from_card(name, weights, cards)
+            raise UsageError(f"--mean and --std are for models of your own; {model} has them in its card")
+        module, info, classes, shape = _from_card(model.found, weights)
+    elif model.robustbench:
+        module, info, classes, shape = _of_robustbench(model.name, weights, mean, std)
+    else:
+        module, info, classes, shape = _own(model.name, weights, mean, std, data)
     try:
         classifier = Classifier(
             module,
@@ -79,7 +80,7 @@ def load_model(
             info=info,
         )
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{name}: the network cannot be copied to {place}: {one_line(error)}") from error
+        raise UsageError(f"{model}: the network cannot be copied to {place}: {one_line(error)}") from error
     if batch_size is None:
         classifier.batch_size = automatic_batch_size(classifier)
     return classifier
@@ -107,9 +108,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def _from_card(
-    name: str, weights: str | Path | None, cards: tuple[str, ...]
+    found: Found[ModelCard], weights: str | Path | None
 ) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
-    found = find(ModelCard, name, cards)
     card = found.card
     module, digest = load_card_module(found, Path(weights).expanduser() if weights else None)
     info = ModelInfo(
