@@ -897,7 +897,7 @@ def test_what_nobody_foresaw_is_one_line_too_and_can_be_looked_into(bench, capsy
     def broken(*_):
         raise KeyError("first\nsecond")
 
-    monkeypatch.setattr("robustbench_cure.cli.inventory.places", broken)
+    monkeypatch.setattr("robustbench_cure.cli.main.inventory.places", broken)
     message = refused(capsys, ["where"], code=3)
     assert "unexpected KeyError" in message
     assert "CURE_BENCH_DEBUG=1" in message

@@ -955,7 +955,7 @@ def test_whatever_ends_the_program_is_no_success(monkeypatch, capsys):
     def ended(*_):
         raise SystemExit(0)
 
-    monkeypatch.setattr("robustbench_cure.cli.inventory.places", ended)
+    monkeypatch.setattr("robustbench_cure.cli.main.inventory.places", ended)
     with pytest.raises(SystemExit) as stop:
         main(["where"])
     assert stop.value.code == 3

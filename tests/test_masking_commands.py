@@ -20,10 +20,11 @@ from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import CureBenchError, UsageError
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.masking import command, evidence
+from robustbench_cure.masking import evidence
 from robustbench_cure.masking.deceptive import ZeroGradient
 from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.report import render_report
+from robustbench_cure.studies import masking as command
 from robustbench_cure.studies import selftest
 
 QUICK = "--steps 4 --spsa-steps 4 --spsa-samples 4 --queries 10 --draws 2 --restarts 2 --planted 10"

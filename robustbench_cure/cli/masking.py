@@ -58,8 +58,8 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     """
     from robustbench_cure.classifier import with_memory
     from robustbench_cure.evaluation.preflight import first_pass
-    from robustbench_cure.masking.command import masking as run
     from robustbench_cure.masking.evidence import Settings
+    from robustbench_cure.studies.masking import masking as run
     from robustbench_cure.zoo.models import load_model
 
     own = ("steps", "spsa_steps", "spsa_samples", "queries", "draws", "restarts", "planted")

@@ -16,7 +16,7 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.boundary import (
     Nearest,
     cosine_to_normal,
@@ -24,11 +24,12 @@ from robustbench_cure.geometry.boundary import (
     principal_curvatures,
 )
 from robustbench_cure.geometry.mean_curvature import ESTIMATE, mean_curvatures
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.profile import Basis, random_basis
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 
 Values = NDArray[np.float64]
 

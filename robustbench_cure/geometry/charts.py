@@ -12,15 +12,16 @@ import torch
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.bounds import bounds as theorem_bounds
 from robustbench_cure.geometry.curve import robust_rows
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.space import normalised_space
 from robustbench_cure.geometry.theorem import theorem
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 from robustbench_cure.threat import Norm, format_eps
 
 

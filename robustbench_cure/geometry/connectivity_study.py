@@ -13,7 +13,7 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.connectivity import AHEAD, DEPTH, Path, find_paths, labels_of
 from robustbench_cure.geometry.connectivity_tables import (
     BENT,
@@ -27,11 +27,12 @@ from robustbench_cure.geometry.connectivity_tables import (
     stay_row,
 )
 from robustbench_cure.geometry.convexity import mixtures
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.path_picture import Crossing, cross, draw_paths
 from robustbench_cure.geometry.region_pairs import SCENARIOS, Pairs, draw_pairs
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 
 #: Pairs worked on together, and kept together when a command is interrupted.
 BLOCK = 32

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.hessian import alignment, along_sign, frobenius, gradients
 from robustbench_cure.geometry.lanczos import lanczos
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.profile import random_basis, spectrum
 from robustbench_cure.geometry.space import Space, normalised_space
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 
 #: Inputs up to which the whole spectrum is taken by default.
 DENSE = 4096

@@ -15,15 +15,16 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.boundary_study import nearest_of, refuse_longer
 from robustbench_cure.geometry.detection import At, detect
 from robustbench_cure.geometry.detection_scores import roc, told_apart
 from robustbench_cure.geometry.hessian import on_sphere
 from robustbench_cure.geometry.mean_curvature import ESTIMATE, passes
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 
 Values = NDArray[np.float64]
 Curves = dict[str, tuple[Values, Values]]

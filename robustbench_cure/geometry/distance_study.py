@@ -14,12 +14,13 @@ from scipy.stats import t as student
 
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.distance import GRID, SHARE, OneStep, one_step, smallest
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import CONFIDENCE
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 from robustbench_cure.threat import Norm, distance
 
 Values = NDArray[np.float64]

@@ -17,8 +17,9 @@ import pandas as pd
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
-from robustbench_cure.geometry import figures, prose
-from robustbench_cure.geometry.page import Shown, plain_table, render
+from robustbench_cure.geometry import prose
+from robustbench_cure.studies import plots as figures
+from robustbench_cure.studies.page import Shown, plain_table, render
 
 #: Columns of a training log, and what the figure calls them.
 PANELS = {"frobenius": "||H||_F", "hz": "||Hz||", "pgd": "accuracy under PGD (%)"}

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry import figures
 from robustbench_cure.geometry.connectivity import Path, labels_of
-from robustbench_cure.geometry.page import Shown
 from robustbench_cure.geometry.plane import normal_plane
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown
 
 #: Places along a polyline and across it; odd, so that the polyline itself is a row.
 ALONG, ACROSS = 161, 61

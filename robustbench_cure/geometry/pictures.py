@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import figures, prose
-from robustbench_cure.geometry.page import Shown, present
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.plane import Grid, Plane, normal_plane, scan
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 from robustbench_cure.threat import ThreatModel
 
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.datasets import EvalSet
-from robustbench_cure.geometry import figures
 from robustbench_cure.geometry.hessian import on_sphere
-from robustbench_cure.geometry.page import Shown
 from robustbench_cure.geometry.shared import Learned, common, cosines
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown
 
 Values = NDArray[np.float64]
 

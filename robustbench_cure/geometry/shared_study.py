@@ -15,7 +15,6 @@ from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.boundary_study import DENSE, nearest_of, refuse_longer
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.shared import Learned
 from robustbench_cure.geometry.shared_figures import (
     draw_bending,
@@ -36,6 +35,7 @@ from robustbench_cure.geometry.shared_judge import (
 )
 from robustbench_cure.geometry.shared_learn import images_needed, learn_subspaces
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 
 Values = NDArray[np.float64]
 

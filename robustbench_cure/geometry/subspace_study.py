@@ -17,12 +17,13 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.distance import smallest
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
 from robustbench_cure.progress import ProgressLine
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 
 Kind: TypeAlias = Literal["random", "dct"]
 

@@ -15,14 +15,15 @@ from torch import Tensor
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures, prose
+from robustbench_cure.geometry import prose
 from robustbench_cure.geometry.baselines import DRAWS, baselines, by_length
 from robustbench_cure.geometry.label_graph import moves, sentence
-from robustbench_cure.geometry.page import Shown, present
 from robustbench_cure.geometry.universal import Method, Universal, fooled, labels_with, universal
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.stats import Rate
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.page import Shown, present
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 #: Radii by data set, l-infinity: the thesis' 10 grey levels; on digits that of its table.

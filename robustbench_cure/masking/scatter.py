@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from robustbench_cure.geometry.figures import style
 from robustbench_cure.masking.comparisons import sign_test
+from robustbench_cure.studies.plots import style
 
 #: Side of the plot in its own units.
 SIDE = 360.0

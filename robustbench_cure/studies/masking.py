@@ -13,7 +13,6 @@ import pandas as pd
 
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.files import Kept
-from robustbench_cure.geometry import figures
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.evidence import Evidence, Settings
 from robustbench_cure.masking.explanations import EXPLANATIONS, STRONGER
@@ -21,6 +20,7 @@ from robustbench_cure.masking.finding import LEVEL, Finding
 from robustbench_cure.masking.verdict import Diagnosis, Verdict, conclude, diagnose
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.report.render import environment
+from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 
