@@ -14,6 +14,7 @@ from robustbench_cure.attacks.losses import cross_entropy, dlr, margin, margins
 from robustbench_cure.classifier import PROBES, Classifier, has_bf16, resolve_device
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
+from robustbench_cure.state import tensors_digest
 from robustbench_cure.zoo import build
 
 SHAPE = (3, 8, 8)
@@ -437,6 +438,49 @@ def test_answers_tell_apart_what_weights_do_not():
         assert not info.same_as(plain)
         assert info.model_copy(update={"answers": []}).same_as(plain)  # not known: weights alone tell
     assert not info_of(shake(PreActivation(), seed=1)).same_as(plain)
+
+
+def test_the_same_tensors_are_the_same_weights_however_wrapped():
+    net = shake(PreActivation())
+    plain = info_of(net)
+    assert len(plain.tensors_sha256) == 64
+    for wrapped in (Normalised(net, (0.0,) * 3, (1.0,) * 3), nn.DataParallel(net), torch.compile(net)):
+        assert info_of(wrapped).tensors_sha256 == plain.tensors_sha256
+        assert info_of(wrapped).same_as(plain)
+    stripped = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    old = PreActivation().eval()
+    old.load_state_dict(stripped, strict=False)  # as files written before batch-norm counted
+    assert info_of(old).tensors_sha256 == plain.tensors_sha256
+
+
+def test_any_change_of_a_tensor_is_another_digest():
+    def digest(**tensors):
+        net = nn.Module()
+        for name, tensor in tensors.items():
+            net.register_buffer(name, tensor)
+        return tensors_digest(net)
+
+    one = torch.arange(4.0)
+    seen = {
+        digest(a=one),
+        digest(b=one),  # name
+        digest(a=one.view(2, 2)),  # shape
+        digest(a=one.view(torch.int32)),  # dtype of the same bytes
+        digest(a=one.nextafter(one + 1)),  # value
+        digest(a=one, b=one),
+        digest(a=one[:2], b=one[2:]),  # the same bytes, cut elsewhere
+    }
+    assert len(seen) == 7
+    assert digest(a=one) == digest(a=one.clone())
+
+
+def test_records_of_older_versions_still_match_by_their_weights_file():
+    info = info_of(shake(PreActivation()))
+    old = info.model_copy(update={"tensors_sha256": ""})
+    resaved = info.model_copy(update={"weights_sha256": "0" * 64})
+    assert old.same_as(info)
+    assert resaved.same_as(info)
+    assert not old.same_as(resaved)  # neither files nor tensors are known to agree
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"precision": "bf16"}, {"batch_size": 64}])

@@ -20,6 +20,7 @@ from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.evaluation import shard as shard_work
 from robustbench_cure.evaluation.evaluate import evaluate
+from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import groups, piece_rows
@@ -638,6 +639,64 @@ def test_shards_merge_to_the_bytes_of_a_whole_run(tmp_path, parts):
         if key in (spec["id"] for spec in FULL):  # of all shards, not of the last
             assert cost.forwards == whole.samples[f"{key}.forwards"].sum()
             assert cost.backwards == whole.samples[f"{key}.backwards"].sum()
+
+
+def preflight_flag(kind, attack=""):
+    return Flag(kind=kind, evidence="made", attack=attack)
+
+
+def test_what_preflight_raised_in_any_part_survives_the_merge(tmp_path):
+    """Each part looks at the model on its own machine: what one of them saw holds for the whole."""
+    raised = [["extra_outputs", "zero_gradient"], ["extra_outputs", "stochastic"]]
+    for i, kinds in enumerate(raised, 1):
+        options = {"shard": (i, 2), "shard_size": 8, "flags": [preflight_flag(kind) for kind in kinds]}
+        evaluate(classifier(linear()), battery(FGSM), images(16), out=tmp_path / f"p{i}", **options)
+    joined = merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "joined")
+    preflight = [f.kind for f in joined.flags if f.about.origin == "preflight"]
+    assert preflight == ["extra_outputs", "zero_gradient", "stochastic"]
+    assert joined.unreliable
+    assert Record.load(tmp_path / "joined").flags == joined.flags
+
+
+def test_what_attacks_did_in_any_part_survives_the_merge(tmp_path):
+    def touches(model, x, y, *, threat, noise, **_):
+        x.add_(0)  # nothing is changed, but in the first shard a row is
+        if noise is not None and bool((x[0] != 0).all()) and touches.first:
+            x[0] += 0.001
+            touches.first = False
+        return Proposal.start(x)
+
+    touches.first = True
+    for i in (1, 2):
+        options = {"shard": (i, 2), "shard_size": 8, "attacks": {"fgsm": touches}}
+        evaluate(classifier(linear()), battery(FGSM), images(16), out=tmp_path / f"p{i}", **options)
+    joined = merge([tmp_path / "p2", tmp_path / "p1"], tmp_path / "joined")
+    assert [(f.kind, f.attack) for f in joined.flags if f.about.origin == "run"] == [("side_effects", "fgsm")]
+
+
+def test_what_preflight_raised_before_an_interruption_survives_the_resumption(tmp_path):
+    out, options = tmp_path / "run", {"shard_size": 8}
+    evaluate(
+        classifier(linear()),
+        battery(FGSM),
+        images(16),
+        out=out,
+        flags=[preflight_flag("stochastic")],
+        **options,
+    )
+    (out / "shards" / "0001.json").unlink()
+    record = evaluate(
+        classifier(linear()),
+        battery(FGSM),
+        images(16),
+        out=out,
+        resume=True,
+        flags=[preflight_flag("probabilities")],
+        **options,
+    )
+    kinds = [f.kind for f in Record.load(out).flags if f.about.origin == "preflight"]
+    assert kinds == ["stochastic", "probabilities"]
+    assert [f.kind for f in record.manifest.flags] == kinds  # and nothing that follows from the table
 
 
 def test_merge_refuses_what_does_not_belong_together(tmp_path):

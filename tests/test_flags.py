@@ -15,6 +15,7 @@ from robustbench_cure.evaluation.flags import FLAG_KINDS, Flag, derived_flags
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.report import render_report
 from robustbench_cure.report.terminal import terminal_table
+from robustbench_cure.site.checklist import checklist
 
 KIND = "cross_entropy_weaker"
 DERIVED = sorted(kind for kind, about in FLAG_KINDS.items() if about.origin == "derived")
@@ -148,3 +149,53 @@ def test_fail_on_names_the_flag_and_the_model(tmp_path, monkeypatch, capsys):
     (said,) = capsys.readouterr().err.splitlines()
     assert "'everything' is not one of" in said
     assert not (tmp_path / "c").exists()
+
+
+SPSA = {
+    "id": "spsa",
+    "kind": "spsa",
+    "name": "SPSA",
+    "limit": 0,
+    "steps": 20,
+    "samples": 8,
+    "step_size": "2/255",
+    "delta": 0.01,
+    "stop": "first-success",
+}
+SQUARE = {"id": "square", "kind": "autoattack:square", "name": "Square", "limit": 0}
+APGD = {"id": "apgd", "kind": "autoattack:apgd-ce", "name": "APGD", "limit": 0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alone"),
+    [
+        (MARGIN, SPSA, True),
+        (MARGIN, SQUARE, True),  # gradient-free, whatever library it is of
+        (APGD, SPSA, True),  # white-box, likewise
+        (APGD, SQUARE, True),
+        (SQUARE, SPSA, False),  # nothing white-box to compare with
+        (APGD, MARGIN, False),
+    ],
+)
+@pytest.mark.parametrize("as_many", [False, True])
+def test_flag_and_checklist_agree_on_what_is_gradient_free(one, other, alone, as_many):
+    """The second attack breaks 20 of 100 samples, the first the same or none."""
+    marks = {"20": "x" * 20 + "." * 80, "0": "." * 100}
+    evidence = {one["id"]: marks["20" if as_many else "0"], other["id"]: marks["20"]}
+    record = make.record(make.battery(one, other), "1" * 100, evidence)
+    flagged = "black_box_stronger" in {flag.kind for flag in record.flags}
+    (item,) = (item for item in checklist(record, None) if item.name.startswith("Gradient-free"))
+    if not alone:
+        assert (flagged, item.status) == (False, "not in the record")
+    elif as_many:
+        assert (flagged, item.status) == (False, "met")
+    else:
+        assert (flagged, item.status) == (True, "not met")
+
+
+@pytest.mark.parametrize("spec", [PGD, MARGIN, APGD])
+@pytest.mark.parametrize("free", [SPSA, SQUARE])
+def test_what_an_attack_may_see_stands_on_its_specification(spec, free):
+    white_box, gradient_free = make.battery(spec | {"id": "a"}, free | {"id": "b"}).attacks
+    assert white_box.gradients
+    assert not gradient_free.gradients

@@ -1,0 +1,101 @@
+"""The package is a stair: each floor imports from floors below it alone, and no module stands outside."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "robustbench_cure"
+
+#: From the ground up. What stands on one floor does not know what else stands there.
+FLOORS = (
+    ("version", "errors", "state"),
+    ("threat", "stats", "files", "progress"),
+    ("protocol",),
+    ("adapt",),
+    ("fold",),
+    ("classifier", "datasets"),
+    ("attacks",),
+    ("interop",),
+    ("zoo",),
+    ("evaluation",),
+    ("geometry", "masking", "training", "loading"),
+    ("report",),
+    ("gate",),
+    ("site",),
+    ("studies",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package -> file; a folder's `__init__` has the folder's name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def typing_only(tree: ast.AST) -> set[ast.AST]:
+    """Imports below ``if TYPE_CHECKING``: never made at run time."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    return {node for block in blocks for part in block.body for node in ast.walk(part)}
+
+
+def imports(path: Path, *, for_types: bool) -> Iterator[str]:
+    """Modules of the package that a file imports, wherever in it the import stands."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = set() if for_types else typing_only(tree)
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            continue  # the lazy names of `__init__`, on the top floor
+        else:
+            continue
+        for name in names:
+            if name == PACKAGE.name or name.startswith(PACKAGE.name + "."):
+                inner = name.removeprefix(PACKAGE.name).removeprefix(".")
+                while inner and inner not in MODULES:
+                    inner = inner.rpartition(".")[0]
+                yield inner or "__init__"
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_room_has_its_floor():
+    assert {room(module) for module in MODULES} == FLOOR.keys()
+    assert len(FLOOR) <= 28
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    own = room(module)
+    for target in imports(MODULES[module], for_types=True):
+        if room(target) != own:
+            assert FLOOR[room(target)] < FLOOR[own], f"{module} imports {target}, which is not below it"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even inside a floor, and not even where the import is made late."""
+    below = {module: set(imports(path, for_types=False)) - {module} for module, path in MODULES.items()}
+    while below:
+        ground = {module for module, targets in below.items() if not targets & below.keys()}
+        assert ground, f"a circle among {', '.join(sorted(below))}"
+        below = {module: targets for module, targets in below.items() if module not in ground}
