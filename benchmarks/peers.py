@@ -82,7 +82,7 @@ class Bench:
         right = margins(self.ours.logits(x), y) >= 0
         if x_adv is not None:
             x_adv = x_adv.detach().float()
-            feasible = self.battery.threat.model.contains(x, x_adv)
+            feasible = self.battery.threat.contains(x, x_adv)
             feasible &= ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
             right &= ~(feasible & (margins(self.ours.logits(x_adv), y) < 0))
         return float(right.float().mean())
@@ -162,7 +162,7 @@ def prepare(name: str, options: argparse.Namespace) -> Bench:
     )  # fmt: skip
     ours.batch_size = options.our_batch_size or automatic_batch_size(ours)
     battery = the_battery(options)
-    setup = libraries.Setup(module, battery.threat.model.radius, found.card.num_classes, options.batch_size)
+    setup = libraries.Setup(module, battery.threat.radius, found.card.num_classes, options.batch_size)
     chosen = data.subset(min(options.n, len(data)))  # as `evaluate` will
     x, y = chosen.images.to(device), chosen.labels.to(device)
     return Bench(name, ours, data, x, y, setup, battery, options.rounds, options.correct)
@@ -309,7 +309,7 @@ def machine(bench: Bench, options: argparse.Namespace) -> None:
         "batch_size": {"ours": bench.ours.batch_size, "peers": options.batch_size},
         "peers_see": "correctly classified images" if options.correct else "all images",
         "data": f"{bench.data.name}, n = {len(bench.x)}",
-        "threat": str(bench.battery.threat.model),
+        "threat": str(bench.battery.threat),
         "raw_gradients_per_second": round(raw_rate(bench)),
     }
     print(f"{bench.name}: {json.dumps(found)}")

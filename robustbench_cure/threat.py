@@ -7,7 +7,7 @@ levels and ``0.031`` is another budget. This module does not import torch at run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
@@ -49,6 +49,9 @@ class ThreatModel:
         norm: ``"linf"`` or ``"l2"``, over the whole image.
         eps: radius in units of x (pixels in [0, 1]), exact: a `Fraction`, or text such as ``"8/255"``.
 
+    Attributes:
+        text: the radius as it was written, which cards and their digests keep.
+
     Raises:
         TypeError: eps is a float: which fraction it stands for is not known.
         ValueError: another norm, no fraction, negative, or an l∞ radius that is more than all grey levels.
@@ -56,6 +59,7 @@ class ThreatModel:
 
     norm: Norm
     eps: Fraction
+    text: str = field(default="", init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -71,6 +75,7 @@ class ThreatModel:
                 f"{str(given)!r} is more than all of the pixels' range, 1; in grey levels: {given}/255"
             )
         object.__setattr__(self, "eps", radius)
+        object.__setattr__(self, "text", given if isinstance(given, str) else format_eps(radius))
 
     @classmethod
     def parse(cls, norm: Norm, eps: str) -> ThreatModel:
@@ -80,6 +85,16 @@ class ThreatModel:
             ValueError: another norm, no fraction, or an l∞ radius that is more than all grey levels.
         """
         return cls(norm, eps)  # type: ignore[arg-type]  # text is read on construction
+
+    @classmethod
+    def unbounded(cls, norm: Norm) -> ThreatModel:
+        """The norm alone, for searches of the nearest boundary, wherever that is: they read no radius."""
+        return cls(norm, Fraction(0))
+
+    @property
+    def model(self) -> ThreatModel:  # XXX
+        """Itself."""
+        return self
 
     @property
     def radius(self) -> float:

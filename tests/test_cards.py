@@ -161,14 +161,14 @@ def test_battery_threat_and_attacks(name):
     assert (battery.dataset, battery.published, battery.n) == (dataset, published, 0)
     norm = "l2" if name.endswith("_l2") else "linf"
     assert (battery.threat.norm, battery.threat.eps) == (norm, eps)
-    assert battery.threat.model.eps == Fraction(eps)
+    assert battery.threat.eps == Fraction(eps)
     assert [attack.id for attack in battery.attacks] == ids
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_battery_hyper_parameters(name):
     battery = batteries()[name]
-    eps = battery.threat.model.eps
+    eps = battery.threat.eps
     for attack in battery.attacks:
         if isinstance(attack, PGD):
             assert Fraction(attack.step_size) == eps / 4
@@ -275,8 +275,8 @@ def test_digest_changes_with_every_hyper_parameter(name):
 @pytest.mark.parametrize("name", ["strong", "strong_l2", "table1", "digits"])
 def test_a_battery_at_another_radius_is_another_protocol_whose_steps_follow(name):
     whole = find(Battery, name).card
-    half = whole.at(format_eps(whole.threat.model.eps / 2))
-    assert half.threat.model.eps == whole.threat.model.eps / 2
+    half = whole.at(format_eps(whole.threat.eps / 2))
+    assert half.threat.eps == whole.threat.eps / 2
     assert half.threat.norm == whole.threat.norm
     assert half.digest != whole.digest
     assert half.published == ""
@@ -285,8 +285,8 @@ def test_a_battery_at_another_radius_is_another_protocol_whose_steps_follow(name
         assert other.hyper.get("step_size", 0) == pytest.approx(one.hyper.get("step_size", 0) / 2)
         rest = {key: value for key, value in one.hyper.items() if key != "step_size"}
         assert {key: value for key, value in other.hyper.items() if key != "step_size"} == rest
-    assert whole.at(format_eps(whole.threat.model.eps)) is whole
-    back = half.at(format_eps(whole.threat.model.eps))
+    assert whole.at(format_eps(whole.threat.eps)) is whole
+    back = half.at(format_eps(whole.threat.eps))
     assert [attack.hyper for attack in back.attacks] == [attack.hyper for attack in whole.attacks]
 
 

@@ -28,7 +28,7 @@ from robustbench_cure.gate.compare import compare, compare_runs
 from robustbench_cure.gate.render import overall, terminal, to_annotations, to_json, to_junit, to_markdown
 from robustbench_cure.gate.verdict import EXIT_CODES, ORDER, VERDICTS, Accuracy, Rules, conclude, judge
 from robustbench_cure.gate.wording import sentences
-from robustbench_cure.protocol.cards import Threat
+from robustbench_cure.protocol.cards import ThreatModel
 from robustbench_cure.stats import NOISE, Flips, chances, sample_size, tail
 
 ONE = Fraction(1, 100)
@@ -368,7 +368,7 @@ def test_what_differs_in_the_protocol_is_said_in_words(before):
     assert "attack pgd7, steps: 2 now, 7 before" in text
     assert "uniform_noise" not in text
     assert "fgsm, " not in text  # not every parameter of an attack that is not there
-    text = hindered(with_battery(before, threat=Threat(norm="linf", eps="8/255"), version=2), before)
+    text = hindered(with_battery(before, threat=ThreatModel("linf", "8/255"), version=2), before)
     assert "threat model, eps: 8/255 now, 51/255 before" in text
     assert "battery version: 2 now, 1 before" in text
     # Another text is another digest and the same protocol.

@@ -266,7 +266,7 @@ def test_only_runs_of_one_battery_on_one_data_set_stand_side_by_side(run):
 
 
 def test_specifications_name_every_parameter(run):
-    threat = run.manifest.battery.threat.model
+    threat = run.manifest.battery.threat
     words = [spec_words(spec, threat) for spec in run.attacks]
     assert words == [
         "one gradient-sign step of length 8/255, no random start, cross-entropy",
@@ -276,7 +276,7 @@ def test_specifications_name_every_parameter(run):
     ]
     for found in catalog(Battery).values():
         for spec in found.card.attacks:
-            text = spec_words(spec, found.card.threat.model)
+            text = spec_words(spec, found.card.threat)
             for name, value in spec.model_dump(exclude={"id", "name", "kind", "limit"}).items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     assert f"{value:,}" in text or f"{value:g}" in text, (name, text)

@@ -25,12 +25,11 @@ from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training import METHODS, PREPARATIONS
-from robustbench_cure.training.checkpoint import path_for
 from robustbench_cure.training.cure import curvature_penalty
 from robustbench_cure.training.loop import Trainer
 from robustbench_cure.training.monitor import DIRECTIONS, SCALES, Scale, measure
+from robustbench_cure.training.output import checkpoint_path, in_half_precision
 from robustbench_cure.training.parallel import World, split
-from robustbench_cure.training.result import halved
 from robustbench_cure.training.stopping import Stopper, seconds
 from robustbench_cure.training.train import train
 from robustbench_cure.zoo import build
@@ -89,12 +88,12 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_one_that_was_not(digits, method, 
     first = train(tiny, digits, start_module=None, out_path=path, stop=StopAt(step))
     assert (first.stopped, first.step, first.steps) == ("the test", step, 18)
     assert not path.exists()
-    assert path_for(path).exists()
+    assert checkpoint_path(path).exists()
     second = train(tiny, digits, start_module=None, out_path=path, resume=True)
     assert second.stopped == ""
     assert second.sha256 == whole.sha256
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert not path_for(path).exists()
+    assert not checkpoint_path(path).exists()
     for a, b in zip(second.log, whole.log, strict=True):
         same = {k: v for k, v in vars(a).items() if k != "seconds"}
         assert same == {k: v for k, v in vars(b).items() if k != "seconds"}
@@ -117,9 +116,9 @@ def test_half_precision_is_stored_and_loaded_as_float32(digits, tmp_path):
 
 
 def test_a_weight_too_large_for_half_precision_is_refused():
-    assert halved({"steps": torch.tensor(70_000)})["steps"] == 70_000
+    assert in_half_precision({"steps": torch.tensor(70_000)})["steps"] == 70_000
     with pytest.raises(RunError, match="big: does not fit into half precision"):
-        halved({"big": torch.tensor([1.0, 7e4])})
+        in_half_precision({"big": torch.tensor([1.0, 7e4])})
 
 
 @pytest.mark.parametrize("method", ["standard", "static_fgsm"])
@@ -154,7 +153,7 @@ def test_a_checkpoint_is_asked_for_and_belongs_to_its_run(digits, tmp_path):
         train(card("standard"), other, start_module=None, out_path=path, resume=True)
     with pytest.raises(UsageError, match="number of epochs"):
         train(card("standard"), digits, start_module=None, out_path=path, resume=True, limit_epochs=1)
-    path_for(path).write_bytes(path_for(path).read_bytes()[:500])
+    checkpoint_path(path).write_bytes(checkpoint_path(path).read_bytes()[:500])
     with pytest.raises(UsageError, match="not a checkpoint, or damaged"):
         train(card("standard"), digits, start_module=None, out_path=path, resume=True)
 
@@ -165,7 +164,7 @@ def test_a_checkpoint_cannot_run_code(digits, tmp_path):
             return (Path(tmp_path / "pwned").touch, ())
 
     path = tmp_path / "w.safetensors"
-    torch.save({"identity": {}, "state": Evil()}, path_for(path))
+    torch.save({"identity": {}, "state": Evil()}, checkpoint_path(path))
     with pytest.raises(UsageError, match="not a checkpoint"):
         train(card("standard"), digits, start_module=None, out_path=path, resume=True)
     assert not (tmp_path / "pwned").exists()
@@ -196,7 +195,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(digits, tmp_p
         RunError, match=r"nan in epoch 2, iteration 4 of 9.*last good state is kept in .*w\.check"
     ):
         train(card("standard"), digits, start_module=None, out_path=path)
-    state = torch.load(path_for(path), weights_only=True)["state"]
+    state = torch.load(checkpoint_path(path), weights_only=True)["state"]
     assert state["iteration"] == 9
     assert all(v.isfinite().all() for v in state["model"].values())
     assert not path.exists()
@@ -236,7 +235,7 @@ def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     deadline = time.monotonic() + 60
-    while not path_for(out).exists() and time.monotonic() < deadline:
+    while not checkpoint_path(out).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     text, errors = process.communicate(timeout=60)

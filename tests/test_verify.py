@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     noise = battery.model_copy(update={"attacks": battery.attacks[:1]})
     place = tmp_path_factory.mktemp("runs")
     run = evaluate(net, noise, load_dataset("digits"), n=30, out=place / "weak")
-    x_adv = fgsm(net, data.images, data.labels, threat=battery.threat.model, noise=None).x_adv
+    x_adv = fgsm(net, data.images, data.labels, threat=battery.threat, noise=None).x_adv
     broken = net.logits(x_adv).argmax(1) != data.labels
     return run, data, x_adv, broken, place
 
@@ -95,7 +95,7 @@ def test_our_own_stored_images_can_be_verified(made, verify, tmp_path):
 def test_without_ids_the_first_images_of_the_split_are_meant(verify, tmp_path):
     data, net = load_dataset("digits"), load_model("digits_normal", precision="fp32")
     first = data.take(range(8))
-    threat = load_battery("digits").threat.model
+    threat = load_battery("digits").threat
     x_adv = fgsm(net, first.images, first.labels, threat=threat, noise=None).x_adv
     np.savez(tmp_path / "x.npz", x_adv=x_adv.numpy().astype(np.float64))
     assert verify(tmp_path / "x.npz")[0] == 0

@@ -67,7 +67,7 @@ def listing(what: str, cards: tuple[str, ...] = ()) -> str:
     if what == "batteries":
         batteries = _cards(Battery, cards)
         protocols = [
-            (b.id, str(b.version), f"{b.threat.norm} {b.threat.eps}", b.dataset or "any", b.name)
+            (b.id, str(b.version), f"{b.threat.norm} {b.threat.text}", b.dataset or "any", b.name)
             for b in batteries
         ]
         return _table(("battery", "version", "threat", "dataset", "name"), protocols)

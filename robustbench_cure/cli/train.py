@@ -39,8 +39,8 @@ def train(request: TrainRequest, model: str | None) -> None:
     from robustbench_cure.progress import ProgressLine
     from robustbench_cure.protocol.cards import ModelCard
     from robustbench_cure.protocol.catalog import catalog, find
+    from robustbench_cure.training.output import write_provenance
     from robustbench_cure.training.parallel import world
-    from robustbench_cure.training.result import write_provenance
     from robustbench_cure.training.smoke import smoke_run
     from robustbench_cure.training.stopping import Stopper, seconds
     from robustbench_cure.training.train import load_start

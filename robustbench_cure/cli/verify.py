@@ -105,7 +105,7 @@ def _concerned(submission: Submission, runs: Mapping[Path, Sequence[Record]]) ->
     for run, records in runs.items():
         own = [record for record in records if submission.applies_to(record)]
         if not own:
-            about = f"{submission.model.id}, {submission.data.name} and {submission.threat.model}"
+            about = f"{submission.model.id}, {submission.data.name} and {submission.threat}"
             raise UsageError(f"--against {run}: no record there is about {about}")
         found += own
     return found
@@ -116,7 +116,7 @@ def _found(table: pd.DataFrame, battery: Battery) -> list[str]:
     n, broken = len(table), int((table["broken"] & table["correct"]).sum())
     correct = int(table["correct"].sum())
     lines = [
-        f"{n} images under {battery.threat.model}: {n - sum(refused.values())} admitted; "
+        f"{n} images under {battery.threat}: {n - sum(refused.values())} admitted; "
         f"they break {broken} of the {correct} samples that the model classifies correctly"
     ]
     lines += [f"  {count} refused: {reason}" for reason, count in sorted(refused.items())]

@@ -73,7 +73,7 @@ class Submission(BaseModel):
         return (
             self.model.same_as(other.model)
             and (self.data.name, self.data.split) == (other.data.name, other.data.split)
-            and self.threat.model == other.battery.threat.model
+            and self.threat == other.battery.threat
         )
 
 
@@ -270,7 +270,7 @@ def check(classifier: Classifier, battery: Battery, originals: EvalSet, images: 
     x, y = originals.images.to(classifier.device), originals.labels.to(classifier.device)
     proposal = Proposal.start(x)
     proposal.x_adv = images.to(x.device)
-    threat = battery.threat.model
+    threat = battery.threat
     verdict = with_memory(classifier, lambda: judge(classifier, x, y, proposal, threat))
     correct = with_memory(classifier, lambda: classifier.logits(x).argmax(1) == y)
     table = pd.DataFrame(

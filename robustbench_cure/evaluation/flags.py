@@ -400,7 +400,7 @@ def _nothing_broken(record: Record) -> Flag | None:
     tried = [spec.id for spec in record.attacks]
     attacked = samples[[f"{name}.attacked" for name in tried]].any(axis=1)
     broken = samples[[f"{name}.broken" for name in tried]].any(axis=1)
-    if not record.manifest.battery.threat.model.radius or int(attacked.sum()) < FEWEST or bool(broken.any()):
+    if not record.manifest.battery.threat.radius or int(attacked.sum()) < FEWEST or bool(broken.any()):
         return None
     evidence = f"all of {int(attacked.sum())} attacked samples survived ({correct} are classified correctly)"
     return Flag(kind="nothing_broken", evidence=evidence, value=0, threshold=0)

@@ -62,7 +62,7 @@ class ShardWork:
 
         self.classifier, self.manifest, self.data, self.ranks = classifier, manifest, data, ranks
         self.attacks, self.announce = attacks, announce
-        self.battery, self.threat = manifest.battery, manifest.battery.threat.model
+        self.battery, self.threat = manifest.battery, manifest.battery.threat
         self.x, self.y = data.images.to(classifier.device), data.labels.to(classifier.device)
         self.columns: dict[str, Any] = {}
         self.shard = Shard(pd.DataFrame())

@@ -146,7 +146,7 @@ def _flat(battery: Battery, detailed: set[str]) -> dict[str, str]:
     """Every key that can change a number, in words, and its value; of the other attacks that they exist."""
     content = battery.model_dump(mode="json", exclude={"attacks", "threat", *TEXT})
     flat = {f"battery {key}": str(value) for key, value in content.items()}
-    flat |= {f"threat model, {key}": str(value) for key, value in battery.threat.model_dump().items()}
+    flat |= {f"threat model, {key}": str(value) for key, value in battery.model_dump()["threat"].items()}
     for spec in battery.attacks:
         flat[f"attack {spec.id}"] = "present"
         if spec.id in detailed:

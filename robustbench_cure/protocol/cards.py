@@ -10,9 +10,17 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.recipes import Recipe
@@ -23,16 +31,27 @@ from robustbench_cure.threat import Norm, ThreatModel, format_eps
 # --- batteries ---------------------------------------------------------------------------------------
 
 
-class Threat(Strict):
-    """The battery's threat model as written."""
+class _Threat(Strict):
+    """A threat model as cards and manifests write it."""
 
     norm: Norm
     eps: Fractional
 
-    @property
-    def model(self) -> ThreatModel:
-        """The value object attacks and evaluator use."""
-        return ThreatModel.parse(self.norm, self.eps)
+
+def _written(threat: object) -> object:
+    """A threat model as cards write it; what is none is left to validation."""
+    return {"norm": threat.norm, "eps": threat.text} if isinstance(threat, ThreatModel) else threat
+
+
+if TYPE_CHECKING:
+    Threat = ThreatModel
+else:  # read strictly, key by key, and parsed once
+    Threat = Annotated[
+        _Threat,
+        BeforeValidator(_written),
+        AfterValidator(lambda written: ThreatModel.parse(written.norm, written.eps)),
+        PlainSerializer(_written),
+    ]
 
 
 class Battery(Strict):
@@ -65,7 +84,7 @@ class Battery(Strict):
         threat = ThreatModel.parse(self.threat.norm, eps)
         if threat.eps <= 0:
             raise ValueError(f"{eps!r} is no radius: must be positive")
-        ratio, words = threat.eps / self.threat.model.eps, format_eps(threat.eps)
+        ratio, words = threat.eps / self.threat.eps, format_eps(threat.eps)
         if ratio == 1:
             return self
         return Battery(
@@ -73,7 +92,7 @@ class Battery(Strict):
             id=f"{self.id}_at_{re.sub('[^0-9]+', '_', words)}",
             name=f"{self.id} at {'l∞' if threat.norm == 'linf' else 'l2'} {words}",
             published="",
-            threat=Threat(norm=threat.norm, eps=words),
+            threat=ThreatModel.parse(threat.norm, words),
             attacks=tuple(attack.scaled(ratio) for attack in self.attacks),
         )
 
@@ -84,7 +103,7 @@ class Battery(Strict):
             if ids.count(attack.id) > 1:
                 raise ValueError(f"attacks: id {attack.id!r} appears twice")
             try:
-                attack.check(self.threat.model)
+                attack.check(self.threat)
             except ValueError as error:
                 raise ValueError(f"attacks.{attack.id}: {error}") from None
         return self

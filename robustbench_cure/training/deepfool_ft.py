@@ -32,7 +32,7 @@ def deepfool_ft(model: nn.Module, x: Tensor, y: Tensor, recipe: DeepFoolRecipe, 
     Returns:
         Mean loss on the perturbed images, and the mean l2 length of the perturbations.
     """
-    threat = ThreatModel.parse(recipe.norm, "0")  # minimal mode reads the norm alone
+    threat = ThreatModel.unbounded(recipe.norm)
     x_adv = x.clone()
     with evaluation_mode(model, frozen=True):
         with torch.no_grad():

@@ -1,21 +1,10 @@
-"""What training hands back, and the file it leaves."""
+"""What training hands back."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
-
-from robustbench_cure.datasets import EvalSet
-from robustbench_cure.errors import RunError
-from robustbench_cure.evaluation.provenance import environment
-from robustbench_cure.files import write_atomically, write_text
-from robustbench_cure.protocol.cards import ModelCard
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -72,65 +61,3 @@ class TrainingResult:
     step: int = 0
     steps: int = 0
     batch_parts: int = 1
-
-
-def portable_state(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, contiguous, sharing no memory with the network."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
-
-
-def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in half precision, float16; counters stay as they are.
-
-    Raises:
-        RunError: a weight is too large for it.
-    """
-    small = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    for key, value in small.items():
-        if not bool(value.isfinite().all()):
-            raise RunError(f"{key}: does not fit into half precision; train without --half")
-    return small
-
-
-def save_weights(state: dict[str, Tensor], path: Path, recipe_json: str) -> str:
-    """Write a safetensors file, whole or not at all; the recipe is kept in its header.
-
-    Returns:
-        SHA-256 of the file, hex: equal tensors and recipe give equal bytes.
-
-    Raises:
-        UsageError: the place cannot be written.
-    """
-    # One key: the order of several in the header is not reproducible.
-    data = safetensors.torch.save(state, metadata={"recipe": recipe_json})
-    write_atomically(path, lambda file: file.write_bytes(data))
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_provenance(
-    card: ModelCard,
-    data: EvalSet,
-    result: TrainingResult,
-    start_digest: str,
-    target: Path,
-    device: torch.device,
-) -> None:
-    """Write ``<stem>.json``: how the weights came about."""
-    recipe = card.training
-    content = {
-        "model": card.id,
-        "architecture": card.architecture,
-        "architecture_args": dict(card.architecture_args),
-        "weights": {"file": target.name, "sha256": result.sha256},
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_digest": recipe.digest,
-        "start": {"model": recipe.start, "sha256": start_digest},
-        "data": {"name": data.name, "notes": data.notes, "n": len(data), "digest": data.digest},
-        "epochs": len(result.log),
-        "steps": result.steps,
-        "seconds": round(sum(row.seconds for row in result.log), 1),
-        "seed": result.seed,
-        "figures": {name: round(value, 2) for name, value in result.figures.items()},
-        "environment": environment(device).model_dump(mode="json"),
-    }
-    write_text(target.with_suffix(".json"), json.dumps(content, indent=2) + "\n")

@@ -35,7 +35,7 @@ def deepfool_images(
     Returns:
         Images in [0, 1], shape of ``x``.
     """
-    threat = ThreatModel.parse(recipe.norm, "0")  # minimal mode reads the norm alone
+    threat = ThreatModel.unbounded(recipe.norm)
 
     def attack(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         return deepfool(

@@ -14,12 +14,19 @@ from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.protocol.cards import ModelCard
 from robustbench_cure.protocol.catalog import find
-from robustbench_cure.training import checkpoint
-from robustbench_cure.training.journal import Journal
 from robustbench_cure.training.loop import Progress, Trainer
 from robustbench_cure.training.monitor import SCALES
+from robustbench_cure.training.output import (
+    LogWriter,
+    checkpoint_path,
+    in_half_precision,
+    load_checkpoint,
+    portable_state,
+    save_checkpoint,
+    save_weights,
+)
 from robustbench_cure.training.parallel import World
-from robustbench_cure.training.result import TrainingResult, halved, portable_state, save_weights
+from robustbench_cure.training.result import TrainingResult
 from robustbench_cure.zoo.loading import build_from_card, load_card_module
 
 
@@ -136,10 +143,10 @@ def train(
     reason = _run(trainer, out_path, identity, stop, progress)
     state, digest = portable_state(trainer.result.net), ""
     if half and not reason:
-        state = halved(state)
+        state = in_half_precision(state)
     if out_path is not None and not reason and world.rank == 0:
         digest = save_weights(state, out_path, recipe.model_dump_json(exclude_defaults=True))
-        checkpoint.path_for(out_path).unlink(missing_ok=True)
+        checkpoint_path(out_path).unlink(missing_ok=True)
     last = trainer.log[-1] if trainer.log else None
     figures = {"held_out_clean": 100 * last.clean, "held_out_pgd": 100 * last.pgd} if last else {}
     return TrainingResult(
@@ -166,32 +173,32 @@ def _run(
     """Train, with checkpoints and a log where there is a place for them; why it stopped, or nothing."""
     if out_path is None or trainer.world.rank > 0:
         return trainer.run(stop=stop, checkpoint=lambda: None, progress=progress)
-    place = checkpoint.path_for(out_path)
-    journal = Journal(out_path, trainer.log)
+    place = checkpoint_path(out_path)
+    writer = LogWriter(out_path, trainer.log)
 
-    def keep() -> None:
-        for row in trainer.log[len(journal.rows) :]:
-            journal.add(row)
-        checkpoint.save(place, identity, trainer.state())
+    def write() -> None:
+        for row in trainer.log[len(writer.rows) :]:
+            writer.add(row)
+        save_checkpoint(place, identity, trainer.state())
 
     try:
-        return trainer.run(stop=stop, checkpoint=keep, progress=progress)
+        return trainer.run(stop=stop, checkpoint=write, progress=progress)
     except RunError as error:
         if place.is_file():
             raise RunError(f"{error}; the last good state is kept in {place}") from None
         raise
     finally:
-        journal.close()
+        writer.close()
 
 
 def _checkpoint(out_path: Path | None, resume: bool, identity: dict[str, str]) -> dict[str, Any] | None:
     """The state to go on from, or nothing."""
-    if out_path is None or not checkpoint.path_for(out_path).is_file():
+    if out_path is None or not checkpoint_path(out_path).is_file():
         return None
-    place = checkpoint.path_for(out_path)
+    place = checkpoint_path(out_path)
     if not resume:
         raise UsageError(f"{place}: a run was stopped here: go on with --resume, or delete the file")
-    return checkpoint.load(place, identity)
+    return load_checkpoint(place, identity)
 
 
 def _check(card: ModelCard, images: Tensor, labels: Tensor, out_path: Path | None) -> None:
