@@ -179,7 +179,7 @@ def the_battery(options: argparse.Namespace) -> Battery:
             if isinstance(spec, SPSA):
                 changed = {"limit": options.spsa_n, "steps": options.spsa_steps}
             specs.append(spec.model_copy(update=changed))
-    threat = strong.threat.model_copy(update={"eps": options.eps})
+    threat = ThreatModel.parse(strong.threat.norm, options.eps)
     return strong.model_copy(update={"attacks": tuple(specs), "threat": threat})
 
 

@@ -86,7 +86,7 @@ class Classifier:
         backwards: input gradients computed so far, images times gradients.
         non_finite: images whose input gradient had NaN or infinite entries, so far; attacks see zero there.
         fallback: why the search is in float32 although bfloat16 was asked for; empty: it is as asked.
-        heartbeat: called after every pass; None: nobody listens.
+        callback: called after every pass; None: nobody listens.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Classifier:
         self.precision: Precision = precision
         self.batch_size = batch_size
         self._info, self._asked = info, False
-        self.heartbeat: Callable[[], None] | None = None
+        self.callback: Callable[[], None] | None = None
         self.forwards = 0
         self.backwards = 0
         self._non_finite = torch.zeros((), dtype=torch.int64)
@@ -204,7 +204,7 @@ class Classifier:
         self.forwards = self.backwards = 0
         self._non_finite = torch.zeros((), dtype=torch.int64)
         self._info, self._asked = None, False
-        self.heartbeat = None
+        self.callback = None
         self.folded, self.fallback, self.one_output, self.no_gradient = False, "", "", ""
         self._layout, self._refuses, self._moving = torch.channels_last, False, frozenset()
         self.module = self._search = module
@@ -219,7 +219,7 @@ class Classifier:
         """
         other = copy.copy(self)
         other.module, other._search = _Headed(self.module, head), _Headed(self._search, head)
-        other.num_classes, other._info, other._asked, other.heartbeat = num_classes, None, False, None
+        other.num_classes, other._info, other._asked, other.callback = num_classes, None, False, None
         other._float32, other._non_finite = None, torch.zeros_like(self._non_finite)
         other.forwards = other.backwards = 0
         other._moving = frozenset(f"net.{name}" for name in self._moving)
@@ -299,8 +299,8 @@ class Classifier:
     def _count(self, forwards: int, backwards: int = 0) -> None:
         self.forwards += forwards
         self.backwards += backwards
-        if self.heartbeat is not None:
-            self.heartbeat()
+        if self.callback is not None:
+            self.callback()
 
     @property
     def non_finite(self) -> int:
@@ -397,7 +397,7 @@ class Classifier:
         A number mixes all logits of an image. Empty where they are not finite or not the same twice, and
         where the network fails: then weights alone tell who it is.
         """
-        before, listener, self.heartbeat = (self.forwards, self.backwards), self.heartbeat, None
+        before, listener, self.callback = (self.forwards, self.backwards), self.callback, None
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
@@ -409,7 +409,7 @@ class Classifier:
         except Exception:  # the user's own code; preflight says what is wrong with it
             return []
         finally:
-            (self.forwards, self.backwards), self.heartbeat = before, listener
+            (self.forwards, self.backwards), self.callback = before, listener
 
     def fingerprint(self) -> Fingerprint:
         """Witness of weights, buffers and modes: differs after an edit.

@@ -14,7 +14,7 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable, parse_card, read_card
 from robustbench_cure.protocol.catalog import FOLDERS, catalog, find
 from robustbench_cure.protocol.specs import FGSM, PGD, SPSA, DeepFool, UniformNoise
-from robustbench_cure.threat import format_eps
+from robustbench_cure.threat import ThreatModel, format_eps
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"model": ModelCard, "battery": Battery, "published table": PublishedTable}
@@ -160,7 +160,7 @@ def test_battery_threat_and_attacks(name):
     battery = batteries()[name]
     assert (battery.dataset, battery.published, battery.n) == (dataset, published, 0)
     norm = "l2" if name.endswith("_l2") else "linf"
-    assert (battery.threat.norm, battery.threat.eps) == (norm, eps)
+    assert (battery.threat.norm, battery.threat.text) == (norm, eps)
     assert battery.threat.eps == Fraction(eps)
     assert [attack.id for attack in battery.attacks] == ids
 
@@ -268,7 +268,7 @@ def test_digest_changes_with_every_hyper_parameter(name):
             variant = battery.model_copy(update={"attacks": attacks}).digest
             assert variant not in seen, f"{attack.id}.{key}"
             seen.add(variant)
-    threat = battery.threat.model_copy(update={"eps": "1/3"})
+    threat = ThreatModel(battery.threat.norm, "1/3")
     assert battery.model_copy(update={"threat": threat}).digest not in seen
 
 
@@ -294,7 +294,7 @@ def test_parameters_of_peers_that_hold_a_radius_do_not_follow():
     spec = {"id": "a", "kind": "torchattacks:PGD", "name": "A", "limit": 0}
     fields = find(Battery, "strong").card.model_dump(exclude={"attacks"})
     plain = Battery(**fields, attacks=(spec | {"steps": 3},))
-    assert plain.at("1/255").threat.eps == "1/255"
+    assert plain.at("1/255").threat.text == "1/255"
     with pytest.raises(ValueError, match="'a': its alpha belongs to the battery's own radius"):
         Battery(**fields, attacks=(spec | {"alpha": "2/255"},)).at("1/255")
 

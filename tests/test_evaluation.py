@@ -442,7 +442,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, after):
 
 @pytest.mark.parametrize("after", [3, 4, 5, 6])
 def test_a_killed_shard_goes_on_with_the_attack_it_was_killed_in(tmp_path, after, monkeypatch):
-    monkeypatch.setattr(shard_work, "KEEP_INTERVAL", 0.0)
+    monkeypatch.setattr(shard_work, "CHECKPOINT_INTERVAL", 0.0)
     ran = []
 
     def noted(name):
@@ -495,7 +495,7 @@ def counted(name: str, die_at: int = 0):
 
 @pytest.fixture
 def pieces_of_three(monkeypatch):
-    monkeypatch.setattr(shard_work, "KEEP_INTERVAL", 0.0)
+    monkeypatch.setattr(shard_work, "CHECKPOINT_INTERVAL", 0.0)
     monkeypatch.setattr(shard_work, "PIECE_PASSES", 2 * SPSA["samples"] * SPSA["steps"] * 3 + 1)
     monkeypatch.setattr(shard_work, "PIECE_ROWS", 3)
 
@@ -886,4 +886,4 @@ def test_a_long_attack_shows_that_it_is_alive(monkeypatch):
     passes = [int(text.split()[1].replace(",", "")) for text in said if text.endswith("passes")]
     assert len(passes) > 3
     assert passes == sorted(set(passes))
-    assert model.heartbeat is None
+    assert model.callback is None

@@ -265,7 +265,7 @@ def test_the_curve_tells_how_far_it_is():
     assert told[0] == 1
     assert told[-1] == 3
     assert any(1 < done < 2 for done in told)
-    assert classifier.heartbeat is None
+    assert classifier.callback is None
 
 
 def test_the_radii_and_steps_of_a_curve_are_those_of_the_data_set(tmp_path):

@@ -76,7 +76,7 @@ def evaluate(
         allow_unreliable: evaluate a stochastic or batch-dependent model all the same, marked as such.
         save_adversarials: also write every attack's proposals, float32, to ``out/adversarials``.
         command: command line for the provenance.
-        progress: told of every attack on every shard.
+        progress: called for every attack on every shard.
         attacks: implementations by kind; default: `ATTACKS`.
         flags: what `admit` returned, where it was asked already.
 
@@ -91,7 +91,7 @@ def evaluate(
     _check_types(classifier, battery, data)
     if flags is None:
         flags = admit(classifier, battery, data, n=n, allow_unreliable=allow_unreliable)
-    subset = chosen(battery, data, n)
+    subset = selected(battery, data, n)
     config = RunConfig(
         seed=battery.seed if seed is None else seed,
         subset_seed=0,
@@ -116,7 +116,7 @@ def evaluate(
     try:
         return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
     finally:
-        classifier.heartbeat = None
+        classifier.callback = None
 
 
 def _check_types(classifier: object, battery: object, data: object) -> None:
@@ -145,7 +145,7 @@ def _peers(battery: Battery) -> list[str]:
     return sorted({version(kind) for kind in kinds})
 
 
-def chosen(battery: Battery, data: EvalSet, n: int = 0) -> EvalSet:
+def selected(battery: Battery, data: EvalSet, n: int = 0) -> EvalSet:
     """The samples of an evaluation: ``n``, or what the battery asks for, or all."""
     return data.subset(n or min(battery.n, len(data)))
 
@@ -161,7 +161,7 @@ def admit(
     Raises:
         UsageError: the model fits neither data nor battery, or is unreliable and that is not allowed.
     """
-    subset = chosen(battery, data, n)
+    subset = selected(battery, data, n)
     flags = with_memory(classifier, lambda: preflight(classifier, subset))
     unreliable = [flag for flag in flags if flag.about.severity == "unreliable"]
     if unreliable and not allow_unreliable:
@@ -248,7 +248,7 @@ class _Run:
             return work.run()
         part = work.run(
             read_unfinished(out, index, self.manifest.battery),
-            keep=lambda unfinished: write_shard(out, index, unfinished, finished=False),
+            checkpoint=lambda unfinished: write_shard(out, index, unfinished, finished=False),
             adversarials=out / "adversarials" / f"{index:04d}" if save_adversarials else None,
         )
         write_shard(out, index, part)
@@ -259,11 +259,11 @@ class _Run:
         self.progress(self.done, self.total, doing)
         started, last = self.classifier.forwards, time.monotonic()
 
-        def beat() -> None:
+        def report_passes() -> None:
             nonlocal last
             if time.monotonic() - last >= 1.0:
                 last = time.monotonic()
                 passes = self.classifier.forwards - started
                 self.progress(self.done, self.total, f"{doing}: {passes:,} passes")
 
-        self.classifier.heartbeat = beat
+        self.classifier.callback = report_passes

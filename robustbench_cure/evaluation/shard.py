@@ -1,7 +1,7 @@
-"""One shard under way: clean pass, attacks on the living samples, verification.
+"""One shard under way: clean pass, attacks on the correctly classified samples, verification.
 
-Most attacks take the living rows of a shard all at once, so that their batches stay full. Where a row costs
-much, an attack is given them in pieces: what a killed run has finished of it is then kept. Pieces are cut by
+Most attacks take these rows of a shard all at once, so that their batches stay full. Where a row costs
+much, an attack is given them in pieces: what a killed run has finished of it is then on disk. Pieces are cut by
 the attack's own parameters, never by machine or batch size, so that a resumed run cuts where an
 uninterrupted one does, and computes the same bytes.
 """
@@ -30,7 +30,7 @@ from robustbench_cure.protocol.specs import PGD, SPSA, AttackSpec, DeepFool, Pee
 T = TypeVar("T")
 
 #: Seconds between two writings of what is done of a shard.
-KEEP_INTERVAL = 30.0
+CHECKPOINT_INTERVAL = 30.0
 #: Images that a piece of SPSA passes forward at most: minutes on a processor, and passes that fill a GPU.
 PIECE_PASSES = 2**19
 #: Rows in a piece of another library's attack, whose cost is not known: enough to fill a batch.
@@ -71,28 +71,28 @@ class ShardWork:
         self,
         before: Shard | None = None,
         *,
-        keep: Callable[[Shard], None] = lambda _: None,
+        checkpoint: Callable[[Shard], None] = lambda _: None,
         adversarials: Path | None = None,
     ) -> Shard:
         """Do it.
 
         Args:
             before: what an interrupted run has finished of it.
-            keep: writes what is finished, every `KEEP_INTERVAL` seconds.
-            adversarials: stem of the files that proposals go to; None: they are not kept.
+            checkpoint: writes what is finished, every `CHECKPOINT_INTERVAL` seconds.
+            adversarials: stem of the files that proposals go to; None: they are not written.
         """
-        self.keep, self.adversarials = keep, adversarials
+        self.checkpoint, self.adversarials = checkpoint, adversarials
         self.started = time.perf_counter()
         correct = self._clean_pass()
         if before is not None:
-            self._take_over(before)
-        self.kept = time.monotonic()
+            self._resume(before)
+        self.written = time.monotonic()
         rank = torch.arange(self.ranks.start, self.ranks.stop, device=self.x.device)
         for group in groups(self.battery.attacks, shared=self.attacks.get("pgd") is pgd):
             limit = group[0].limit
-            living = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
-            self._group(group, living)
-        return self._so_far()
+            attackable = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
+            self._group(group, attackable)
+        return self._partial()
 
     # --- rows -----------------------------------------------------------------------------------------
 
@@ -112,13 +112,13 @@ class ShardWork:
         self.shard.cost["clean"] = Cost(seconds=time.perf_counter() - started, forwards=len(self.x))
         return pred == self.y
 
-    def _take_over(self, before: Shard) -> None:
+    def _resume(self, before: Shard) -> None:
         self.shard = before
         self.started -= before.seconds
         new = [str(name) for name in before.rows if name not in self.columns]
         self.columns |= {name: before.rows[name].to_numpy(dtype=object) for name in new}
 
-    def _so_far(self) -> Shard:
+    def _partial(self) -> Shard:
         """The shard with the columns of the attacks that have begun: all, once it is finished."""
         import pandas as pd
 
@@ -129,43 +129,43 @@ class ShardWork:
         )
         return self.shard
 
-    def _left(self, group: list[AttackSpec], living: Tensor) -> Tensor:
-        """The living rows that a group has not been given yet."""
+    def _remaining(self, group: list[AttackSpec], attackable: Tensor) -> Tensor:
+        """The attackable rows that a group has not been given yet."""
         if group[0].id not in self.shard.cost:
-            return living
-        given = torch.tensor(self.columns[f"{group[0].id}.attacked"].astype(bool), device=living.device)
-        return living[~given[living]]
+            return attackable
+        given = torch.tensor(self.columns[f"{group[0].id}.attacked"].astype(bool), device=attackable.device)
+        return attackable[~given[attackable]]
 
     # --- attacks --------------------------------------------------------------------------------------
 
-    def _group(self, group: list[AttackSpec], living: Tensor) -> None:
-        """Run attacks that belong together on the rows that are left, piece by piece."""
-        left = self._left(group, living)
-        if group[0].id in self.shard.cost and not len(left):
+    def _group(self, group: list[AttackSpec], attackable: Tensor) -> None:
+        """Run attacks that belong together on the remaining rows, piece by piece."""
+        remaining = self._remaining(group, attackable)
+        if group[0].id in self.shard.cost and not len(remaining):
             return  # done by a run that was interrupted
-        done = living[: len(living) - len(left)]
+        done = attackable[: len(attackable) - len(remaining)]
         images: dict[str, list[Tensor]] = {spec.id: [] for spec in group}
         if self.adversarials and len(done):
             found = read_proposals(self.adversarials, group, self._ids(done))
-            if found is None:  # not kept by the run that was interrupted: all of them are wanted
-                done, left = living[:0], living
+            if found is None:  # not written by the run that was interrupted: all of them are wanted
+                done, remaining = attackable[:0], attackable
                 for spec in group:
                     del self.shard.cost[spec.id]
             else:
                 images = {name: [tensor] for name, tensor in found.items()}
         name = group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}"
-        for rows in torch.split(left, piece_rows(group[0]) or max(1, len(left))):
-            far = f", {len(done)} of {len(living)} images" if len(rows) < len(living) else ""
+        for rows in torch.split(remaining, piece_rows(group[0]) or max(1, len(remaining))):
+            far = f", {len(done)} of {len(attackable)} images" if len(rows) < len(attackable) else ""
             self.announce(name + far)
             self._piece(group, rows, images)
             done = torch.cat((done, rows))
-            last = len(done) == len(living)
-            due = time.monotonic() - self.kept >= KEEP_INTERVAL
+            last = len(done) == len(attackable)
+            due = time.monotonic() - self.written >= CHECKPOINT_INTERVAL
             if self.adversarials and (last or due):
                 save_proposals(self.adversarials, group, images, self._ids(done))
             if due:
-                self.kept = time.monotonic()
-                self.keep(self._so_far())
+                self.written = time.monotonic()
+                self.checkpoint(self._partial())
 
     def _piece(self, group: list[AttackSpec], rows: Tensor, images: dict[str, list[Tensor]]) -> None:
         """Attack some rows, judge what comes back, and note it."""

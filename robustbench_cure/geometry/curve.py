@@ -105,14 +105,14 @@ def _pulse(
     classifier: Classifier, pulse: Callable[[float], None] | None, done: int, most: int
 ) -> Iterator[None]:
     """Report a radius under way by its gradients, of which rows that break leave some out."""
-    before, listener = classifier.backwards, classifier.heartbeat
+    before, listener = classifier.backwards, classifier.callback
 
     def beat() -> None:
         if pulse is not None:
             pulse(round(done + min(1.0, (classifier.backwards - before) / most), 2))
 
-    classifier.heartbeat = beat
+    classifier.callback = beat
     try:
         yield
     finally:
-        classifier.heartbeat = listener
+        classifier.callback = listener

@@ -37,11 +37,11 @@ class Work:
             share = min(self.planned[name], self._passes() - before)
             self.progress(self.done + share, self.total, name.replace("_", " "))
 
-        self.classifier.heartbeat = beat
+        self.classifier.callback = beat
         try:
             yield
         finally:
-            self.classifier.heartbeat = None
+            self.classifier.callback = None
 
     def finished(self, name: str) -> None:
         """A piece is done, with fewer passes than planned or without any."""
