@@ -28,8 +28,8 @@ from robustbench_cure.gate.compare import compare, compare_runs
 from robustbench_cure.gate.render import overall, terminal, to_annotations, to_json, to_junit, to_markdown
 from robustbench_cure.gate.verdict import EXIT_CODES, ORDER, VERDICTS, Accuracy, Rules, conclude, judge
 from robustbench_cure.gate.wording import sentences
-from robustbench_cure.threat import ThreatModel
 from robustbench_cure.stats import NOISE, Flips, chances, sample_size, tail
+from robustbench_cure.threat import ThreatModel
 
 ONE = Fraction(1, 100)
 RULES = Rules()

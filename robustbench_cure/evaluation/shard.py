@@ -1,9 +1,9 @@
 """One shard under way: clean pass, attacks on the correctly classified samples, verification.
 
-Most attacks take these rows of a shard all at once, so that their batches stay full. Where a row costs
-much, an attack is given them in pieces: what a killed run has finished of it is then on disk. Pieces are cut by
-the attack's own parameters, never by machine or batch size, so that a resumed run cuts where an
-uninterrupted one does, and computes the same bytes.
+Most attacks take these rows of a shard all at once, so that their batches stay full. Where a row costs much,
+an attack is given them in pieces: what a killed run has finished of it is then on disk. Pieces are cut by the
+attack's own parameters, never by machine or batch size, so that a resumed run cuts where an uninterrupted one
+does, and computes the same bytes.
 """
 
 from __future__ import annotations
