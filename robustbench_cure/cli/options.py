@@ -167,12 +167,12 @@ CARDS = click.option(
 
 
 def seed(help_text: str) -> Option:
-    """``--seed``, which stands for something else from verb to verb."""
+    """The option ``--seed``, whose meaning differs from verb to verb."""
     return click.option("--seed", type=click.IntRange(0, 2**63 - 1), help=help_text)
 
 
 def out(help_text: str, *, required: bool = False) -> Option:
-    """``--out``, where results go."""
+    """The option ``--out``: where results go."""
     return click.option("--out", type=PATH, required=required, help=help_text)
 
 

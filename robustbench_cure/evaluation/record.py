@@ -17,13 +17,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag, derived_flags, stored
 from robustbench_cure.files import write_atomically
 from robustbench_cure.protocol.cards import Battery
-from robustbench_cure.protocol.identity import DataInfo, ModelInfo
+from robustbench_cure.protocol.identity import DataInfo, ModelInfo, Section
 from robustbench_cure.protocol.schema import describe
 from robustbench_cure.protocol.specs import AttackSpec
 from robustbench_cure.stats import Rate
@@ -50,11 +50,7 @@ ATTACK_FIELDS: dict[str, str] = {
 }
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class RunConfig(_Part):
+class RunConfig(Section):
     """Settings that decide the numbers, and, under `batch_size`, one that moves only their rounding."""
 
     seed: int
@@ -67,8 +63,8 @@ class RunConfig(_Part):
     allow_unreliable: bool = False
 
 
-class Environment(_Part):
-    """Code, libraries and machine."""
+class Environment(Section):
+    """Code, libraries and machine that a record was made with."""
 
     version: str
     python: str
@@ -82,7 +78,7 @@ class Environment(_Part):
     peers: list[str] = []
 
 
-class Cost(_Part):
+class Cost(Section):
     """Seconds and passes of one attack, or of the clean pass ("clean"), summed over shards."""
 
     seconds: float = 0.0
@@ -94,7 +90,7 @@ class Cost(_Part):
     searched_again: int = 0
 
 
-class Manifest(_Part):
+class Manifest(Section):
     """Everything about a run but the samples."""
 
     schema_version: int = SCHEMA_VERSION
@@ -292,7 +288,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` atomically."""
+    """Write ``manifest.json`` of a record directory, whole or not at all."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
     write_atomically(path / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
 

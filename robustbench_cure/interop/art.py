@@ -26,13 +26,13 @@ def names() -> list[str]:
     return [n for n, c in found if inspect.isclass(c) and issubclass(c, EvasionAttack)]
 
 
-def given() -> frozenset[str]:
-    """Parameters that come from elsewhere."""
+def preset() -> frozenset[str]:
+    """Parameters that the battery and the model decide."""
     return frozenset(("norm", "eps", "verbose"))
 
 
 def signature(name: str) -> inspect.Signature:
-    """Of the constructor, without the estimator."""
+    """Signature of the attack's constructor, without the estimator."""
     from art.attacks import evasion
 
     whole = inspect.signature(getattr(evasion, name))
@@ -41,14 +41,14 @@ def signature(name: str) -> inspect.Signature:
 
 
 def minimal(name: str) -> bool:
-    """Attacks without a radius."""
+    """Whether the attack has no radius, and so looks for the nearest boundary."""
     return "eps" not in signature(name).parameters
 
 
-def call(
+def build(
     name: str, model: StandIn, setting: Setting, options: Mapping[str, Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The attack, ready."""
+    """The attack with its parameters set: images (B,C,H,W) and labels (B,) in, images out."""
     from art.attacks import evasion
     from art.estimators.classification import PyTorchClassifier
 

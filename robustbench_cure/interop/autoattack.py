@@ -39,15 +39,15 @@ def names() -> list[str]:
     return [*ATTACKS, *VERSIONS]
 
 
-def given() -> frozenset[str]:
-    """Parameters that come from elsewhere."""
+def preset() -> frozenset[str]:
+    """Parameters that the battery and the model decide."""
     return frozenset(
         ("norm", "eps", "seed", "verbose", "device", "logger", "loss", "targeted", "is_tf_model", "loss_fn")
     )
 
 
 def signature(name: str) -> inspect.Signature:
-    """Of the constructor, without the model; a version has no parameters."""
+    """Signature of the attack's constructor, without the model; a version has no parameters."""
     if name in VERSIONS:
         return inspect.Signature()
     whole = inspect.signature(_class(name))
@@ -55,14 +55,14 @@ def signature(name: str) -> inspect.Signature:
 
 
 def minimal(name: str) -> bool:
-    """FAB returns the nearest point it found, inside the ball or not."""
+    """Whether it is FAB, which returns the nearest point that it found, inside the ball or not."""
     return name.startswith("fab")
 
 
-def call(
+def build(
     name: str, model: StandIn, setting: Setting, options: Mapping[str, Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The attack, ready."""
+    """The attack with its parameters set: images (B,C,H,W) and labels (B,) in, images out."""
     device = str(model.device_of.device)
     norm = {"linf": "Linf", "l2": "L2"}[setting.threat.norm]
     common = {"norm": norm, "eps": setting.threat.radius, "seed": setting.seed, "device": device}
@@ -75,8 +75,8 @@ def call(
         whole.fab.n_target_classes = min(whole.fab.n_target_classes, targets)
 
         def run(x: Tensor, y: Tensor) -> Tensor:
-            found: Tensor = whole.run_standard_evaluation(x, y, batch_size=len(x))[0]
-            return found
+            x_adv: Tensor = whole.run_standard_evaluation(x, y, batch_size=len(x))[0]
+            return x_adv
 
         return run
     wanted = options.get("n_target_classes", 0)
@@ -87,8 +87,8 @@ def call(
     attack = _class(name)(model, **common, **ATTACKS[name][2], **options)
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
-        found: Tensor = attack.perturb(x, y)
-        return found
+        x_adv: Tensor = attack.perturb(x, y)
+        return x_adv
 
     return perturb
 

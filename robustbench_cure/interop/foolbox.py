@@ -16,7 +16,7 @@ INSTALL = 'install it: python -m pip install "robustbench-cure[peers]"'
 
 
 def names() -> list[str]:
-    """Its attack classes."""
+    """Names of the attack classes that the library exports."""
     import foolbox
     from foolbox.attacks.base import Attack
 
@@ -24,28 +24,28 @@ def names() -> list[str]:
     return [n for n, c in found if inspect.isclass(c) and issubclass(c, Attack) and not inspect.isabstract(c)]
 
 
-def given() -> frozenset[str]:
-    """Parameters that come from elsewhere: none; the radius is an argument of the call."""
+def preset() -> frozenset[str]:
+    """Parameters that the battery and the model decide: none; the radius is an argument of the call."""
     return frozenset()
 
 
 def signature(name: str) -> inspect.Signature:
-    """Of the constructor."""
+    """Signature of the attack's constructor."""
     import foolbox
 
     return inspect.signature(getattr(foolbox.attacks, name))
 
 
 def minimal(name: str) -> bool:
-    """Never: with a radius Foolbox clips what it found to the ball."""
+    """False for every attack: with a radius Foolbox clips what it found to the ball."""
     del name
     return False
 
 
-def call(
+def build(
     name: str, model: StandIn, setting: Setting, options: Mapping[str, Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The attack, ready."""
+    """The attack with its parameters set: images (B,C,H,W) and labels (B,) in, images out."""
     import foolbox
     from foolbox.models.pytorch import PyTorchModel
 
@@ -54,7 +54,7 @@ def call(
 
     def run(x: Tensor, y: Tensor) -> Tensor:
         _, clipped, _ = attack(wrapped, x, y, epsilons=setting.threat.radius)
-        found: Tensor = clipped
-        return found
+        x_adv: Tensor = clipped
+        return x_adv
 
     return run

@@ -1,6 +1,6 @@
 """Attacks of other libraries in a battery: ``kind = "torchattacks:CW"``, their parameters as keys.
 
-A peer only proposes, like every attack: the judge decides. It never gets hold of the model, only of a
+A peer only returns candidates, like every attack: the evaluation verifies them. It never gets hold of the model, only of a
 stand-in that computes the reference form, counts passes and has no weights to change. It works on copies of
 the images, with random states that are seeded before and put back after. What it tried to touch is reported.
 
@@ -38,7 +38,7 @@ MODE, RANDOM, INPUT = "model mode changed", "global random state used", "input m
 
 @dataclass(frozen=True)
 class Setting:
-    """What a peer is told beside its own parameters.
+    """What the battery and the model decide for a peer.
 
     Attributes:
         threat: ball.
@@ -64,18 +64,18 @@ class Library(Protocol):
         """Attacks that can be named."""
 
     def signature(self, name: str) -> inspect.Signature:
-        """Of the attack's constructor, without the model."""
+        """Signature of the attack's constructor, without the model."""
 
-    def given(self) -> frozenset[str]:
+    def preset(self) -> frozenset[str]:
         """Parameters that come from the battery and the model."""
 
     def minimal(self, name: str) -> bool:
         """Whether it looks for the nearest boundary, so that leaving the ball is no fault."""
 
-    def call(
+    def build(
         self, name: str, model: StandIn, setting: Setting, options: Mapping[str, Any]
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The attack, ready: images and labels in, images out."""
+        """The attack with its parameters set: images (B,C,H,W) and labels (B,) in, images out."""
 
 
 #: Prefix of a kind -> the module here that speaks to the library.
@@ -117,10 +117,10 @@ def check(spec: Peer) -> None:
     peer, name = library(spec.kind)
     parameters = peer.signature(name).parameters
     for key in spec.options:
-        if key in peer.given():
+        if key in peer.preset():
             raise UsageError(f"attack {spec.id!r}: {key} comes from the battery and the model; leave it out")
         if key not in parameters:
-            known = [p for p in parameters if p not in peer.given()]
+            known = [p for p in parameters if p not in peer.preset()]
             raise UsageError(
                 f"attack {spec.id!r}: {spec.kind} has no parameter {key!r}{_nearest(key, known)}"
             )
@@ -129,14 +129,14 @@ def check(spec: Peer) -> None:
         for p in parameters.values()
         if p.default is p.empty
         and p.kind is p.POSITIONAL_OR_KEYWORD
-        and p.name not in {*peer.given(), *spec.options}
+        and p.name not in {*peer.preset(), *spec.options}
     ]
     if needed:
         raise UsageError(f"attack {spec.id!r}: {spec.kind} needs {', '.join(needed)}")
 
 
 def version(kind: str) -> str:
-    """``torchattacks 3.5.1``."""
+    """Name and version of the library of a kind, as ``torchattacks 3.5.1``."""
     peer, _ = library(kind)
     return f"{peer.DISTRIBUTION} {metadata.version(peer.DISTRIBUTION)}"
 
@@ -177,7 +177,7 @@ def peer(
         model = StandIn(classifier)
         given = x[rows].clone()
         with seeded(seed, x.device) as moved:
-            found = module.call(name, model, setting, options)(given, y[rows].clone())
+            found = module.build(name, model, setting, options)(given, y[rows].clone())
         if not isinstance(found, Tensor) or found.shape != given.shape:
             proposal.x_adv = found
             return proposal

@@ -18,19 +18,19 @@ RADIUS = ("eps", "max_epsilon")
 
 
 def names() -> list[str]:
-    """Its attack classes."""
+    """Names of the attack classes that the library exports."""
     import torchattacks
 
     return [n for n in torchattacks.__all__ if inspect.isclass(getattr(torchattacks, n))]
 
 
-def given() -> frozenset[str]:
-    """Parameters that come from elsewhere."""
+def preset() -> frozenset[str]:
+    """Parameters that the battery and the model decide."""
     return frozenset((*RADIUS, "norm", "n_classes", "seed", "verbose"))
 
 
 def signature(name: str) -> inspect.Signature:
-    """Of the constructor, without the model."""
+    """Signature of the attack's constructor, without the model."""
     import torchattacks
 
     whole = inspect.signature(getattr(torchattacks, name))
@@ -38,14 +38,14 @@ def signature(name: str) -> inspect.Signature:
 
 
 def minimal(name: str) -> bool:
-    """Attacks without a radius, and FAB, which ignores it."""
+    """Whether the attack has no radius, or ignores it as FAB does, and so looks for the nearest boundary."""
     return name == "FAB" or not any(key in signature(name).parameters for key in RADIUS)
 
 
-def call(
+def build(
     name: str, model: StandIn, setting: Setting, options: Mapping[str, Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The attack, ready."""
+    """The attack with its parameters set: images (B,C,H,W) and labels (B,) in, images out."""
     import torchattacks
 
     known: dict[str, Any] = {

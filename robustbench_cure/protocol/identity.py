@@ -16,11 +16,13 @@ ROUNDING = 1e-2
 NO_ANSWER = -1
 
 
-class _Part(BaseModel):
+class Section(BaseModel):
+    """A part of a manifest: a key that is not known is an error."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class ModelInfo(_Part):
+class ModelInfo(Section):
     """Who was judged.
 
     Attributes:
@@ -73,8 +75,8 @@ def same_answers(one: Sequence[float], other: Sequence[float]) -> bool:
     )
 
 
-class DataInfo(_Part):
-    """On which images."""
+class DataInfo(Section):
+    """The images a model was evaluated on: data set, split, number, digest, classes."""
 
     name: str
     split: str

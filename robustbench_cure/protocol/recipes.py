@@ -31,7 +31,7 @@ class _Recipe(Strict):
 
 
 class StandardRecipe(_Recipe):
-    """Cross-entropy on clean images."""
+    """Standard training: cross-entropy on clean images."""
 
     method: Literal["standard"]
 
@@ -76,7 +76,7 @@ class StaticFGSMRecipe(_Recipe):
 
 
 class GammaPhase(Strict):
-    """`gamma` during `epochs` epochs."""
+    """Weight `gamma` of the regulariser during `epochs` epochs."""
 
     epochs: Positive
     gamma: Annotated[float, Field(gt=0)]

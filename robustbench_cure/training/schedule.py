@@ -22,7 +22,7 @@ def one_cycle(lr: float, lr_final: float, done: float) -> float:
 
 
 def constant(lr: float, lr_final: float, done: float) -> float:
-    """``lr`` throughout."""
+    """The learning rate ``lr``, the same in all of the run."""
     del lr_final, done
     return lr
 

@@ -39,7 +39,7 @@ class StepContext:
 
     @property
     def epoch(self) -> int:
-        """Epochs finished, from 0."""
+        """Number of epochs finished so far, from 0."""
         return self.iteration // self.iterations_per_epoch
 
     def uniform(self, x: Tensor) -> Tensor:
