@@ -121,13 +121,13 @@ class Fake:
     def signature(self, name):
         return inspect.Signature([inspect.Parameter("strength", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
 
-    def given(self):
+    def preset(self):
         return frozenset()
 
     def minimal(self, name):
         return self.is_minimal
 
-    def call(self, name, model, setting, options):
+    def build(self, name, model, setting, options):
         return lambda x, y: self.work(model, x, y)
 
 

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag, derived_flags, stored
@@ -75,7 +75,7 @@ class Environment(Section):
     git_dirty: bool = False
     command: str = ""
     #: Libraries whose attacks took part, with their versions.
-    peers: list[str] = []
+    peers: list[str] = Field(default_factory=list)
 
 
 class Cost(Section):
@@ -104,8 +104,8 @@ class Manifest(Section):
     config: RunConfig
     environment: Environment
     #: Raised by preflight and by attacks; the record adds what follows from its table.
-    flags: list[Flag] = []
-    cost: dict[str, Cost] = {}
+    flags: list[Flag] = Field(default_factory=list)
+    cost: dict[str, Cost] = Field(default_factory=dict)
     wall_seconds: float = 0.0
 
     @property

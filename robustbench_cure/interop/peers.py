@@ -1,8 +1,9 @@
 """Attacks of other libraries in a battery: ``kind = "torchattacks:CW"``, their parameters as keys.
 
-A peer only returns candidates, like every attack: the evaluation verifies them. It never gets hold of the model, only of a
-stand-in that computes the reference form, counts passes and has no weights to change. It works on copies of
-the images, with random states that are seeded before and put back after. What it tried to touch is reported.
+A peer only returns candidates, like every attack: the evaluation verifies them. It never gets hold of the
+model, only of a stand-in that computes the reference form, counts passes and has no weights to change. It
+works on copies of the images, with random states that are seeded before and put back after. What it tried to
+touch is reported.
 
 Norm, radius, number of classes and seed come from the battery and the model; they are not keys. A parameter
 that is not written keeps the library's default, so the library's version is part of the record.
