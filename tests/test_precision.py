@@ -10,7 +10,7 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.pgd import pgd_ladder
+from robustbench_cure.attacks.pgd import pgd_checkpoints
 from robustbench_cure.attacks.precision import (
     ROUNDING,
     disagreement,
@@ -317,12 +317,12 @@ def test_a_search_that_is_thrown_back_from_the_boundary_is_made_in_float32(gap, 
     assert found["fp32"].searched_again is None
 
 
-def test_a_rung_is_searched_again_as_it_would_be_alone_and_longer_ones_with_it():
+def test_a_checkpoint_is_searched_again_as_it_would_be_alone_and_longer_ones_with_it():
     data, ball = load_dataset("digits").subset(100), ThreatModel("linf", "51/255")
     net = Thrown(load_model("digits_pgd_at", precision="fp32").module, 3.0).eval()
     model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision="bf16")
     options = {"threat": ball, "step_size": 0.05}
-    short, long = pgd_ladder(model, data.images, data.labels, rungs=(3, 20), **options)
+    short, long = pgd_checkpoints(model, data.images, data.labels, checkpoints=(3, 20), **options)
     alone = pgd(model, data.images, data.labels, steps=3, **options)
     assert torch.equal(short.x_adv, alone.x_adv)
     assert torch.equal(short.searched_again, alone.searched_again)
