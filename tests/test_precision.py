@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.pgd import pgd_checkpoints
 from robustbench_cure.attacks.precision import (
     ROUNDING,
     disagreement,
@@ -388,3 +387,16 @@ def test_a_row_that_bfloat16_leads_astray_is_searched_in_float32(attack, dark):
     assert flag.attack == attack
     assert flag.evidence == f"{flag.value:.0f} of 200 samples"
     assert not [flag for flag in record["fp32"].manifest.flags if flag.kind == "searched_again"]
+
+
+def test_only_rows_that_are_still_robust_are_compared_with_float32():
+    """Three passes for each: at the image, and twice at the proposal; none for those that are broken."""
+    data, model = load_dataset("digits").subset(8), load_model("digits_pgd_at", precision="bf16")
+    x, y = data.images, data.labels.clone()
+    y[:4] = (y[:4] + 1) % 10
+    options = {"threat": ThreatModel("linf", "1/255"), "step_size": 1 / 255, "random_start": False}
+    found = pgd(model, x, y, steps=2, **options)
+    assert found.forwards.tolist() == [2] * 4 + [2 + 1 + 3] * 4
+    assert int(found.forwards.sum()) == model.forwards
+    for shared in pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options):
+        assert shared.forwards[:4].tolist() == [2] * 4

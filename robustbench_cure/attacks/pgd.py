@@ -246,8 +246,10 @@ def _compare_precisions(
     Returns:
         Rows to search again because the two precisions differ, bool (K, B); see `to_search_again`.
     """
-    scale = logit_range(classifier.logits(x))
-    searched_again = torch.zeros_like(robust)
+    searched_again, scale = torch.zeros_like(robust), torch.zeros_like(lowest[0])
+    compared = robust.any(0).nonzero().squeeze(1)
+    scale[compared] = logit_range(classifier.logits(x[compared]))
+    forwards += 3 * robust  # here, and twice below
     for k, images in enumerate(x_adv):
         differ, still_robust = torch.zeros_like(robust[k]), robust[k].clone()
         for rows in torch.split(robust[k].nonzero().squeeze(1), classifier.batch_size):
@@ -255,6 +257,5 @@ def _compare_precisions(
             differ[rows] = margins_differ(searched, exact, y[rows], scale[rows])
             still_robust[rows] = ~misclassified(exact, y[rows])
             lowest[k, rows] = margins(exact, y[rows])
-        forwards[k] += 1 + 2 * robust[k]
         searched_again[k] = to_search_again(differ, still_robust)
     return searched_again
