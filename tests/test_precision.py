@@ -400,3 +400,45 @@ def test_only_rows_that_are_still_robust_are_compared_with_float32():
     assert int(found.forwards.sum()) == model.forwards
     for shared in pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options):
         assert shared.forwards[:4].tolist() == [2] * 4
+
+
+class Misleading(nn.Module):
+    """Bfloat16 leads away from the boundary: to a margin that rounding may decide, then to a large one."""
+
+    def forward(self, x):
+        u = (x - 0.5).mean((1, 2, 3))
+        away = torch.where(u > -0.075, 0.3, 3.0)
+        margin = 0.4 + 2 * u if reduced(x) else torch.where(u > -0.01, 0.4 - 20 * u, away)
+        first = torch.full_like(margin, 64.0)
+        return torch.stack((first, first - margin, -first), 1)
+
+
+def test_a_longer_checkpoint_is_never_left_more_robust_than_a_shorter_one():
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+    options = {"threat": BALL, "step_size": 0.05, "random_start": False}
+    model = Classifier(Misleading(), num_classes=3, input_shape=SHAPE, precision="bf16")
+    short, long = pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options)
+    assert bool(misclassified(model.logits(short.x_adv), y).all())
+    assert torch.equal(long.x_adv, short.x_adv)
+    # Alone, the long search ends where nothing is uncertain.
+    alone = pgd(model, x, y, steps=2, **options)
+    assert not bool(misclassified(model.logits(alone.x_adv), y).any())
+
+
+class Slope(nn.Module):
+    """A margin that a rounding may decide after one step of 1/20, and that is negative after two."""
+
+    def forward(self, x):
+        margin = 0.4 - 6 * (x - 0.5).mean((1, 2, 3))
+        first = torch.full_like(margin, 64.0)
+        return torch.stack((first, first - margin, -first), 1)
+
+
+def test_a_checkpoint_that_is_broken_takes_no_part_in_the_second_search():
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+    model = Classifier(Slope(), num_classes=3, input_shape=SHAPE, precision="bf16")
+    options = {"threat": BALL, "step_size": 0.05, "random_start": False}
+    short, long = pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options)
+    assert (short.backwards.tolist(), long.backwards.tolist()) == ([1 + 1] * 2, [2] * 2)
+    assert misclassified(model.logits(short.x_adv), y).tolist() == [False] * 2
+    assert misclassified(model.logits(long.x_adv), y).tolist() == [True] * 2
