@@ -403,14 +403,33 @@ def test_only_rows_that_are_still_robust_are_compared_with_float32():
 
 
 class Misleading(nn.Module):
-    """Bfloat16 leads away from the boundary: to a margin that rounding may decide, then to a large one."""
+    """Bfloat16 leads away from the boundary, in steps of 1/20.
+
+    Args:
+        near: margin after one step; after two it is large.
+        third: a third logit, beside two of about 64.
+    """
+
+    def __init__(self, near: float = 0.3, third: float = -64.0) -> None:
+        super().__init__()
+        self.near, self.third = near, third
 
     def forward(self, x):
         u = (x - 0.5).mean((1, 2, 3))
-        away = torch.where(u > -0.075, 0.3, 3.0)
+        away = torch.where(u > -0.075, self.near, 3.0)
         margin = 0.4 + 2 * u if reduced(x) else torch.where(u > -0.01, 0.4 - 20 * u, away)
         first = torch.full_like(margin, 64.0)
-        return torch.stack((first, first - margin, -first), 1)
+        return torch.stack((first, first - margin, torch.full_like(margin, self.third)), 1)
+
+
+@pytest.mark.parametrize(("third", "again"), [(63.0, True), (-64.0, False)])
+def test_margins_are_compared_on_the_scale_of_the_image_s_logits(third, again):
+    """An error of 0.4 is much where logits differ by 1, and little where they differ by 128."""
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+    model = Classifier(Misleading(0.7, third), num_classes=3, input_shape=SHAPE, precision="bf16")
+    found = pgd(model, x, y, threat=BALL, steps=1, step_size=0.05, random_start=False)
+    assert found.searched_again.tolist() == [again] * 2
+    assert misclassified(model.logits(found.x_adv), y).tolist() == [again] * 2
 
 
 def test_a_longer_checkpoint_is_never_left_more_robust_than_a_shorter_one():
