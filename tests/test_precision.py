@@ -461,3 +461,20 @@ def test_a_checkpoint_that_is_broken_takes_no_part_in_the_second_search():
     assert (short.backwards.tolist(), long.backwards.tolist()) == ([1 + 1] * 2, [2] * 2)
     assert misclassified(model.logits(short.x_adv), y).tolist() == [False] * 2
     assert misclassified(model.logits(long.x_adv), y).tolist() == [True] * 2
+
+
+class Lowest(nn.Module):
+    """A margin that is lowest, 1, at 0.03 below the image; in bfloat16 its slope has the other sign."""
+
+    def forward(self, x):
+        u = (x - 0.5).mean((1, 2, 3))
+        margin = 1 - 20 * u if reduced(x) else 1 + 20 * (u + 0.03).abs()
+        return torch.stack((margin, torch.zeros_like(margin)), 1)
+
+
+def test_spsa_s_search_in_float32_keeps_its_best_iterate():
+    x, y = torch.full((4, *SHAPE), 0.5), torch.zeros(4, dtype=torch.int64)
+    model = Classifier(Lowest(), num_classes=2, input_shape=SHAPE, precision="bf16")
+    found = spsa(model, x, y, threat=BALL, steps=5, samples=64, step_size=0.02)
+    assert bool(found.searched_again.all())
+    assert float(model.logits(found.x_adv).amax()) < 1.3  # steps of 0.02 pass the lowest point
