@@ -162,8 +162,9 @@ def pgd_checkpoints(
             logits, gradient = classifier.value_and_gradient(
                 here, partial(objective, labels=labels), reference=reference
             )
-            forwards[:, rows] += pending[:, rows] & (taken[rows] < counts)
-            backwards[:, rows] += pending[:, rows] & (taken[rows] < counts)
+            ahead = pending[:, rows] & (taken[rows] < counts)
+            forwards[:, rows] += ahead
+            backwards[:, rows] += ahead
 
             # The pass also evaluates the iterate, which is a candidate for all checkpoints not yet passed.
             better = pending[:, rows] & (taken[rows] <= counts)
