@@ -5,7 +5,7 @@ r"""The whole battery beside torchattacks, Foolbox, ART, AutoAttack and RobustBe
         --data cifar10.npz --n 128 --autoattack 64 --out peers
 
 Ours is `evaluate`, whole: preflight, every attack of the battery, every check in float32. An attack's seconds
-are those of its record, a rung of the PGD ladder the share of the common trajectory that it needs. Peers run
+are those of its record, a PGD step checkpoint the share of the common trajectory that it needs. Peers run
 each attack for itself, on all images, as their documentation calls them; with --correct they are spared the
 images that are misclassified already. What every library returned is judged here alike, in float32: ball, box
 and label. Rounds are interleaved, and the fastest counts. `--out DIR` keeps every figure as it comes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_ladder, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.registry import ATTACKS
@@ -18,7 +18,7 @@ THREAT = ThreatModel.parse("linf", "8/255")
 WORK = {
     fgsm: {},
     pgd: {"steps": 2, "step_size": 0.02},
-    pgd_ladder: {"rungs": (1, 2), "step_size": 0.02},
+    pgd_checkpoints: {"checkpoints": (1, 2), "step_size": 0.02},
     deepfool: {},
     spsa: {"steps": 4, "samples": 4},
     uniform_noise: {"draws": 2},
@@ -99,7 +99,7 @@ def test_right_inputs_pass_and_so_do_none(attack):
 
 def test_every_attack_of_the_package_is_tested():
     own = {attack for name, attack in ATTACKS.items() if name != "peer"}
-    assert own | {pgd_ladder} == set(WORK)
+    assert own | {pgd_checkpoints} == set(WORK)
     assert all(inspect.isfunction(attack) for attack in own)
 
 

@@ -13,7 +13,7 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.deepfool import nearest_boundary_step
 from robustbench_cure.attacks.losses import margins, misclassified
-from robustbench_cure.attacks.pgd import pgd_ladder
+from robustbench_cure.attacks.pgd import pgd_checkpoints
 from robustbench_cure.attacks.spsa import gradient_estimate
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -194,8 +194,8 @@ def test_one_fgsm_step_goes_exactly_to_the_radius(affine, norm):
         assert counted.tolist() == [1] * 8
 
 
-def test_pgd_looks_where_somebody_needs_it(affine):
-    """One pass a step, and one more where a rung or a restart ends, unless the judge looks there anyway."""
+def test_pgd_evaluates_only_where_it_is_needed(affine):
+    """One pass a step, and one more at a checkpoint or the end of a restart, unless the evaluator follows."""
     model, x = duel(affine, 2, 6), interior_images(4, 6)
     y = labelled(model, x)
     options = {"threat": ball("linf", 1e-3), "step_size": 1e-3}  # nothing is broken
@@ -203,7 +203,7 @@ def test_pgd_looks_where_somebody_needs_it(affine):
         found = pgd(model.classifier, x, y, steps=5, restarts=restarts, **options)
         assert found.backwards.tolist() == [5 * restarts] * 4
         assert found.forwards.tolist() == [forwards] * 4
-    short, long = pgd_ladder(model.classifier, x, y, rungs=(2, 5), **options)
+    short, long = pgd_checkpoints(model.classifier, x, y, checkpoints=(2, 5), **options)
     assert (short.forwards.tolist(), long.forwards.tolist()) == ([3] * 4, [6] * 4)
 
 

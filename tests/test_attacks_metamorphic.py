@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_ladder, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.classifier import Classifier, has_bf16
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
@@ -220,13 +220,12 @@ def test_broken_set_grows_with_eps_on_an_affine_model(affine, judge, name):
 
 @both_norms
 @pytest.mark.parametrize("restarts", [1, 3])
-def test_ladder_is_monotone_in_steps_and_in_restarts(make, data, judge, digits_net, norm, restarts):
+def test_checkpoints_are_monotone_in_steps_and_in_restarts(make, data, judge, digits_net, norm, restarts):
     x, y = data
     threat = threat_of(norm, Fraction(2, 5))
-    rungs = (1, 2, 4, 9)
-    options = {"threat": threat, "rungs": rungs, "step_size": threat.radius / 4}
-    ladder = pgd_ladder(make(), x, y, restarts=restarts, **options)
-    sets = [judge(digits_net, x, y, p.x_adv, norm, threat.radius) for p in ladder]
+    options = {"threat": threat, "checkpoints": (1, 2, 4, 9), "step_size": threat.radius / 4}
+    proposals = pgd_checkpoints(make(), x, y, restarts=restarts, **options)
+    sets = [judge(digits_net, x, y, p.x_adv, norm, threat.radius) for p in proposals]
     for fewer, more in itertools.pairwise(sets):
         assert not (fewer & ~more).any()
     assert sets[0].sum() < sets[-1].sum() < N
@@ -237,9 +236,9 @@ def test_the_best_restart_is_kept(make, data, norm):
     """Surviving rows get the lowest margin of all restarts, the first of which is the single one."""
     x, y = data
     threat, classifier = threat_of(norm, Fraction(2, 5)), make()
-    options = {"threat": threat, "rungs": (1, 3), "step_size": threat.radius / 8}
-    many = pgd_ladder(classifier, x, y, restarts=4, **options)
-    single = pgd_ladder(classifier, x, y, restarts=1, **options)
+    options = {"threat": threat, "checkpoints": (1, 3), "step_size": threat.radius / 8}
+    many = pgd_checkpoints(classifier, x, y, restarts=4, **options)
+    single = pgd_checkpoints(classifier, x, y, restarts=1, **options)
     for proposal, one in zip(many, single, strict=True):
         best, first = (true_margin(classifier, p.x_adv, y) for p in (proposal, one))
         assert not ((first < 0) & (best >= 0)).any()
@@ -252,19 +251,19 @@ def test_the_best_restart_is_kept(make, data, norm):
 @pytest.mark.parametrize(
     "options", [{}, {"restarts": 2}, {"stop": "never"}, {"random_start": False}], ids=str
 )
-def test_a_rung_is_what_pgd_alone_would_propose(make, data, norm, options):
+def test_a_checkpoint_is_what_pgd_alone_would_propose(make, data, norm, options):
     x, y = data[0][:14], data[1][:14]
     threat = threat_of(norm, Fraction(2, 5))
-    rungs = (2, 3, 7)
+    checkpoints = (2, 3, 7)
     # One row a pass: rounding then cannot depend on which rows have left.
     classifier = make(batch_size=1)
     options = options | {"threat": threat, "step_size": threat.radius / 4, "noise": Noise.for_rows(14)}
-    ladder = pgd_ladder(classifier, x, y, rungs=rungs, **options)
-    for steps, rung in zip(rungs, ladder, strict=True):
+    proposals = pgd_checkpoints(classifier, x, y, checkpoints=checkpoints, **options)
+    for steps, shared in zip(checkpoints, proposals, strict=True):
         alone = pgd(classifier, x, y, steps=steps, **options)
-        assert torch.equal(rung.x_adv, alone.x_adv)
-        assert torch.equal(rung.steps, alone.steps)
-        assert (rung.steps <= steps).all()
+        assert torch.equal(shared.x_adv, alone.x_adv)
+        assert torch.equal(shared.steps, alone.steps)
+        assert (shared.steps <= steps).all()
 
 
 @both_norms
@@ -381,16 +380,16 @@ def test_work_of_the_rows_is_the_work_of_the_model(make, data, name, norm, batch
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
-def test_a_rung_is_charged_what_it_needs_alone(make, data, restarts):
+def test_a_checkpoint_is_charged_what_it_needs_alone(make, data, restarts):
     x, y = data[0][:14], data[1][:14]
     threat = threat_of("linf", Fraction(1, 2))
     options = {"threat": threat, "step_size": threat.radius / 4, "restarts": restarts}
-    short, long = pgd_ladder(make(batch_size=1), x, y, rungs=(1, 5), **options)
-    for steps, rung in ((1, short), (5, long)):
+    short, long = pgd_checkpoints(make(batch_size=1), x, y, checkpoints=(1, 5), **options)
+    for steps, shared in ((1, short), (5, long)):
         alone = pgd(make(batch_size=1), x, y, steps=steps, **options)
-        assert torch.equal(rung.backwards, alone.backwards)
-        assert ((rung.forwards - alone.forwards) <= restarts).all()  # the look at the rung itself
-    # A row whose long rung is broken goes on for the short one alone.
+        assert torch.equal(shared.backwards, alone.backwards)
+        assert ((shared.forwards - alone.forwards) <= restarts).all()  # the pass at the checkpoint itself
+    # A row whose long checkpoint is broken goes on for the short one alone.
     assert restarts == 1 or (long.backwards < 5).any()
 
 
@@ -451,8 +450,8 @@ class TooFine(nn.Module):
 
 
 @pytest.mark.parametrize("stop", ["first-success", "never"])
-@pytest.mark.parametrize("rungs", [(8,), (4, 8)])
-def test_rows_that_stand_by_a_hair_in_bf16_are_searched_again(stop, rungs):
+@pytest.mark.parametrize("checkpoints", [(8,), (4, 8)])
+def test_rows_that_are_robust_within_rounding_in_bf16_are_searched_again(stop, checkpoints):
     x = torch.full((4, 1, 8, 8), 0.5)
     x[:, 0, 0, 0] = 0
     x[1], x[2] = x[1] - 0.03, x[2] - 0.1  # margins: half, 0.8 and 1.5 times what the ball gains
@@ -461,15 +460,15 @@ def test_rows_that_stand_by_a_hair_in_bf16_are_searched_again(stop, rungs):
     found = {}
     for precision in ("fp32", "bf16"):
         classifier = Classifier(TooFine(), num_classes=3, input_shape=SHAPE, precision=precision)
-        proposals = pgd_ladder(
-            classifier, x, y, threat=ThreatModel("linf", Fraction(1, 10)), rungs=rungs, step_size=0.025,
-            random_start=False, loss="margin", stop=stop,
+        proposals = pgd_checkpoints(
+            classifier, x, y, threat=ThreatModel("linf", Fraction(1, 10)), checkpoints=checkpoints,
+            step_size=0.025, random_start=False, loss="margin", stop=stop,
         )  # fmt: skip
         broken = [(classifier.logits(each.x_adv).argmax(1) != y).tolist() for each in proposals]
         found[precision] = broken, proposals[-1].backwards.tolist()
-    assert found["fp32"][0] == [[True, True, False, False]] * len(rungs)
+    assert found["fp32"][0] == [[True, True, False, False]] * len(checkpoints)
     assert found["bf16"][0] == found["fp32"][0]
-    assert found["bf16"][1][2:] == [2 * 8, 8]  # the second look is for doubtful rows alone
+    assert found["bf16"][1][2:] == [2 * 8, 8]  # the second search is for doubtful rows alone
     assert found["fp32"][1][2:] == [8, 8]
 
 

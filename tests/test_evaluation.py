@@ -452,7 +452,7 @@ def test_a_killed_shard_goes_on_with_the_attack_it_was_killed_in(tmp_path, after
 
         return attack
 
-    given = {name: noted(name) for name in ATTACKS}  # the ladder's rungs run one by one here
+    given = {name: noted(name) for name in ATTACKS}  # step counts do not share a trajectory here
     options = {"seed": 3, "attacks": given}
     evaluate(classifier(linear()), battery(*FULL), images(21), out=tmp_path / "whole", **options)
     order = list(ran)
@@ -805,7 +805,7 @@ def test_subsets_are_prefixes_and_samples_keep_their_noise():
     )
 
 
-def test_ladder_entries_run_together_and_equal_entries_alone():
+def test_entries_of_one_trajectory_run_together_and_equal_entries_alone():
     specs = battery(FGSM, pgd_spec(10), pgd_spec(3, step_size="1/20"), pgd_spec(5), pgd_spec(20)).attacks
     assert [[s.id for s in g] for g in groups(specs)] == [["fgsm"], ["pgd5", "pgd10", "pgd20"], ["pgd3"]]
     together = evaluate(classifier(linear()), battery(pgd_spec(5), pgd_spec(20)), images(40))

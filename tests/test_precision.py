@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import deepfool, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.pgd import pgd_ladder
 from robustbench_cure.attacks.precision import (
     ROUNDING,
     disagreement,
@@ -317,12 +316,12 @@ def test_a_search_that_is_thrown_back_from_the_boundary_is_made_in_float32(gap, 
     assert found["fp32"].searched_again is None
 
 
-def test_a_rung_is_searched_again_as_it_would_be_alone_and_longer_ones_with_it():
+def test_a_checkpoint_is_searched_again_as_it_would_be_alone_and_longer_ones_with_it():
     data, ball = load_dataset("digits").subset(100), ThreatModel("linf", "51/255")
     net = Thrown(load_model("digits_pgd_at", precision="fp32").module, 3.0).eval()
     model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), precision="bf16")
     options = {"threat": ball, "step_size": 0.05}
-    short, long = pgd_ladder(model, data.images, data.labels, rungs=(3, 20), **options)
+    short, long = pgd_checkpoints(model, data.images, data.labels, checkpoints=(3, 20), **options)
     alone = pgd(model, data.images, data.labels, steps=3, **options)
     assert torch.equal(short.x_adv, alone.x_adv)
     assert torch.equal(short.searched_again, alone.searched_again)
@@ -388,3 +387,94 @@ def test_a_row_that_bfloat16_leads_astray_is_searched_in_float32(attack, dark):
     assert flag.attack == attack
     assert flag.evidence == f"{flag.value:.0f} of 200 samples"
     assert not [flag for flag in record["fp32"].flags if flag.kind == "searched_again"]
+
+
+def test_only_rows_that_are_still_robust_are_compared_with_float32():
+    """Three passes for each: at the image, and twice at the proposal; none for those that are broken."""
+    data, model = load_dataset("digits").subset(8), load_model("digits_pgd_at", precision="bf16")
+    x, y = data.images, data.labels.clone()
+    y[:4] = (y[:4] + 1) % 10
+    options = {"threat": ThreatModel("linf", "1/255"), "step_size": 1 / 255, "random_start": False}
+    found = pgd(model, x, y, steps=2, **options)
+    assert found.forwards.tolist() == [2] * 4 + [2 + 1 + 3] * 4
+    assert int(found.forwards.sum()) == model.forwards
+    for shared in pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options):
+        assert shared.forwards[:4].tolist() == [2] * 4
+
+
+class Misleading(nn.Module):
+    """Bfloat16 leads away from the boundary, in steps of 1/20.
+
+    Args:
+        near: margin after one step; after two it is large.
+        third: a third logit, beside two of about 64.
+    """
+
+    def __init__(self, near: float = 0.3, third: float = -64.0) -> None:
+        super().__init__()
+        self.near, self.third = near, third
+
+    def forward(self, x):
+        u = (x - 0.5).mean((1, 2, 3))
+        away = torch.where(u > -0.075, self.near, 3.0)
+        margin = 0.4 + 2 * u if reduced(x) else torch.where(u > -0.01, 0.4 - 20 * u, away)
+        first = torch.full_like(margin, 64.0)
+        return torch.stack((first, first - margin, torch.full_like(margin, self.third)), 1)
+
+
+@pytest.mark.parametrize(("third", "again"), [(63.0, True), (-64.0, False)])
+def test_margins_are_compared_on_the_scale_of_the_image_s_logits(third, again):
+    """An error of 0.4 is much where logits differ by 1, and little where they differ by 128."""
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+    model = Classifier(Misleading(0.7, third), num_classes=3, input_shape=SHAPE, precision="bf16")
+    found = pgd(model, x, y, threat=BALL, steps=1, step_size=0.05, random_start=False)
+    assert found.searched_again.tolist() == [again] * 2
+    assert misclassified(model.logits(found.x_adv), y).tolist() == [again] * 2
+
+
+def test_a_longer_checkpoint_is_never_left_more_robust_than_a_shorter_one():
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+    options = {"threat": BALL, "step_size": 0.05, "random_start": False}
+    model = Classifier(Misleading(), num_classes=3, input_shape=SHAPE, precision="bf16")
+    short, long = pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options)
+    assert bool(misclassified(model.logits(short.x_adv), y).all())
+    assert torch.equal(long.x_adv, short.x_adv)
+    # Alone, the long search ends where nothing is uncertain.
+    alone = pgd(model, x, y, steps=2, **options)
+    assert not bool(misclassified(model.logits(alone.x_adv), y).any())
+
+
+class Slope(nn.Module):
+    """A margin that a rounding may decide after one step of 1/20, and that is negative after two."""
+
+    def forward(self, x):
+        margin = 0.4 - 6 * (x - 0.5).mean((1, 2, 3))
+        first = torch.full_like(margin, 64.0)
+        return torch.stack((first, first - margin, -first), 1)
+
+
+def test_a_checkpoint_that_is_broken_takes_no_part_in_the_second_search():
+    x, y = torch.full((2, *SHAPE), 0.5), torch.zeros(2, dtype=torch.int64)
+    model = Classifier(Slope(), num_classes=3, input_shape=SHAPE, precision="bf16")
+    options = {"threat": BALL, "step_size": 0.05, "random_start": False}
+    short, long = pgd_checkpoints(model, x, y, checkpoints=(1, 2), **options)
+    assert (short.backwards.tolist(), long.backwards.tolist()) == ([1 + 1] * 2, [2] * 2)
+    assert misclassified(model.logits(short.x_adv), y).tolist() == [False] * 2
+    assert misclassified(model.logits(long.x_adv), y).tolist() == [True] * 2
+
+
+class Lowest(nn.Module):
+    """A margin that is lowest, 1, at 0.03 below the image; in bfloat16 its slope has the other sign."""
+
+    def forward(self, x):
+        u = (x - 0.5).mean((1, 2, 3))
+        margin = 1 - 20 * u if reduced(x) else 1 + 20 * (u + 0.03).abs()
+        return torch.stack((margin, torch.zeros_like(margin)), 1)
+
+
+def test_spsa_s_search_in_float32_keeps_its_best_iterate():
+    x, y = torch.full((4, *SHAPE), 0.5), torch.zeros(4, dtype=torch.int64)
+    model = Classifier(Lowest(), num_classes=2, input_shape=SHAPE, precision="bf16")
+    found = spsa(model, x, y, threat=BALL, steps=5, samples=64, step_size=0.02)
+    assert bool(found.searched_again.all())
+    assert float(model.logits(found.x_adv).amax()) < 1.3  # steps of 0.02 pass the lowest point

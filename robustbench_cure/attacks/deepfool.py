@@ -7,46 +7,47 @@ nearest, |f_k| / ||w_k||_q (q dual to the norm), and add the shortest step that 
 
     l2:    r += |f_l| / ||w_l||_2^2 * w_l            linf:  r += |f_l| / ||w_l||_1 * sign(w_l)
 
-Gaps and labels are those of the reference form, and slopes are taken in float32: with those of bfloat16 a
-path ends elsewhere, and samples stand that float32 breaks.
-``mode = "minimal"`` runs until the label changes: its product is a distance. ``mode = "bounded"`` cuts
-the overshot vector to the ball after every step (the form of the CURE paper's Table 1, whose caption
-constrains the perturbations) and needs only a verdict. With a ``basis`` the slopes are projected onto its
-span, and so is the perturbation (thesis, algorithm 3).
+Gaps and labels are those of the reference form, and slopes are computed in float32: in bfloat16 a path ends
+elsewhere, and samples stay robust that float32 finds adversarial images for.
+``mode = "minimal"`` runs until the label changes, and measures a distance. ``mode = "bounded"`` cuts the
+overshot vector to the ball after every step (the form of the CURE paper's Table 1, whose caption constrains
+the perturbations), and decides whether the ball contains an adversarial image. With a ``basis`` the slopes
+are projected onto its span, and so is the perturbation (thesis, algorithm 3).
 
 Deviations. (1) The label is tested, and the model linearised, at the overshot point, as the authors' own
 code does: on an affine model the algorithm as printed stops exactly on the boundary. (2) No absolute
-constant is added to a step. (3) Pixels that cannot move, because box or linf ball end there, take no part
-in the linearisation. Otherwise every step covers only their complement's share of the way, and iterates
-creep up to the boundary without ever crossing it: on digits most pixels are 0. (4) Inside a ball, a row
+constant is added to a step. (3) Pixels that cannot move further, because the box or the linf ball ends there,
+are left out of the linearisation. Otherwise a step covers only the other pixels' share of the distance, and
+iterates approach the boundary without ever crossing it: on digits most pixels are 0. (4) Inside a ball, a row
 whose margin has not fallen for `PATIENCE` iterations is given up. (5) No step is shorter than a thousandth
-of the way made so far, nor than what float32 pixels resolve, so that rounding cannot hold a row on the
-boundary, also where logits tie.
+of the perturbation so far, nor than what float32 pixels resolve, so that rounding cannot keep a row on the
+boundary, even where logits are equal.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.pool import Pool
 from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import Norm, ThreatModel, distance
 
 #: Below this dual norm a linearised boundary is out of reach, and a step in that direction unstable.
 FLAT = 1e-12
-#: Iterations without a lower margin after which a row inside the ball is given up: it goes in circles
-#: between the boundaries of classes that the ball does not reach.
+#: Iterations without a lower margin after which a row inside the ball is given up: it alternates between the
+#: boundaries of classes that the ball does not reach.
 PATIENCE = 6
-#: A step is at least this share of the way made so far: on the boundary itself gaps are lost in rounding.
+#: A step is at least this share of the perturbation so far: on the boundary itself gaps are lost in rounding.
 LEAST = 1e-3
-#: Nor is it shorter than this in every pixel, four units of float32's last place at 1: it would be lost.
+#: Nor is it shorter than one that moves every pixel by this, four units in the last place of float32 at 1.
 FINEST = 2.0**-21
 
 
@@ -67,6 +68,8 @@ def deepfool(
 ) -> Proposal:
     """Perturb each image towards the nearest linearised boundary until its label changes.
 
+    Source: Moosavi-Dezfooli, Fawzi & Frossard 2016, arXiv 1511.04599, with the deviations in the module.
+
     Args:
         classifier: the model under attack.
         x: images, float32 (B,C,H,W) in [0, 1]; not modified.
@@ -74,9 +77,9 @@ def deepfool(
         threat: its norm decides the steps; its radius bounds them in mode ``bounded`` only.
         noise: unused; every attack takes it.
         mode: ``minimal`` (nearest boundary) or ``bounded`` (inside the ball).
-        steps: iterations at most.
-        overshoot: the perturbation is lengthened by this share to cross the boundary.
-        candidates: classes considered, the highest-ranked at x including the label's own.
+        steps: iterations at most, at least 1.
+        overshoot: share, 0 or more, by which the perturbation is lengthened to cross the boundary.
+        candidates: classes considered, at least 2: those of the largest logits at x, with the label's own.
         clip: keep iterates in [0, 1]; off for geometry, where r must stay normal to the boundary.
         basis: orthonormal vectors whose span each perturbation lies in, float32 (B, m, C, H, W), or
             (1, m, C, H, W) for all rows; only ``minimal``, in l2 and without ``clip``: box and ball cut
@@ -88,8 +91,10 @@ def deepfool(
         Rows already past the boundary are returned as they are, with zero steps.
 
     Raises:
+        TypeError: ``x`` or ``y`` of another type, see `check_inputs`.
         ValueError: fewer than two ``candidates``: none would be another class; a ``basis`` where a
-            perturbation would not stay in its span, or of another shape.
+            perturbation would not stay in its span, or of another shape; images or labels that
+            `check_inputs` refuses.
     """
     check_inputs(classifier, x, y, box=clip or mode == "bounded")
     del noise
@@ -100,130 +105,90 @@ def deepfool(
             raise ValueError("a basis needs mode 'minimal', the l2 norm and clip=False")
         if basis.dim() != 5 or len(basis) not in (1, len(x)) or basis.shape[2:] != x.shape[1:]:
             raise ValueError(f"basis of shape {tuple(basis.shape)} for images of shape {tuple(x.shape)}")
-    search = _Search(classifier, x, y, threat, mode == "bounded", overshoot, candidates, clip, basis)
-    pool = Pool(len(x), classifier.batch_size, x.device)
+    bounded, others = mode == "bounded", min(candidates, classifier.num_classes) - 1
+    finest = FINEST * (math.prod(x.shape[1:]) ** 0.5 if threat.norm == "l2" else 1.0)
+
+    # One entry for each row: x_adv is the iterate, logits are those of the reference form at x_adv.
+    proposal = Proposal.start(x)
+    x_adv, taken, forwards, backwards = proposal.x_adv, proposal.steps, proposal.forwards, proposal.backwards
+    proposal.converged = converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    logits = x.new_zeros((len(x), classifier.num_classes))
+    classes = torch.zeros((len(x), others), dtype=torch.int64, device=x.device)
+    lowest = x.new_full((len(x),), torch.inf)  # margin so far
+    stalled = torch.zeros_like(taken)  # iterations since the margin was lowest
+
+    active = ActiveSet(len(x), classifier.batch_size, x.device)
     with classifier.in_float32():
-        for rows in pool:
-            pool.retire(search.visit(rows, steps))
-    return search.proposal
+        for rows in active:
+            # Rows at their image: choose the candidate classes.
+            fresh = rows[taken[rows] == 0]
+            if len(fresh):
+                logits[fresh] = classifier.logits(x[fresh])
+                forwards[fresh] += 1
+                ranked = logits[fresh].scatter(1, y[fresh, None], -torch.inf)
+                classes[fresh] = ranked.topk(others, dim=1).indices
+                lowest[fresh] = margins(logits[fresh], y[fresh])
+                converged[fresh] = misclassified(logits[fresh], y[fresh])
+                active.drop(rows[converged[rows]])
+                rows = rows[~converged[rows]]
+                if len(rows) == 0:
+                    continue
 
+            # Linearise f_k - f_y for each candidate k: gaps of the reference form, slopes in float32.
+            clean, here, labels = x[rows], x_adv[rows], y[rows]
+            _, slopes = classifier.value_and_jacobian(here, labels, classes[rows])
+            forwards[rows] += 1
+            backwards[rows] += others
+            gaps = logits[rows].gather(1, classes[rows]) - logits[rows].gather(1, labels[:, None])
+            if basis is not None:  # project onto its span
+                span = (basis if len(basis) == 1 else basis[rows]).flatten(2)
+                slopes = (slopes.flatten(2) @ span.transpose(1, 2) @ span).view_as(slopes)
+            if bounded or clip:  # leave out pixels that cannot move further
+                low, high = torch.zeros_like(clean), torch.ones_like(clean)
+                if bounded and threat.norm == "linf":
+                    low, high = threat.project(clean, low), threat.project(clean, high)
+                blocked = torch.where(slopes > 0, (here >= high)[:, None], (here <= low)[:, None])
+                slopes = slopes.masked_fill(blocked, 0.0)
 
-class _Search:
-    """State of one call of `deepfool`, for all rows of the shard."""
+            # Step to the nearest boundary and beyond it: to x + (1 + overshoot) r, cut to ball and box.
+            least = (LEAST * distance(threat.norm, clean, here)).clamp_min(finest)
+            step = nearest_boundary_step(threat.norm, gaps, slopes, least)
+            ahead = here + (1.0 + overshoot) * step
+            if bounded:
+                ahead = threat.project(clean, ahead)
+            elif clip:
+                ahead = ahead.clamp(0.0, 1.0)
+            moving = (ahead != here).flatten(1).any(1)
+            active.drop(rows[~moving])
+            rows = rows[moving]
+            x_adv[rows] = ahead[moving]
+            taken[rows] += 1
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        bounded: bool,
-        overshoot: float,
-        candidates: int,
-        clip: bool,
-        basis: Tensor | None,
-    ) -> None:
-        self.classifier, self.x, self.y, self.threat = classifier, x, y, threat
-        self.bounded, self.overshoot, self.clip, self.basis = bounded, overshoot, clip, basis
-        self.proposal = Proposal.start(x)
-        self.proposal.converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.lowest = x.new_full((len(x),), torch.inf)  # margin so far
-        self.stalled = torch.zeros(
-            len(x), dtype=torch.int64, device=x.device
-        )  # iterations without a lower one
-        self.logits = x.new_zeros((len(x), classifier.num_classes))  # of the reference form, at x_adv
-        self.finest = FINEST * (x[0].numel() ** 0.5 if threat.norm == "l2" else 1.0) if len(x) else 0.0
-        self.others = min(candidates, classifier.num_classes) - 1
-        self.classes = torch.zeros((len(x), self.others), dtype=torch.int64, device=x.device)
-
-    def visit(self, rows: Tensor, steps: int) -> Tensor:
-        """One iteration of each row; returns the rows that are done."""
-        fresh = self.proposal.steps[rows] == 0
-        done = torch.zeros_like(fresh)
-        done[fresh] = self._enter(rows[fresh])
-        going = rows[~done]
-        if len(going) == 0:
-            return rows
-        here, labels, classes = self.proposal.x_adv[going], self.y[going], self.classes[going]
-        slopes = self._within(going, self.classifier.value_and_jacobian(here, labels, classes)[1])
-        self.proposal.forwards[going] += 1
-        self.proposal.backwards[going] += self.others
-
-        # Gaps of the reference form: close to a boundary reduced precision sees ties, and would stop there.
-        logits = self.logits[going]
-        gaps = logits.gather(1, classes) - logits.gather(1, labels[:, None])
-        least = (LEAST * distance(self.threat.norm, self.x[going], here)).clamp_min(self.finest)
-        free = self._free(self.x[going], here, slopes)
-        step = nearest_boundary_step(self.threat.norm, gaps, free, least)
-        # here is x + (1 + overshoot) r, or what ball and box let through of it.
-        ahead = self._feasible(self.x[going], here + (1.0 + self.overshoot) * step)
-        moving = (ahead != here).flatten(1).any(1)
-        moved = going[moving]
-        self.proposal.x_adv[moved] = ahead[moving]
-        self.proposal.steps[moved] += 1
-        # Looking before linearising again spares a crossed row all its backward passes.
-        crossed = self._cross(moved, self._look(moved))
-        ended = crossed | (self.proposal.steps[moved] >= steps)
-        if self.bounded:
-            ended |= self.stalled[moved] >= PATIENCE
-        return torch.cat((rows[done], going[~moving], moved[ended]))
-
-    def _enter(self, fresh: Tensor) -> Tensor:
-        """Choose the candidate classes of rows at x; returns which are past the boundary already."""
-        if len(fresh) == 0:
-            return torch.zeros_like(fresh, dtype=torch.bool)
-        logits = self._look(fresh)
-        others = logits.scatter(1, self.y[fresh, None], -torch.inf)
-        self.classes[fresh] = others.topk(self.others, dim=1).indices
-        return self._cross(fresh, logits)
-
-    def _look(self, rows: Tensor) -> Tensor:
-        self.proposal.forwards[rows] += 1
-        self.logits[rows] = self.classifier.logits(self.proposal.x_adv[rows])
-        return self.logits[rows]
-
-    def _cross(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Mark and return the rows whose label the reference form has changed."""
-        margin = margins(logits, self.y[rows])
-        lower = margin < self.lowest[rows]
-        self.lowest[rows] = torch.where(lower, margin, self.lowest[rows])
-        self.stalled[rows] = torch.where(lower, 0, self.stalled[rows] + 1)
-        crossed = misclassified(logits, self.y[rows])
-        assert self.proposal.converged is not None  # noqa: S101 - set in __init__
-        self.proposal.converged[rows] = crossed
-        return crossed
-
-    def _within(self, rows: Tensor, slopes: Tensor) -> Tensor:
-        """The slopes, (B, k, C, H, W), projected onto the span of the basis."""
-        if self.basis is None:
-            return slopes
-        basis = (self.basis if len(self.basis) == 1 else self.basis[rows]).flatten(2)
-        return (slopes.flatten(2) @ basis.transpose(1, 2) @ basis).view_as(slopes)
-
-    def _free(self, x: Tensor, here: Tensor, slopes: Tensor) -> Tensor:
-        """The slopes, (B, m, C, H, W), with zeros where the way up leads out of the box or the linf ball."""
-        low, high = torch.zeros_like(x), torch.ones_like(x)
-        if self.bounded and self.threat.norm == "linf":
-            low, high = self.threat.project(x, low), self.threat.project(x, high)
-        elif not (self.bounded or self.clip):
-            return slopes
-        blocked = torch.where(slopes > 0, (here >= high)[:, None], (here <= low)[:, None])
-        return slopes.masked_fill(blocked, 0.0)
-
-    def _feasible(self, x: Tensor, ahead: Tensor) -> Tensor:
-        if self.bounded:
-            return self.threat.project(x, ahead)
-        return ahead.clamp(0.0, 1.0) if self.clip else ahead
+            # Evaluate before linearising again: a row across the boundary needs no more backward passes.
+            logits[rows] = classifier.logits(x_adv[rows])
+            forwards[rows] += 1
+            converged[rows] = misclassified(logits[rows], y[rows])
+            margin = margins(logits[rows], y[rows])
+            stalled[rows] = torch.where(margin < lowest[rows], 0, stalled[rows] + 1)
+            lowest[rows] = torch.minimum(margin, lowest[rows])
+            ended = converged[rows] | (taken[rows] >= steps)
+            if bounded:
+                ended |= stalled[rows] >= PATIENCE
+            active.drop(rows[ended])
+    return proposal
 
 
 def nearest_boundary_step(norm: Norm, gaps: Tensor, slopes: Tensor, least: Tensor | float = 0.0) -> Tensor:
-    """Shortest step onto the nearest of m linearised boundaries (thesis, Eq. 3.11-3.14).
+    """Shortest step onto the nearest of m linearised boundaries.
+
+    Source: thesis, Eq. 3.11-3.14.
 
     Args:
-        norm: in which the step is shortest.
-        gaps: f_k - f_y at the point, (B, m).
-        slopes: their gradients, (B, m, C, H, W).
-        least: length that a step has at least, (B,) or one for all; it then leads past the boundary.
+        norm: the norm in which the step is shortest.
+        gaps: f_k - f_y at the point, float (B, m).
+        slopes: their gradients, float (B, m, C, H, W).
+        least: minimum length of a step in that norm, 0 or more, (B,) or one for all; a step that it lengthens
+            ends beyond the boundary.
 
     Returns:
         The step, (B,C,H,W): ||step|| = |gap| / ||slope||_dual and slope . step = |gap| for the class

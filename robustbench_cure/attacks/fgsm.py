@@ -2,7 +2,7 @@
 
 Source: Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572; l2 form: the normalised gradient.
 One step of length eps from the image itself, on cross-entropy with the true label, cut to the box.
-The gradient is that of the reference form: no later step mends what reduced precision spoils in a single one.
+The gradient is that of the reference form: there is no later step to correct an error of reduced precision.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def fgsm(
 ) -> Proposal:
     """Perturb each image by one steepest-ascent step of length eps.
 
+    Source: Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572; see the module for the l2 form.
+
     Args:
         classifier: the model under attack.
         x: images, float32 (B,C,H,W) in [0, 1]; not modified.
@@ -34,7 +36,11 @@ def fgsm(
         noise: unused; every attack takes it.
 
     Returns:
-        A proposal inside the ball and the box.
+        A proposal inside the ball and the box, of one step, one forward and one backward pass a row.
+
+    Raises:
+        TypeError: ``x`` or ``y`` of another type, see `check_inputs`.
+        ValueError: images or labels that `check_inputs` refuses.
     """
     check_inputs(classifier, x, y)
     del noise

@@ -7,8 +7,7 @@ elsewhere, and raises robust accuracy of confident networks. The two are equal i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +15,13 @@ from torch.nn import functional
 
 from robustbench_cure.protocol.identity import NO_ANSWER
 
-#: (logits (B, L), labels (B,)) -> loss (B,), to be increased.
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+class Loss(Protocol):
+    """What an attack increases."""
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits, float (B, L), and labels, int64 (B,), to losses (B,)."""
+        ...
 
 
 def predictions(logits: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def predictions(logits: Tensor) -> Tensor:
 
 
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
-    """What counts as success of an attack, for attacks and judge alike; bool (B,)."""
+    """What counts as success of an attack, for attacks and evaluator alike; bool (B,)."""
     return predictions(logits) != labels
 
 

@@ -1,9 +1,9 @@
-"""What a search in bfloat16 can and cannot see.
+"""Where a search in bfloat16 may miss what a search in float32 would find.
 
 Most networks compute nearly the same in bfloat16 as in float32. Some do not (large constants inside, logits
 with a large common offset, sums over many small terms), and on those every attack that searches in bfloat16
 is weak and robust accuracy too high. So both precisions are compared before a search (`disagreement`) and
-on its way (`within_rounding`, `margins_differ`): a row that stands is then searched once more in float32.
+during it (`within_rounding`, `margins_differ`): rows that are still robust are searched again in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDING = torch.finfo(torch.bfloat16).eps
 MARGIN_ERROR, COSINE = 4 * ROUNDING, 0.9
 #: Share of the images that may disagree before a model is searched in float32 throughout.
 DISAGREE_SHARE = 0.05
-#: Share of the rows of an attack that may end astray before all that stand are searched again.
+#: Share of the rows of an attack whose margins may differ before all robust ones are searched again.
 ASTRAY_SHARE = 0.01
 
 
@@ -31,14 +31,14 @@ def within_rounding(margin: Tensor, logits: Tensor) -> Tensor:
     """Whether one rounding of bfloat16 could decide the sign of a margin; bool (B,).
 
     Args:
-        margin: of each row, (B,).
-        logits: (B, L). Numbers round in proportion to their own size, whatever the differences between them.
+        margin: margin of each row, (B,).
+        logits: logits, (B, L). A rounding error is proportional to a logit, not to the difference of two.
     """
     return margin.abs() < ROUNDING * logits.abs().amax(1)
 
 
 def logit_range(logits: Tensor) -> Tensor:
-    """Largest logit less the smallest, (B,); logits (B, L)."""
+    """Largest logit minus the smallest, (B,); logits (B, L)."""
     return logits.amax(1) - logits.amin(1)
 
 
@@ -56,33 +56,33 @@ def margins_differ(searched: Tensor, exact: Tensor, y: Tensor, scale: float | Te
         exact: logits of the same points in float32, (B, L).
         y: labels, int64 (B,).
         scale: `logit_range` of the unperturbed images, of each row or the typical one. That of the points
-            is no measure: two classes have none left on the boundary. But where all logits of a point are
-            small, a network that is confident on its image is not excused.
+            themselves is no measure: on the boundary of two classes it is zero. It is bounded by twice the
+            largest logit of the point: a network that is confident on an image may have small logits there.
     """
-    apart = (margins(searched, y) - margins(exact, y)).abs()
+    error = (margins(searched, y) - margins(exact, y)).abs()
     scale = (2 * exact.abs().amax(1)).clamp(max=scale)
-    return exact.isfinite().all(1) & ~(apart <= MARGIN_ERROR * scale)
+    return exact.isfinite().all(1) & ~(error <= MARGIN_ERROR * scale)
 
 
-def to_search_again(differ: Tensor, stand: Tensor) -> Tensor:
-    """Rows to be searched once more in float32, bool (B,).
+def to_search_again(differ: Tensor, robust: Tensor) -> Tensor:
+    """Rows to search a second time, in float32; bool (B,).
 
     Args:
-        differ: rows whose `margins_differ` where it was looked, bool (B,).
-        stand: rows that the search in bfloat16 did not break, bool (B,).
+        differ: rows whose `margins_differ` at the points that were compared, bool (B,).
+        robust: rows that are still robust after the search in bfloat16, bool (B,).
 
     Returns:
-        Those of both kinds. All that stand, where one in a hundred differs: a search may be led astray on its
-        way and end where nothing is to be seen of it.
+        Robust rows that differ; all robust rows, where more than one in a hundred differs: a search may be
+        misled at an earlier iterate, and end at a point where the two precisions agree.
     """
-    return stand if int(differ.sum()) > ASTRAY_SHARE * len(differ) else differ & stand
+    return robust if int(differ.sum()) > ASTRAY_SHARE * len(differ) else differ & robust
 
 
 def disagreement(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> str:
     """In words: how the search form in bfloat16 differs from the reference form; empty where it hardly does.
 
     Args:
-        classifier: the model; nothing to say unless it searches in bfloat16.
+        classifier: the model; the answer is empty unless it searches in bfloat16.
         x: points, float32 (B,C,H,W).
         y: labels, int64 (B,).
         scale: `typical_range` of the logits of unperturbed images.

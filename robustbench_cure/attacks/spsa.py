@@ -5,15 +5,17 @@ section 4 and Fig. 7. Minimises the margin J = z_y - max_{j != y} z_j with Adam 
 
     ghat = mean_i [J(x' + delta v_i) - J(x' - delta v_i)] / (2 delta) * v_i,   v_i in {-1, +1}^d
 
-Every image draws its own directions. Images are batched by the total of forward images, 2 * samples each.
+Every image draws its own directions. A batch holds as many images as have ``batch_size`` queries together,
+2 * samples each.
 
-Deviations. (1) Queries stay in the box, where alone a network needs to be defined: x' is the point nearest to
-the iterate that is delta away from every side, so that pairs stay symmetric. (2) A query without
-finite logits counts as a margin lower by one than its pair's: the search goes there, and ends. (3) What a
-short delta changes may drown in bfloat16 where margins and gradients do not: a row whose estimates at x
-differ between the two forms is searched in the reference form. (4) So is, once more and with the same
-directions, a row that stands after a search in bfloat16 `within_rounding`, or where the two forms'
-`margins_differ` at one of its iterates, see `to_search_again`.
+Deviations. (1) Queries stay in the box [0, 1], outside which a network need not be defined: x' is the point
+nearest to the iterate that is delta away from every side, so that pairs stay symmetric. (2) A query without
+finite logits counts as a margin lower by one than that of its pair: the search goes there, and ends. (3) A
+small delta may change a margin by less than bfloat16 resolves, even where margins and gradients are accurate:
+a row whose estimates at x differ between the two forms is searched in the reference form. (4) A row that is
+still robust after a search in bfloat16 is searched a second time, in the reference form and with the same
+directions, where its margin is `within_rounding`, or where the two forms' `margins_differ` at one of its
+iterates, see `to_search_again`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ import math
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import Stop
-from robustbench_cure.attacks.pool import Pool
 from robustbench_cure.attacks.precision import (
     COSINE,
     logit_range,
@@ -59,7 +61,9 @@ def spsa(
     delta: float = 0.01,
     stop: Stop = "first-success",
 ) -> Proposal:
-    """Attack with margin differences alone.
+    """Attack with differences of margins alone, without gradients.
+
+    Source: Uesato et al. 2018, arXiv 1802.05666, algorithm 1, with the deviations in the module.
 
     Args:
         classifier: the model under attack.
@@ -68,18 +72,20 @@ def spsa(
         threat: norm and eps, in units of x.
         noise: random streams of the rows; default: rows numbered from 0 under seed 0.
         steps: Adam steps.
-        samples: directions for each estimate; each costs two forward images.
-        step_size: Adam's learning rate, in units of x.
-        delta: length of the finite difference in each pixel, in units of x.
+        samples: directions for each estimate, at least 1; each costs two forward images.
+        step_size: Adam's learning rate, in units of x, positive.
+        delta: length of the finite difference in each pixel, in units of x, between 0 and 0.5.
         stop: ``first-success`` returns the first iterate that the reference form misclassifies;
             ``never`` goes on and returns the iterate of lowest margin.
 
     Returns:
-        A proposal inside the ball and the box.
+        A proposal inside the ball and the box; ``searched_again`` is set for bfloat16 only.
 
     Raises:
+        TypeError: ``x`` or ``y`` of another type, see `check_inputs`.
         ValueError: ``steps * step_size`` is less than eps: the ball could not be reached; or ``delta`` is
-            half of the box or more: no pair of queries would fit.
+            half of the box or more: no pair of queries would fit; or images or labels that `check_inputs`
+            refuses.
     """
     check_inputs(classifier, x, y)
     if not 0 < delta < 0.5:
@@ -87,88 +93,88 @@ def spsa(
     if steps * step_size < threat.radius * (1 - 1e-9):
         raise ValueError(f"{steps} Adam steps of {step_size} cannot reach a ball of radius {threat.eps}")
     noise = noise or Noise.for_rows(len(x), device=x.device)
-    proposal = Proposal.start(x)
-    lowest = x.new_full((len(x),), torch.inf)  # margin of each proposal
-    by_rounding, differ = torch.zeros((2, len(x)), dtype=torch.bool, device=x.device)
-    rate = classifier.batch_size // (2 * samples)
-    reduced = classifier.precision == "bf16" and len(x) > 0
-    if reduced:
-        scale = logit_range(classifier.logits(x))
-        proposal.forwards += 1
+    batch = classifier.batch_size // (2 * samples)  # rows whose queries fill a pass
 
-    def search(chosen: Tensor, reference: bool) -> None:
-        """All steps of the chosen rows."""
-        current, first, second = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
-        taken = torch.zeros_like(proposal.steps)
-        pool = Pool(len(x), rate, x.device, among=chosen)
-        for rows in pool:
+    # One entry for each row; the proposal holds the image found so far.
+    proposal = Proposal.start(x)
+    lowest = x.new_full((len(x),), torch.inf)  # its margin
+    # A rounding may decide the sign of that margin; margins of the two precisions differed at some iterate.
+    uncertain, differ = torch.zeros((2, len(x)), dtype=torch.bool, device=x.device)
+    chosen = torch.ones(len(x), dtype=torch.bool, device=x.device)  # rows to search
+    two_searches = classifier.precision == "bf16" and len(x) > 0
+    if two_searches:
+        scale = logit_range(classifier.logits(x))
+        compared = min(samples, COMPARED)
+        chosen = agree = _estimates_agree(classifier, x, y, noise, compared, delta)
+        proposal.forwards += 1 + 4 * compared
+
+    for reference in (False, True) if two_searches else (False,):  # the form that is queried
+        if reference:
+            proposal.searched_again = ~agree | to_search_again(differ, agree & (lowest >= 0))
+            chosen = uncertain | proposal.searched_again
+
+        # The trajectory of each row: iterate, steps, and Adam's moments of the gradient.
+        current, taken = x.clone(), torch.zeros_like(proposal.steps)
+        first, second = torch.zeros_like(x), torch.zeros_like(x)
+        active = ActiveSet(len(x), batch, x.device, among=chosen)
+        for rows in active:
+            # Success is decided in the reference form: one pass more beside 2 * samples others.
             here, labels = current[rows], y[rows]
-            # One reference forward beside 2 * samples others: success is judged exactly.
             logits = classifier.logits(here)
-            margin, hit = margins(logits, labels), misclassified(logits, labels)
             proposal.forwards[rows] += 1
-            if reduced and not reference:
+            margin, hit = margins(logits, labels), misclassified(logits, labels)
+            if two_searches and not reference:
                 differ[rows] |= margins_differ(classifier.search_logits(here), logits, labels, scale[rows])
                 proposal.forwards[rows] += 1
-            lower = (margin < lowest[rows]) | (hit & (lowest[rows] >= 0))
-            kept = lower if stop == "never" or reference else torch.ones_like(hit)
+
+            # Keep the latest iterate; with stop = "never", and in the second search, the best one.
+            kept = torch.ones_like(hit)
+            if stop == "never" or reference:
+                kept = (margin < lowest[rows]) | (hit & (lowest[rows] >= 0))
             better = rows[kept]
             lowest[better] = margin[kept]
-            by_rounding[better] = (within_rounding(margin, logits) & ~hit)[kept]
-            proposal.x_adv[better] = here[kept]
-            proposal.steps[better] = taken[better]
+            uncertain[better] = (within_rounding(margin, logits) & ~hit)[kept]
+            proposal.x_adv[better], proposal.steps[better] = here[kept], taken[better]
+
             done = taken[rows] >= steps
             if stop == "first-success":
                 done |= hit
-            pool.retire(rows[done])
+            active.drop(rows[done])
             rows = rows[~done]
             if len(rows) == 0:
                 continue
-            estimate = gradient_estimate(
-                classifier,
-                current[rows],
-                y[rows],
-                noise[rows],
-                taken[rows],
-                samples,
-                delta,
-                reference=reference,
+
+            # One step of Adam down the estimated gradient of the margin.
+            here, labels, stream = current[rows], y[rows], taken[rows]
+            gradient = gradient_estimate(
+                classifier, here, labels, noise[rows], stream, samples, delta, reference=reference
             )
             proposal.forwards[rows] += 2 * samples
             taken[rows] += 1
-            first[rows] = BETA_1 * first[rows] + (1 - BETA_1) * estimate
-            second[rows] = BETA_2 * second[rows] + (1 - BETA_2) * estimate.square()
             t = taken[rows].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+            first[rows] = BETA_1 * first[rows] + (1 - BETA_1) * gradient
+            second[rows] = BETA_2 * second[rows] + (1 - BETA_2) * gradient.square()
             mean, square = first[rows] / (1 - BETA_1**t), second[rows] / (1 - BETA_2**t)
             step = step_size * mean / (square.sqrt() + ADAM_EPS)
-            current[rows] = threat.project(x[rows], current[rows] - step)
-
-    if not reduced:
-        search(torch.arange(len(x), device=x.device), reference=False)
-        return proposal
-    compared = min(samples, COMPARED)
-    seen = _seen(classifier, x, y, noise, compared, delta)
-    proposal.forwards += 4 * compared
-    search(seen.nonzero().squeeze(1), reference=False)
-    proposal.searched_again = ~seen | to_search_again(differ, seen & (lowest >= 0))
-    search((by_rounding | proposal.searched_again).nonzero().squeeze(1), reference=True)
+            current[rows] = threat.project(x[rows], here - step)
     return proposal
 
 
-def _seen(classifier: Classifier, x: Tensor, y: Tensor, noise: Noise, samples: int, delta: float) -> Tensor:
-    """Whether the estimate of the search form is that of the reference form, bool (B,)."""
-    parts = []
-    for rows in torch.split(
-        torch.arange(len(x), device=x.device), max(1, classifier.batch_size // (2 * samples))
-    ):
+def _estimates_agree(
+    classifier: Classifier, x: Tensor, y: Tensor, noise: Noise, samples: int, delta: float
+) -> Tensor:
+    """Whether estimates at x have nearly the same direction in bfloat16 and float32, bool (B,)."""
+    agree = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    batch = max(1, classifier.batch_size // (2 * samples))
+    for rows in torch.split(torch.arange(len(x), device=x.device), batch):
         searched, exact = (
             gradient_estimate(
                 classifier, x[rows], y[rows], noise[rows], 0, samples, delta, reference=reference
             ).flatten(1)
             for reference in (False, True)
         )
-        parts.append(torch.cosine_similarity(searched, exact, eps=1e-30) >= COSINE)
-    return torch.cat(parts)
+        agree[rows] = torch.cosine_similarity(searched, exact, eps=1e-30) >= COSINE
+    return agree
 
 
 def gradient_estimate(
@@ -182,29 +188,34 @@ def gradient_estimate(
     *,
     reference: bool = False,
 ) -> Tensor:
-    """SPSA estimate of the margin's gradient, shape of ``x``; E = gradient for a linear margin.
+    """SPSA estimate of the gradient of the margin; unbiased where the margin is linear.
+
+    Source: Uesato et al. 2018, arXiv 1802.05666, algorithm 1; see the module.
 
     Args:
-        classifier: gives the margins, ``batch_size`` images at a time.
-        x: points, float32 (B,C,H,W).
+        classifier: computes the margins, ``batch_size`` images at a time.
+        x: points, float32 (B,C,H,W) in [0, 1].
         y: labels, int64 (B,).
-        noise: one stream a row.
-        stream: which draw, int or int64 (B,).
-        samples: directions a row.
-        delta: finite-difference length.
-        reference: ask the reference form instead of the search form.
+        noise: random streams of the rows.
+        stream: number of the draw, one for all rows or int64 (B,).
+        samples: directions for each row, at least 1.
+        delta: length of the finite difference in each pixel, in units of x, between 0 and 0.5.
+        reference: query the reference form instead of the search form.
+
+    Returns:
+        The estimate, float32, shape of ``x``.
     """
-    ask = classifier.logits if reference else classifier.search_logits
+    query = classifier.logits if reference else classifier.search_logits
     centre = x.clamp(delta, 1.0 - delta)
     shape = tuple(x.shape[1:])
     size = math.prod(shape)
     signs = noise.signs((samples, size), stream)
     total = x.new_zeros((len(x), size))
     passes = min(samples, math.ceil(2 * samples * len(x) / classifier.batch_size))
-    for part in torch.split(signs, math.ceil(samples / passes), dim=1):  # of equal size: none runs half empty
+    for part in torch.split(signs, math.ceil(samples / passes), dim=1):  # parts of equal size
         shift = delta * part.view(len(x), -1, *shape)
         queries = torch.cat((centre[:, None] + shift, centre[:, None] - shift), 1).flatten(0, 1).clamp_(0, 1)
         labels = y.repeat_interleave(2 * part.shape[1])
-        plus, minus = margins(ask(queries), labels).view(len(x), 2, -1).unbind(1)
+        plus, minus = margins(query(queries), labels).view(len(x), 2, -1).unbind(1)
         total += torch.einsum("bn,bnd->bd", (plus - minus).nan_to_num(-1.0, 1.0, -1.0), part)
     return (total / (2 * delta * samples)).view_as(x)

@@ -1,8 +1,8 @@
 """Uniform noise in the ball: the control every gradient attack must beat.
 
 Linf: each pixel uniform on [x - eps, x + eps]. L2: uniform in the Euclidean ball, a Gaussian direction
-with radius eps * u^(1/d). The draw with the lowest margin is proposed, as the reference form sees it: no
-later step mends what reduced precision hides.
+with radius eps * u^(1/d). The draw of lowest margin in the reference form is proposed: there is no later step
+to correct an error of reduced precision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def draw(x: Tensor, threat: ThreatModel, noise: Noise, stream: int | Tensor) -> 
         x: images (B,C,H,W) in [0, 1].
         threat: norm and eps.
         noise: one stream a row.
-        stream: which draw, int or int64 (B,).
+        stream: number of the draw, int or int64 (B,).
     """
     shape = tuple(x.shape[1:])
     if threat.norm == "linf":

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_ladder
+from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_checkpoints
 from robustbench_cure.attacks.losses import margins, predictions
 from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
@@ -217,9 +217,9 @@ class ShardWork:
                         self.classifier, given, y, threat=self.threat, noise=noise, **hyper
                     )
                 ]
-            rungs = tuple(spec.hyper["steps"] for spec in group)
             rest = {key: value for key, value in hyper.items() if key != "steps"}
-            return pgd_ladder(self.classifier, given, y, threat=self.threat, noise=noise, rungs=rungs, **rest)
+            rest["checkpoints"] = tuple(spec.hyper["steps"] for spec in group)
+            return pgd_checkpoints(self.classifier, given, y, threat=self.threat, noise=noise, **rest)
 
         started, non_finite = time.perf_counter(), self.classifier.non_finite
         try:
@@ -234,7 +234,7 @@ class ShardWork:
         seconds = time.perf_counter() - started
         passes = [int((p.forwards + p.backwards).sum()) for p in proposals]
         for spec, proposal, own in zip(group, proposals, passes, strict=True):
-            # A rung is charged the share of the common trajectory that it needs.
+            # A checkpoint is charged the share of the common trajectory that it needs.
             share = own / max(passes) if max(passes) else 1.0
             cost = self.shard.cost.setdefault(spec.id, Cost())
             cost.seconds += seconds * share
@@ -285,7 +285,7 @@ def groups(specs: Iterable[AttackSpec], *, shared: bool = True) -> Iterator[list
         first = pending.pop(0)
         group = [first]
         if shared and isinstance(first, PGD):
-            same = [s for s in pending if isinstance(s, PGD) and _ladder_key(s) == _ladder_key(first)]
+            same = [s for s in pending if isinstance(s, PGD) and _trajectory_key(s) == _trajectory_key(first)]
             steps = {first.steps}
             for spec in same:
                 if spec.steps not in steps:
@@ -296,5 +296,5 @@ def groups(specs: Iterable[AttackSpec], *, shared: bool = True) -> Iterator[list
         yield group
 
 
-def _ladder_key(spec: PGD) -> tuple[object, ...]:
+def _trajectory_key(spec: PGD) -> tuple[object, ...]:
     return (spec.limit, *(value for key, value in spec.hyper.items() if key != "steps"))

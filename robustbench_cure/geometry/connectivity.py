@@ -29,8 +29,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.deepfool import FLAT, LEAST
-from robustbench_cure.attacks.pool import Pool
 from robustbench_cure.classifier import Classifier
 
 #: Halvings of the segment between the ends, at most.
@@ -68,8 +68,8 @@ def onto_region(
     """
     here, reached = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     taken = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    pool = Pool(len(x), classifier.batch_size, x.device)
-    for rows in pool:
+    active = ActiveSet(len(x), classifier.batch_size, x.device)
+    for rows in active:
         aim = target[rows, None]
 
         def lead(logits: Tensor, aim: Tensor = aim) -> Tensor:
@@ -85,7 +85,7 @@ def onto_region(
         step = ((1 + overshoot) * length / size.clamp_min(FLAT)).view(-1, 1, 1, 1) * slope
         here[rows[going]] += step[going]
         taken[rows] += 1
-        pool.retire(rows[~going])
+        active.drop(rows[~going])
     return here, reached
 
 

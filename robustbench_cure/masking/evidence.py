@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, pgd_ladder, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
@@ -140,7 +140,7 @@ class Evidence:
         """PGD on the margin after a multiple of the steps; one trajectory serves all multiples."""
         names = {m: f"pgd_margin_x{float(m):g}" for m in MULTIPLES}
         if names[multiple] not in self.outcomes:
-            self._make({names[m]: self.threat for m in MULTIPLES}, "pgd_margin", self._ladder)
+            self._make({names[m]: self.threat for m in MULTIPLES}, "pgd_margin", self._pgd_checkpoints)
         return self.outcomes[names[multiple]]
 
     @property
@@ -279,14 +279,14 @@ class Evidence:
             stop=stop,  # type: ignore[arg-type]
         )
 
-    def _ladder(self) -> list[Proposal]:
-        return pgd_ladder(
+    def _pgd_checkpoints(self) -> list[Proposal]:
+        return pgd_checkpoints(
             self.classifier,
             self.x,
             self.y,
             threat=self.threat,
             noise=self.noise("pgd/margin"),
-            rungs=tuple(int(m * self.settings.steps) for m in MULTIPLES),
+            checkpoints=tuple(int(m * self.settings.steps) for m in MULTIPLES),
             step_size=0.25 * self.threat.radius,
             loss="margin",
             stop="never",

@@ -159,20 +159,22 @@ def _of_flags(record: Record) -> list[Finding]:
 
 
 def _steps(record: Record, every: Recorded) -> Finding:
-    """C: the last rungs of the longest PGD ladder."""
-    ladders: dict[str, list[PGD]] = {}
+    """C: what further steps add, from the PGD entries that differ in step count alone."""
+    families: dict[str, list[PGD]] = {}
     for spec in every.attacks:
         if isinstance(spec, PGD):
             family = spec.model_dump_json(exclude={"id", "name", "steps"})
-            ladders.setdefault(family, []).append(spec)
-    longest = max(ladders.values(), key=lambda family: len(family))
-    ladder = sorted(longest, key=lambda spec: spec.steps)
-    earlier = [spec for spec in ladder if 2 * spec.steps <= ladder[-1].steps]
+            families.setdefault(family, []).append(spec)
+    longest = max(families.values(), key=lambda family: len(family))
+    by_steps = sorted(longest, key=lambda spec: spec.steps)
+    earlier = [spec for spec in by_steps if 2 * spec.steps <= by_steps[-1].steps]
     if not earlier:
         return not_run("C", "steps", "the battery has no PGD with half as many steps or fewer")
-    rates = [record.robust_accuracy(spec.id).value for spec in ladder]
+    rates = [record.robust_accuracy(spec.id).value for spec in by_steps]
     drop = record.robust_accuracy(earlier[-1].id).value - rates[-1]
-    evidence = ", ".join(f"{spec.name} {100 * rate:.1f} %" for spec, rate in zip(ladder, rates, strict=True))
+    evidence = ", ".join(
+        f"{spec.name} {100 * rate:.1f} %" for spec, rate in zip(by_steps, rates, strict=True)
+    )
     return finding("C", "steps", drop > MORE_STEPS, drop, MORE_STEPS, evidence, [])
 
 
