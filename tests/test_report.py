@@ -325,7 +325,7 @@ def test_paper_table_is_laid_out_as_printed(table2, protocol2):
         ({"data": {"total": 10_000}}, "10 of 10,000 test images"),
         ({"data": {"split": "train"}}, "split train, not the test set"),
         ({"flags": [Flag(kind="stochastic", evidence="x")]}, "run flagged unreliable"),
-        ({"flags": [Flag(kind="lossy_data", evidence="x")]}, "flag: images were compressed"),
+        ({"data": {"notes": "JPEG files: lossy"}}, "flag: images were compressed"),
         ({"status": "partial"}, "run is partial"),
     ],
 )

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag, derived_flags, stored
@@ -107,6 +107,11 @@ class Manifest(Section):
     flags: list[Flag] = Field(default_factory=list)
     cost: dict[str, Cost] = Field(default_factory=dict)
     wall_seconds: float = 0.0
+
+    @field_validator("flags")
+    @classmethod
+    def _stored(cls, flags: list[Flag]) -> list[Flag]:
+        return stored(flags)
 
     @property
     def identity(self) -> dict[str, object]:

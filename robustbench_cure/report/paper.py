@@ -143,7 +143,7 @@ def reasons(record: Record, table: PublishedTable, n: int, cell: PublishedCell |
         found.append(f"{count(n)} of {count(wanted)} test images")
     if manifest.battery.published != table.id:
         found.append(f"battery {manifest.battery.id} is not the one of this table")
-    found += [f"flag: {flag.about.title.lower()}" for flag in manifest.flags if flag.kind == "lossy_data"]
+    found += [f"flag: {flag.about.title.lower()}" for flag in record.flags if flag.kind == "lossy_data"]
     if record.unreliable:
         found.append("run flagged unreliable")
     if manifest.status != "complete":
