@@ -17,9 +17,10 @@ from torch import nn
 
 from robustbench_cure.adapt import Normalised
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import ModelCard, parse_card
-from robustbench_cure.protocol.catalog import Found
+from robustbench_cure.protocol.catalog import Found, find
 from robustbench_cure.zoo import ARCHITECTURES, build
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import (
@@ -30,6 +31,7 @@ from robustbench_cure.zoo.loading import (
     trained_weights,
     weights_digest,
 )
+from robustbench_cure.zoo.models import load_model
 
 CARD = """
 id = "tiny"
@@ -449,3 +451,49 @@ def test_factories_that_fail_are_one_line(own_module, spec, message):
     with pytest.raises(UsageError, match=message) as caught:
         import_factory(spec)
     assert "\n" not in str(caught.value)
+
+
+# --- who it is -----------------------------------------------------------------------------------------
+
+
+def test_weights_saved_again_are_the_same_model(tmp_path):
+    """Another header is another file, and the same tensors."""
+    shipped = load_model("digits_cure", device="cpu").model_info()
+    card = find(ModelCard, "digits_cure")
+    tensors = safetensors.torch.load_file(card.path.parent / card.card.weights.file)
+    again = tmp_path / "again.safetensors"
+    safetensors.torch.save_file(tensors, again, metadata={"saved": "again"})
+    info = load_model("digits_cure", weights=again, device="cpu").model_info()
+    assert info.weights_sha256 == weights_digest(again) != shipped.weights_sha256
+    assert info.tensors_sha256 == shipped.tensors_sha256
+    assert info.same_as(shipped)
+    name = next(key for key, value in tensors.items() if value.is_floating_point())
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[0] *= 1.001
+    safetensors.torch.save_file(tensors, again)
+    assert not load_model("digits_cure", weights=again, device="cpu").model_info().same_as(shipped)
+
+
+def test_a_network_has_one_identity_whoever_normalises_it(tmp_path, monkeypatch):
+    """From the command line with --mean and --std, and in memory behind `Normalised`."""
+    (tmp_path / "own_identity.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "def make():\n    torch.manual_seed(3)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    try:
+        named = load_model(
+            "own_identity:make", mean=(0.5,), std=(0.25,), data=load_dataset("digits"), device="cpu"
+        ).model_info()
+        with torch.random.fork_rng():
+            net = import_factory("own_identity:make")
+    finally:
+        sys.modules.pop("own_identity", None)
+    for module in (Normalised(net, (0.5,), (0.25,)), Normalised(nn.DataParallel(net), (0.5,), (0.25,))):
+        info = Classifier(module, num_classes=10, input_shape=(1, 8, 8)).model_info()
+        assert info.tensors_sha256 == named.tensors_sha256
+        assert info.same_as(named)
+    bare = Classifier(net, num_classes=10, input_shape=(1, 8, 8)).model_info()
+    assert bare.same_weights(named)
+    assert not bare.same_as(named)  # it answers otherwise
