@@ -26,6 +26,7 @@ from robustbench_cure.masking.checks import CHECKS, statistics
 from robustbench_cure.masking.evidence import PairedMargins
 from robustbench_cure.masking.obfuscated import ZeroGradient
 from robustbench_cure.masking.recorded import from_record
+from robustbench_cure.protocol.specs import Peer
 from robustbench_cure.report import render_report
 from robustbench_cure.report.scatter import margin_scatter
 from robustbench_cure.studies import selftest
@@ -121,7 +122,7 @@ def test_a_suspected_model_fails_only_where_that_is_asked(tmp_path):
     model = "test_masking_commands:obfuscated"
     result = masking(tmp_path / "a", "--dataset", "digits", "--fail-on", "suspected", model=model)
     assert result.return_value == 1
-    assert "suspected: spsa_below_pgd, unavailable_gradients" in result.output
+    assert "suspected: spsa_below_pgd, unavailable_gradients" in result.output.replace("\n", " ")
     assert "Next: use the margin loss" in result.output
     assert max(map(len, result.output.splitlines()[:-1])) <= 80
     assert masking(tmp_path / "b", "--dataset", "digits", model=model).return_value == 0
@@ -276,6 +277,26 @@ def test_findings_of_a_record_follow_its_columns(record):
     )
     assert raised(**{"fgsm.broken": samples["fgsm.broken"] | standing}) == "fgsm_beats_pgd"
     assert raised(**{"pgd100.broken": samples["pgd100.broken"] | standing}) == "more_steps_break_more"
+
+
+@pytest.mark.parametrize(
+    ("kind", "white_box"),
+    [("autoattack:apgd-ce", True), ("torchattacks:CW", True), ("autoattack:square", False)],
+)
+def test_white_box_in_a_record_is_every_attack_that_takes_gradients(record, kind, white_box):
+    """An image that noise breaks is no finding where another library broke it by gradients."""
+    samples = record.samples
+    standing = ~samples[["fgsm.broken", "pgd20.broken", "pgd100.broken"]].any(axis=1) & record.clean_correct
+    columns = {name.replace("fgsm.", "peer."): samples[name] for name in samples if name.startswith("fgsm.")}
+    columns["peer.broken"] = standing
+    columns["uniform_noise.broken"] = samples["uniform_noise.broken"] | standing
+    noisy = changed(record, **columns)
+    peer = Peer(id="peer", name="Peer", kind=kind, limit=0)
+    battery = record.manifest.battery
+    battery = battery.model_copy(update={"attacks": (*battery.attacks, peer)})
+    both = Record(noisy.manifest.model_copy(update={"battery": battery}), noisy.samples)
+    (found,) = [f for f in from_record(both).findings if f.check == "noise_beats_white_box"]
+    assert found.status == ("clear" if white_box else "raised")
 
 
 def test_a_record_without_power_is_inconclusive(record):
