@@ -673,6 +673,8 @@ def test_a_finding_of_no_check_is_refused():
         from_json(row | {"letter": "Q"})
     with pytest.raises(KeyError):
         from_json(row)
+    with pytest.raises(TypeError):
+        from_json("a file of somebody else's")
 
 
 def test_every_check_is_explained_under_a_short_name():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -279,6 +280,17 @@ def test_findings_of_a_record_follow_its_columns(record):
     assert raised(**{"pgd100.broken": samples["pgd100.broken"] | standing}) == "more_steps_break_more"
 
 
+def test_pgd_that_has_no_margin_in_a_record_ended_at_the_image_itself(record):
+    samples = record.samples
+    broken = samples[["fgsm.broken", "pgd20.broken", "pgd100.broken"]].any(axis=1)
+    standing = ~broken & samples["spsa.attacked"]
+    columns = {name: samples[name].mask(standing) for name in ("pgd20.margin", "pgd100.margin")}
+    columns["spsa.margin"] = samples["spsa.margin"].mask(standing, samples["clean_margin"] - 5)
+    diagnosis = from_record(changed(record, **columns))
+    assert diagnosis.scatter.pgd.tolist() == samples["clean_margin"][standing].tolist()
+    assert statistics(diagnosis.scatter)["below"] == int(standing.sum())
+
+
 @pytest.mark.parametrize(
     ("kind", "white_box"),
     [("autoattack:apgd-ce", True), ("torchattacks:CW", True), ("autoattack:square", False)],
@@ -341,6 +353,13 @@ def test_selftest_holds_here(tmp_path, monkeypatch):
     tried = json.loads((tmp_path / "t.json").read_text())["tried"]
     assert len(tried) == 12
     assert all(one["holds"] for one in tried)
+
+
+@pytest.mark.parametrize(("raised", "holds"), [([], [True, *[False] * 4]), ([*CHECKS], [False, *[True] * 4])])
+def test_selftest_notices_checks_that_raise_nothing_or_everything(monkeypatch, raised, holds):
+    """The honest model must raise none, each gradient-obfuscating one its own."""
+    monkeypatch.setattr(selftest, "diagnosis", lambda name, device: SimpleNamespace(raised=raised))
+    assert [one.holds for one in selftest._masking("cpu")] == holds
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ INNER = 200
 GAP = 0.95
 #: Share of the problems that an attack should solve.
 SOLVED = 0.95
-#: Problems below which nothing is said.
+#: Fewest problems on which the test is decided.
 FEWEST = 10
 
 

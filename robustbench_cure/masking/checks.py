@@ -120,8 +120,9 @@ def from_json(row: Mapping[str, Any]) -> Finding:
     Raises:
         ValueError: no such check, or a field of the wrong type.
         KeyError: neither a name nor a letter.
+        TypeError: not a mapping.
     """
-    name = row.get("check")
+    name = row["check"] if "check" in row else None
     if name not in CHECKS:
         letter = row["letter"]
         name = next((name for name, about in CHECKS.items() if about.letter == letter), None)

@@ -84,7 +84,7 @@ class ComparedAttacks(Protocol):
 
     @property
     def ids(self) -> Sequence[str]:
-        """Names of the images."""
+        """Names of the m images."""
 
     @property
     def flags(self) -> Mapping[str, Flag]:
@@ -108,15 +108,15 @@ class ComparedAttacks(Protocol):
 
     @property
     def fgsm(self) -> AttackResult:
-        """Result of FGSM."""
+        """Where FGSM ended on each image."""
 
     @property
     def random(self) -> AttackResult:
-        """Result of uniform noise."""
+        """The worst of random points around each image."""
 
     @property
     def spsa(self) -> AttackResult:
-        """Result of SPSA."""
+        """Where SPSA ended on each image."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Measurements:
 
     @property
     def fgsm(self) -> AttackResult:
-        """FGSM."""
+        """Where FGSM ended: one step as long as the radius."""
         return self._run("fgsm", lambda: fgsm(self.classifier, self.x, self.y, threat=self.threat))
 
     @property
@@ -237,13 +237,13 @@ class Measurements:
 
     @property
     def spsa(self) -> AttackResult:
-        """SPSA; the iterate of lowest margin."""
+        """Where SPSA ended: its iterate of lowest margin."""
         noise = self.noise("spsa")
         return self._run("spsa", lambda: self.search_spsa(self.classifier, self.x, self.y, noise, "never"))
 
     @property
     def square(self) -> AttackResult:
-        """The Square attack."""
+        """Where the Square attack ended after the queries of the settings."""
         return self._run("square", lambda: self.search_square(self.classifier, self.x, self.y))
 
     @property

@@ -49,7 +49,7 @@ class RecordedAttacks:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Names of the images."""
+        """Names of the m images."""
         return [str(name) for name in self.samples["sample_id"]]
 
     @property
@@ -74,17 +74,17 @@ class RecordedAttacks:
 
     @property
     def fgsm(self) -> AttackResult:
-        """Result of FGSM."""
+        """Where FGSM ended on each image."""
         return self._result(self.of("fgsm")[0])
 
     @property
     def random(self) -> AttackResult:
-        """Result of uniform noise."""
+        """The worst of random points around each image."""
         return self._result(self.of("uniform_noise")[0])
 
     @property
     def spsa(self) -> AttackResult:
-        """Result of SPSA."""
+        """Where SPSA ended on each image."""
         return self._result(self.of("spsa")[0])
 
     def of(self, *kinds: str) -> list[AttackSpec]:

@@ -152,7 +152,7 @@ def _masking(device: str) -> Iterator[Assertion]:
     yield Assertion(f"no check is raised by {HONEST}", not raised, _in_words(raised))
     for name, checks in MUST_RAISE.items():
         raised = diagnosis(name, device).raised
-        what = f"{name}: the checks that must be are raised"
+        what = f"{name}: raises the checks that it must"
         yield Assertion(what, set(checks) <= set(raised), _in_words(raised))
 
 
