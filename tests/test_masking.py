@@ -673,7 +673,7 @@ def test_a_finding_of_no_check_is_refused():
         from_json(row | {"letter": "Q"})
     with pytest.raises(KeyError):
         from_json(row)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="not a finding"):
         from_json("a file of somebody else's")
 
 

@@ -503,7 +503,12 @@ def test_a_list_of_files_that_points_outside_is_not_followed(tmp_path):
     assert victim.exists()
 
 
-@pytest.mark.parametrize("damage", ["{", '{"models": {}}', '{"models": {"cure": {"findings": 3}}}'])
+NO_FINDINGS = '{"models": {"cure": {"threat": {"norm": "linf", "eps": "8/255"}, "findings": ["A"]}}}'
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", '{"models": {}}', '{"models": {"cure": {"findings": 3}}}', NO_FINDINGS]
+)
 def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):

@@ -118,11 +118,12 @@ def from_json(row: Mapping[str, Any]) -> Finding:
     """A finding of a ``masking.json``, of older versions too, which have a letter and no such name.
 
     Raises:
-        ValueError: no such check, or a field of the wrong type.
+        ValueError: no mapping, no such check, or a field of the wrong type.
         KeyError: neither a name nor a letter.
-        TypeError: not a mapping.
     """
-    name = row["check"] if "check" in row else None
+    if not isinstance(row, Mapping):
+        raise ValueError(f"not a finding: {row!r}")
+    name = row.get("check")
     if name not in CHECKS:
         letter = row["letter"]
         name = next((name for name, about in CHECKS.items() if about.letter == letter), None)
