@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made import identity_with_backward
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -116,20 +117,12 @@ def copies_into_float32(net, x):
     return net.fc(x.flatten(1)[:, :128].clone().index_copy_(1, torch.arange(128), features))
 
 
-class BackwardViews(torch.autograd.Function):
-    """The identity; its backward pass asks for a contiguous gradient."""
-
-    @staticmethod
-    def forward(context, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(context, slope):
-        return slope.view(-1).view(slope.shape)
+#: The backward pass asks for a contiguous gradient.
+backward_views = identity_with_backward(lambda gradient: gradient.view(-1).view(gradient.shape))
 
 
 def views_slopes(net, x):
-    hidden = BackwardViews.apply(functional.relu(net.norm1(net.conv1(x))))
+    hidden = backward_views(functional.relu(net.norm1(net.conv1(x))))
     return net.fc(functional.relu(net.norm2(net.conv2(hidden))).flatten(1))
 
 

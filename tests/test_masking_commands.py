@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from made import diagnosed
 from scipy.stats import binomtest
 from torch import nn
 
@@ -21,17 +23,22 @@ from robustbench_cure.errors import CureBenchError, UsageError
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking import evidence
-from robustbench_cure.masking.deceptive import ZeroGradient
+from robustbench_cure.masking.checks import CHECKS, statistics
+from robustbench_cure.masking.evidence import PairedMargins
+from robustbench_cure.masking.obfuscated import ZeroGradient
 from robustbench_cure.masking.recorded import from_record
+from robustbench_cure.protocol.specs import Peer
 from robustbench_cure.report import render_report
-from robustbench_cure.studies import masking as command
+from robustbench_cure.report.scatter import margin_scatter
 from robustbench_cure.studies import selftest
 
+#: Checks that are clear only where gradient-free attacks show power.
+NEED_POWER = ["spsa_below_pgd", "gradient_free_beats_white_box"]
 QUICK = "--steps 4 --spsa-steps 4 --spsa-samples 4 --queries 10 --draws 2 --restarts 2 --planted 10"
 
 
-def blind() -> nn.Module:
-    """A network that hides its gradients, as a user would name it: tests module and function."""
+def obfuscated() -> nn.Module:
+    """A gradient-obfuscating model, as a user would name it: tests module and function."""
     return ZeroGradient(load_model("digits_cure", device="cpu").module)
 
 
@@ -57,7 +64,8 @@ def test_json_table_and_plots_tell_the_same(folder):
     one = found["models"]["digits_cure"]
     rows = pd.read_csv(folder / "scatter.csv")
     assert len(rows) == one["classified_correctly"] <= one["images"] == 60
-    assert "".join(f["letter"] for f in one["findings"]) == "ABCDEFGHIJKLMNOP"
+    assert [f["check"] for f in one["findings"]] == list(CHECKS)
+    assert "".join(f["letter"] for f in one["findings"]) == "ABCDEFGHIJKLMNOP"  # for readers of old files
     for key in ("ce", "margin"):
         pgd, spsa = rows[f"pgd_{key}_margin"], rows["spsa_margin"]
         below, above = int((spsa < pgd).sum()), int((spsa > pgd).sum())
@@ -78,7 +86,7 @@ def test_json_table_and_plots_tell_the_same(folder):
 def test_every_point_of_the_page_carries_its_id_and_its_margins(folder):
     rows = pd.read_csv(folder / "scatter.csv")
     page = (folder / "index.html").read_text()
-    assert page.count('class="told"') == 2 * len(rows)
+    assert page.count('class="tip"') == 2 * len(rows)
     first = rows.iloc[0]
     assert page.count(f">{first.sample_id}</text>") == 2
     assert f"PGD {first.pgd_ce_margin:.3f}" in page
@@ -112,10 +120,10 @@ def test_points_lie_where_their_margins_say(folder):
 
 
 def test_a_suspected_model_fails_only_where_that_is_asked(tmp_path):
-    model = "test_masking_commands:blind"
+    model = "test_masking_commands:obfuscated"
     result = masking(tmp_path / "a", "--dataset", "digits", "--fail-on", "suspected", model=model)
     assert result.return_value == 1
-    assert "suspected: A, B" in result.output
+    assert "suspected: spsa_below_pgd, unavailable_gradients" in result.output.replace("\n", " ")
     assert "Next: use the margin loss" in result.output
     assert max(map(len, result.output.splitlines()[:-1])) <= 80
     assert masking(tmp_path / "b", "--dataset", "digits", model=model).return_value == 0
@@ -127,15 +135,15 @@ def test_gradient_free_attacks_that_could_break_nothing_prove_nothing(tmp_path):
     weak = ["--steps", "20", "--planted", "0", "--spsa-samples", "2", "--queries", "2"]
     result = masking(tmp_path / "m", *weak, "--fail-on", "not conclusive")
     assert result.return_value == 1
-    assert "digits_cure: not conclusive: no power in A, H (n = " in result.output
-    assert "Next: give the attacks without gradients more work" in result.output
+    assert "digits_cure: not conclusive: no power in spsa_below_pgd" in result.output
+    assert "Next: give the gradient-free attacks more work" in result.output
     assert max(map(len, result.output.splitlines()[:-1])) <= 80
     found = json.loads((tmp_path / "m" / "masking.json").read_text())["models"]["digits_cure"]["findings"]
-    assert [f["letter"] for f in found if f["status"] == "inconclusive"] == ["A", "H"]
+    assert [f["check"] for f in found if f["status"] == "inconclusive"] == NEED_POWER
     lines = [line.split() for line in result.output.splitlines()]
-    (row,) = [words for words in lines if words[:1] == ["A"]]
+    (row,) = [words for words in lines if words[:2] == ["spsa_below_pgd", "inconclusive"]]
     assert row[-4:] == [f"{found[0]['value']:.3g}", ">", "0.05", f"{found[0]['p']:.2g}"]
-    (row,) = [words for words in lines if words[:1] == ["J"]]
+    (row,) = [words for words in lines if words[:1] == ["uninformative_gradients"]]
     assert row[-2:] == ["<", "0.5"]
     assert "> 0.05, p &lt; 0.01</td>" in (tmp_path / "m" / "index.html").read_text().replace("&gt;", ">")
     assert ">inconclusive</span>" in (tmp_path / "m" / "index.html").read_text()
@@ -238,55 +246,91 @@ def changed(record: Record, **columns) -> Record:
 
 
 def test_an_honest_record_raises_nothing_and_shows_the_survivors(record):
-    panel = from_record(record)
-    assert [f.letter for f in panel.findings] == list("ABCFGHKL")
-    assert panel.verdict.kind == "no evidence"
+    diagnosis = from_record(record)
+    assert "".join(CHECKS[f.check].letter for f in diagnosis.findings) == "ABCFGHKL"
+    assert diagnosis.conclusion.kind == "no evidence"
+    assert "under 8 of 16 checks" in diagnosis.conclusion.words
     samples = record.samples
     standing = samples["spsa.attacked"] & ~samples["pgd20.broken"] & ~samples["pgd100.broken"]
-    assert len(panel.plot.points) == int(standing.sum()) > 10
+    assert len(diagnosis.scatter.ids) == int(standing.sum()) > 10
     worst = samples[["pgd20.margin", "pgd100.margin"]].min(axis=1)[standing]
-    assert sum(point.below for point in panel.plot.points) == int(
-        (samples["spsa.margin"][standing] < worst).sum()
-    )
+    below = int((samples["spsa.margin"][standing] < worst).sum())
+    assert statistics(diagnosis.scatter)["below"] == below
+    assert sum(point.below for point in margin_scatter(diagnosis.scatter).points) == below
 
 
-def test_a_record_is_judged_by_what_it_holds(record):
+def test_findings_of_a_record_follow_its_columns(record):
     samples = record.samples
     standing = (
         ~samples[["fgsm.broken", "pgd20.broken", "pgd100.broken"]].any(axis=1) & samples["spsa.attacked"]
     )
 
     def raised(**columns) -> str:
-        panel = from_record(changed(record, **columns))
-        return "".join(f.letter for f in panel.findings if f.status == "raised")
+        findings = from_record(changed(record, **columns)).findings
+        return ", ".join(f.check for f in findings if f.status == "raised")
 
     lower = samples["spsa.margin"].where(~standing, samples["pgd100.margin"] - 5)
-    assert raised(**{"spsa.margin": lower}) == "A"
-    assert raised(**{"spsa.broken": samples["spsa.broken"] | standing}) == "H"
-    assert raised(**{"uniform_noise.broken": samples["uniform_noise.broken"] | standing}) == "G"
-    assert raised(**{"fgsm.broken": samples["fgsm.broken"] | standing}) == "F"
-    assert raised(**{"pgd100.broken": samples["pgd100.broken"] | standing}) == "C"
+    assert raised(**{"spsa.margin": lower}) == "spsa_below_pgd"
+    assert raised(**{"spsa.broken": samples["spsa.broken"] | standing}) == "gradient_free_beats_white_box"
+    assert (
+        raised(**{"uniform_noise.broken": samples["uniform_noise.broken"] | standing})
+        == "noise_beats_white_box"
+    )
+    assert raised(**{"fgsm.broken": samples["fgsm.broken"] | standing}) == "fgsm_beats_pgd"
+    assert raised(**{"pgd100.broken": samples["pgd100.broken"] | standing}) == "more_steps_break_more"
+
+
+def test_pgd_that_has_no_margin_in_a_record_ended_at_the_image_itself(record):
+    samples = record.samples
+    broken = samples[["fgsm.broken", "pgd20.broken", "pgd100.broken"]].any(axis=1)
+    standing = ~broken & samples["spsa.attacked"]
+    columns = {name: samples[name].mask(standing) for name in ("pgd20.margin", "pgd100.margin")}
+    columns["spsa.margin"] = samples["spsa.margin"].mask(standing, samples["clean_margin"] - 5)
+    diagnosis = from_record(changed(record, **columns))
+    assert diagnosis.scatter.pgd.tolist() == samples["clean_margin"][standing].tolist()
+    assert statistics(diagnosis.scatter)["below"] == int(standing.sum())
+
+
+@pytest.mark.parametrize(
+    ("kind", "white_box"),
+    [("autoattack:apgd-ce", True), ("torchattacks:CW", True), ("autoattack:square", False)],
+)
+def test_white_box_in_a_record_is_every_attack_that_takes_gradients(record, kind, white_box):
+    """An image that noise breaks is no finding where another library broke it by gradients."""
+    samples = record.samples
+    standing = ~samples[["fgsm.broken", "pgd20.broken", "pgd100.broken"]].any(axis=1) & record.clean_correct
+    columns = {name.replace("fgsm.", "peer."): samples[name] for name in samples if name.startswith("fgsm.")}
+    columns["peer.broken"] = standing
+    columns["uniform_noise.broken"] = samples["uniform_noise.broken"] | standing
+    noisy = changed(record, **columns)
+    peer = Peer(id="peer", name="Peer", kind=kind, limit=0)
+    battery = record.manifest.battery
+    battery = battery.model_copy(update={"attacks": (*battery.attacks, peer)})
+    both = Record(noisy.manifest.model_copy(update={"battery": battery}), noisy.samples)
+    (found,) = [f for f in from_record(both).findings if f.check == "noise_beats_white_box"]
+    assert found.status == ("clear" if white_box else "raised")
 
 
 def test_a_record_without_power_is_inconclusive(record):
-    panel = from_record(changed(record, **{"spsa.broken": record.samples["spsa.broken"] & False}))
-    assert [f.letter for f in panel.findings if f.status == "inconclusive"] == ["A", "H"]
-    assert panel.verdict.kind == "not conclusive"
+    diagnosis = from_record(changed(record, **{"spsa.broken": record.samples["spsa.broken"] & False}))
+    assert [f.check for f in diagnosis.findings if f.status == "inconclusive"] == NEED_POWER
+    assert diagnosis.conclusion.kind == "not conclusive"
 
 
 def test_flags_of_a_record_raise_their_checks(record):
     kinds = ("zero_gradient", "stochastic", "probabilities")
     flags = [Flag(kind=kind, evidence=f"seen {kind}") for kind in kinds]
-    panel = from_record(Record(record.manifest.model_copy(update={"flags": flags}), record.samples))
-    assert "".join(f.letter for f in panel.findings if f.status == "raised") == "BKL"
-    assert panel.verdict.words.startswith("suspected: B, K, L")
+    diagnosis = from_record(Record(record.manifest.model_copy(update={"flags": flags}), record.samples))
+    raised = ["unavailable_gradients", "unstable_predictions", "probability_outputs"]
+    assert [f.check for f in diagnosis.findings if f.status == "raised"] == raised
+    assert diagnosis.conclusion.words.startswith(f"suspected: {', '.join(raised)} (n = ")
 
 
 def test_a_record_whose_images_are_all_broken_has_no_plot(record):
     samples = record.samples
-    panel = from_record(changed(record, **{"pgd20.broken": samples["pgd20.attacked"]}))
-    assert panel.plot is None
-    assert panel.findings[0].evidence == "PGD broke every image: there is nothing to compare"
+    diagnosis = from_record(changed(record, **{"pgd20.broken": samples["pgd20.attacked"]}))
+    assert diagnosis.scatter is None
+    assert diagnosis.findings[0].evidence == "PGD broke every image: there is nothing to compare"
 
 
 def test_a_battery_without_gradient_free_attacks_has_no_section(record):
@@ -302,12 +346,20 @@ def test_a_battery_without_gradient_free_attacks_has_no_section(record):
 
 
 @pytest.mark.slow
-def test_selftest_holds_here(tmp_path):
+def test_selftest_holds_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(selftest, "diagnosis", diagnosed)  # as it is, computed once for all tests
     result = invoke("selftest", "--out", str(tmp_path / "t.json"))
     assert result.return_value == 0, result.output
     tried = json.loads((tmp_path / "t.json").read_text())["tried"]
     assert len(tried) == 12
     assert all(one["holds"] for one in tried)
+
+
+@pytest.mark.parametrize(("raised", "holds"), [([], [True, *[False] * 4]), ([*CHECKS], [False, *[True] * 4])])
+def test_selftest_notices_checks_that_raise_nothing_or_everything(monkeypatch, raised, holds):
+    """The honest model must raise none, each gradient-obfuscating one its own."""
+    monkeypatch.setattr(selftest, "diagnosis", lambda name, device: SimpleNamespace(raised=raised))
+    assert [one.holds for one in selftest._masking("cpu")] == holds
 
 
 @pytest.fixture(scope="module")
@@ -347,5 +399,6 @@ def test_selftest_notices_an_attack_that_leaves_the_ball_and_ends_with_one(monke
 
 def test_margins_of_nan_never_reach_the_json(tmp_path, monkeypatch):
     """A table of numbers that JSON cannot hold would be a page half-written."""
-    text = json.dumps(command.scatter.statistics(torch.zeros(3), torch.zeros(3)), allow_nan=False)
+    pairs = PairedMargins("", "abc", torch.zeros(3), torch.zeros(3))
+    text = json.dumps(statistics(pairs), allow_nan=False)
     assert json.loads(text)["pearson_r"] is None

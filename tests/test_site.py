@@ -427,7 +427,7 @@ def test_pages_escape_what_records_say(runs):
 def test_a_model_page_holds_what_lies_beside_its_record(runs):
     site = build(scan([runs]))
     page = site.files["models/cure/index.html"].decode()
-    assert "suspected: A (n = 4)" in page
+    assert "suspected: spsa_below_pgd (n = 3)" in page
     assert 'src="../../studies/curvature-1/profile.svg"' in page
     assert "studies/curvature-1/samples.csv" in site.files
     assert not [name for name in site.files if "secret" in name or "notes.txt" in name]
@@ -437,7 +437,7 @@ def test_a_model_page_holds_what_lies_beside_its_record(runs):
         assert (runs / place / "manifest.json").read_bytes() in raw
     other = site.files["models/tiny/index.html"].decode()  # has a PGD and SPSA, and no study beside it
     assert "From the record alone" in other
-    assert "suspected: A (n = 4)" not in other
+    assert "suspected: spsa_below_pgd" not in other
 
 
 def test_paper_pages_hold_ours_beside_the_printed_number(runs):
@@ -503,7 +503,12 @@ def test_a_list_of_files_that_points_outside_is_not_followed(tmp_path):
     assert victim.exists()
 
 
-@pytest.mark.parametrize("damage", ["{", '{"models": {}}', '{"models": {"cure": {"findings": 3}}}'])
+NO_FINDINGS = '{"models": {"cure": {"threat": {"norm": "linf", "eps": "8/255"}, "findings": ["A"]}}}'
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", '{"models": {}}', '{"models": {"cure": {"findings": 3}}}', NO_FINDINGS]
+)
 def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
@@ -541,7 +546,7 @@ def test_every_geometry_command_has_its_words():
 def test_a_study_about_no_weights_is_on_no_page(runs):
     (runs / "masking" / "manifest.json").write_text(json.dumps({"verb": "evolution"}))
     site = build(scan([runs]))
-    assert b"suspected: A (n = 4)" not in site.files["models/cure/index.html"]
+    assert b"suspected: spsa_below_pgd" not in site.files["models/cure/index.html"]
 
 
 def test_a_run_named_wrongly_is_one_line(tmp_path, capsys):

@@ -1,15 +1,21 @@
-"""The verbs that ask whether numbers can be trusted: options here, work in `robustbench_cure.masking`."""
+"""The verbs that ask whether numbers can be trusted: options here, work in `robustbench_cure.studies`."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustbench_cure.cli.geometry import study_of, study_options
+from robustbench_cure.cli.options import DEVICE, PATH, PRECISION, STUDY, taking
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.request import Request
+
+if TYPE_CHECKING:
+    from robustbench_cure.classifier import Classifier
+    from robustbench_cure.datasets import EvalSet
+    from robustbench_cure.threat import Norm, ThreatModel
 
 
 class _Even(click.IntRange):
@@ -23,70 +29,88 @@ class _Even(click.IntRange):
 
 
 @click.command()
-@study_options
+@STUDY
 @click.option("--norm", type=click.Choice(["linf", "l2"]), help="Default: that of the model's battery.")
 @click.option("--eps", metavar="8/255", help="Default: that of the model's battery.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="Of the search.",
-)
+@PRECISION
 @click.option("--steps", type=_Even(2), default=100, show_default=True, help="Of PGD.")
-@click.option("--spsa-steps", type=click.IntRange(4), default=20, show_default=True)
-@click.option("--spsa-samples", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--spsa-steps", type=click.IntRange(4), default=20, show_default=True, help="Of SPSA.")
+@click.option(
+    "--spsa-samples",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Directions of each estimate of SPSA.",
+)
 @click.option("--queries", type=click.IntRange(2), default=500, show_default=True, help="Of Square.")
 @click.option("--draws", type=click.IntRange(1), default=50, show_default=True, help="Of random noise.")
-@click.option("--restarts", type=click.IntRange(2), default=5, show_default=True)
 @click.option(
-    "--planted", type=click.IntRange(0), default=32, show_default=True, help="Planted adversarial examples."
+    "--restarts",
+    type=click.IntRange(2),
+    default=5,
+    show_default=True,
+    help="Of the PGD with several starts.",
+)
+@click.option(
+    "--planted",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Images of the binarization test.",
 )
 @click.option("--surrogate", metavar="ID", help="Another model, whose adversarial examples are tried.")
 @click.option(
     "--fail-on",
     type=click.Choice(["suspected", "not conclusive"]),
     multiple=True,
-    help="Verdicts that make the exit code 1; repeatable.",
+    help="Conclusions that make the exit code 1; repeatable.",
 )
-def masking(words: list[str] | None, /, **options: Any) -> int:
-    """Are gradients masked? Sixteen checks and a verdict.
+@taking(Request)
+def masking(
+    request: Request,
+    norm: Norm | None,
+    eps: str | None,
+    steps: int,
+    spsa_steps: int,
+    spsa_samples: int,
+    queries: int,
+    draws: int,
+    restarts: int,
+    planted: int,
+    surrogate: str | None,
+    fail_on: tuple[str, ...],
+) -> int:
+    """Are gradients masked? Sixteen checks and a conclusion.
 
-    SPSA against PGD, more effort, larger balls, noise, gradient-free attacks, planted adversarial
-    examples: what should hold if gradients can be trusted. The same command with the same --out goes on
-    where it was stopped.
+    SPSA against PGD, more steps and restarts, larger balls, noise, gradient-free attacks, the binarization
+    test: what should hold if gradients can be trusted. The same command with the same --out goes on where it
+    was stopped.
     """
-    from robustbench_cure.classifier import with_memory
-    from robustbench_cure.evaluation.preflight import first_pass
     from robustbench_cure.masking.evidence import Settings
+    from robustbench_cure.studies.engine import open_study
     from robustbench_cure.studies.masking import masking as run
-    from robustbench_cure.zoo.models import load_model
 
-    own = ("steps", "spsa_steps", "spsa_samples", "queries", "draws", "restarts", "planted")
-    work = {key: options.pop(key) for key in own}
-    norm, eps, fail_on = options.pop("norm"), options.pop("eps"), options.pop("fail_on")
-    surrogate = options.pop("surrogate")
-    study = study_of("masking", words, options, 200)
-    if surrogate is not None:
-        surrogate = load_model(surrogate, device=options["device"], data=study.data, cards=options["cards"])
-        try:
-            with_memory(surrogate, partial(first_pass, surrogate, study.data))
-        except UsageError as error:
-            raise UsageError(f"--surrogate: {error}") from error
-    return run(
-        study,
-        threat=_threat(study.models, norm, eps, options["cards"]),
-        settings=Settings(**work, seed=study.seed),
-        fail_on=fail_on,
-        surrogate=surrogate,
+    study = open_study("masking", request, step=None, default_n=200, command=request.command)
+    other = None if surrogate is None else _surrogate(surrogate, request, study.data)
+    settings = Settings(
+        steps=steps,
+        spsa_steps=spsa_steps,
+        spsa_samples=spsa_samples,
+        draws=draws,
+        restarts=restarts,
+        queries=queries,
+        planted=planted,
+        seed=study.seed,
     )
+    threat = _threat(request, norm, eps)
+    return run(study, threat=threat, settings=settings, fail_on=fail_on, surrogate=other)
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write what was found as JSON, too.")
+@DEVICE
+@click.option("--out", type=PATH, help="Write the results as JSON, too.")
 def selftest(device: str, out: Path | None) -> int:
-    """Does all of this work here? Attacks against closed forms, checks against deceptive networks.
+    """Does all of this work here? Attacks against closed forms, checks against obfuscated gradients.
 
     About a minute on a processor; exit code 1 if anything is not as it must be.
     """
@@ -95,24 +119,35 @@ def selftest(device: str, out: Path | None) -> int:
     return run(device, out)
 
 
-def _threat(models: dict[str, Any], norm: Any, eps: str | None, cards: tuple[str, ...]) -> Any:
+def _surrogate(name: str, request: Request, data: EvalSet) -> Classifier:
+    """The model whose adversarial examples are tried; it must take the same images."""
+    from robustbench_cure.classifier import with_memory
+    from robustbench_cure.evaluation.preflight import first_pass
+    from robustbench_cure.zoo.models import load_model
+
+    other = load_model(name, device=request.device, data=data, cards=request.cards)
+    try:
+        with_memory(other, partial(first_pass, other, data))
+    except UsageError as error:
+        raise UsageError(f"--surrogate: {error}") from error
+    return other
+
+
+def _threat(request: Request, norm: Norm | None, eps: str | None) -> ThreatModel:
     """The ball: as asked for, else that of the models' batteries, which must agree."""
-    from robustbench_cure import load_battery
-    from robustbench_cure.protocol.cards import ModelCard
-    from robustbench_cure.protocol.catalog import catalog
-    from robustbench_cure.protocol.naming import DEFAULT_BATTERY
+    from robustbench_cure.loading import named_models
+    from robustbench_cure.protocol.catalog import load_battery
     from robustbench_cure.threat import ThreatModel
 
-    known = catalog(ModelCard, cards)
-    batteries = {known[name].card.battery if name in known else DEFAULT_BATTERY for name in models}
-    threats = {load_battery(battery, cards=cards).threat.model for battery in batteries}
+    batteries = {model.battery for model in named_models(request)}
+    threats = {load_battery(battery, cards=request.cards).threat.model for battery in batteries}
     if len(threats) > 1 and (norm is None or eps is None):
         raise UsageError("these models' batteries have different threat models: give --norm and --eps")
-    usual = threats.pop()
-    if norm is not None and norm != usual.norm and eps is None:
-        raise UsageError(f"--norm {norm} needs --eps: the usual radius is that of {usual.norm}")
+    default = threats.pop()
+    if norm is not None and norm != default.norm and eps is None:
+        raise UsageError(f"--norm {norm} needs --eps: the usual radius is that of {default.norm}")
     try:
-        threat = ThreatModel.parse(norm or usual.norm, eps or str(usual.eps))
+        threat = ThreatModel.parse(norm or default.norm, eps or str(default.eps))
     except ValueError as error:
         raise UsageError(f"--eps {eps}: {error}") from None
     if threat.radius == 0:

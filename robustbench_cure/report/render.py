@@ -12,15 +12,15 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import FLAG_KINDS
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.files import write_atomically
-from robustbench_cure.masking.explanations import EXPLANATIONS
+from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.masking.recorded import from_record
-from robustbench_cure.masking.scatter import SIDE
 from robustbench_cure.protocol.cards import PublishedTable
 from robustbench_cure.protocol.catalog import catalog
 from robustbench_cure.report import figure, wording
 from robustbench_cure.report.export import to_csv, to_latex, to_markdown
 from robustbench_cure.report.paper import tables_for
 from robustbench_cure.report.provenance import facts
+from robustbench_cure.report.scatter import SIDE, margin_scatter
 from robustbench_cure.report.tables import SEVERITIES, AccuracyRow, DistanceRow, attack_rows, protocols
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -71,11 +71,11 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
         raise UsageError("no runs to report")
     groups = protocols(records)
     raised = {flag.kind for record in records for flag in record.flags}
-    panels = [
-        (line.label, panel)
+    diagnoses = [
+        (line.label, diagnosis, margin_scatter(diagnosis.scatter) if diagnosis.scatter else None)
         for group in groups
         for line in group.summary
-        if (panel := from_record(line.record)) is not None
+        if (diagnosis := from_record(line.record)) is not None
     ]
     order = sorted(FLAG_KINDS.items(), key=lambda item: SEVERITIES.index(item[1].severity))
     return (
@@ -94,11 +94,11 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
                 for group in groups
             ],
             papers=tables_for(records, published),
-            masking=panels,
-            explanations={
-                letter: about
-                for letter, about in EXPLANATIONS.items()
-                if any(f.letter == letter for _, panel in panels for f in panel.findings)
+            masking=diagnoses,
+            checks={
+                name: about
+                for name, about in CHECKS.items()
+                if any(f.check == name for _, diagnosis, _ in diagnoses for f in diagnosis.findings)
             },
             side=SIDE,
             raised=[(kind, about) for kind, about in order if kind in raised],

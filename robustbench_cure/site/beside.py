@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.masking import scatter
-from robustbench_cure.masking.explanations import EXPLANATIONS
-from robustbench_cure.masking.finding import Finding
+from robustbench_cure.masking.checks import CHECKS, Finding, from_json
+from robustbench_cure.masking.conclusions import conclude
 from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.protocol.cards import ModelCard
 from robustbench_cure.protocol.catalog import Found as FoundCard
 from robustbench_cure.protocol.identity import ModelInfo
+from robustbench_cure.report.scatter import MarginScatter, margin_scatter
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.wording import data_words, threat_words
 from robustbench_cure.site.found import StudyFolder
@@ -54,7 +53,7 @@ class Panel:
         kind: of the verdict.
         words: of the verdict.
         about: threat model and images.
-        findings: letter, title, status, value, threshold and evidence of each check, as text.
+        findings: name, letter, title, status, value, threshold and evidence of each check, as text.
         study: where it was made; None: from a record alone.
         name: of the model there, or of the battery.
         plot: the scatter of a record.
@@ -66,7 +65,7 @@ class Panel:
     findings: tuple[dict[str, str], ...]
     study: StudyFolder | None
     name: str
-    plot: scatter.Panel | None = None
+    plot: MarginScatter | None = None
 
     @property
     def figures(self) -> list[Path]:
@@ -79,8 +78,8 @@ class Panel:
     @property
     def sheet(self) -> Sheet:
         """The findings as a table."""
-        keys = ("letter", "title", "status", "value", "threshold", "evidence")
-        rows = tuple((f"{f['letter']} {f['title']}", *(f[k] or "–" for k in keys[2:])) for f in self.findings)
+        keys = ("letter", "check", "title", "status", "value", "threshold", "evidence")
+        rows = tuple((f"{f['check']}: {f['title']}", *(f[k] or "–" for k in keys[3:])) for f in self.findings)
         data = tuple({k: f[k] for k in keys} for f in self.findings)
         heads = ("Check", "Found", "Value", "Threshold", "Evidence")
         return Sheet(f"Gradient masking: {self.words}", self.about, heads, rows, data)
@@ -111,34 +110,43 @@ def recorded(record: Record) -> Panel | None:
     if found is None:
         return None
     m = record.manifest
-    findings = tuple(
-        _finding({"title": EXPLANATIONS[f.letter].title, **f.model_dump(mode="json")}) for f in found.findings
-    )
+    findings = tuple(_finding(f) for f in found.findings)
+    plot = margin_scatter(found.scatter) if found.scatter else None
     about = f"From the record alone: {m.battery.name}; {data_words(m.data)}"
-    return Panel(found.verdict.kind, found.verdict.words, about, findings, None, m.battery.name, found.plot)
+    return Panel(found.conclusion.kind, found.conclusion.words, about, findings, None, m.battery.name, plot)
 
 
 def _panel(file: Path, study: StudyFolder, name: str) -> Panel:
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["models"][name]
         threat = threat_words(ThreatModel.parse(model["threat"]["norm"], model["threat"]["eps"]))
-        findings = tuple(_finding(f) for f in model["findings"])
+        findings = [from_json(f) for f in model["findings"]]
         about = f"{threat}; {study.data}, {model['classified_correctly']} of them classified correctly"
-        verdict = model["verdict"]
-        return Panel(str(verdict["kind"]), str(verdict["words"]), about, findings, study, name)
+        # Drawn again from the findings: files of older versions name the checks by letters.
+        conclusion = conclude(findings, int(model["classified_correctly"]))
+        shown = tuple(
+            _finding(found, sided="beyond" in row)
+            for found, row in zip(findings, model["findings"], strict=True)
+        )
+        return Panel(conclusion.kind, conclusion.words, about, shown, study, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{file}: cannot be read: {what}; run `cure-bench masking` again") from None
 
 
-def _finding(found: Mapping[str, Any]) -> dict[str, str]:
-    texts = {key: str(found[key]) for key in ("letter", "title", "status", "evidence")}
-    given = {key: found[key] for key in Finding.model_fields if key in found}
-    known = Finding.model_validate({"check": ""} | given)
-    # What was written before findings said on which side of it they are raised has a bare threshold.
-    limit = known.limit_words if "beyond" in found else known.limit_words.lstrip("<> ")
-    test = f", p = {known.p_words}" if known.p_words else ""
-    return texts | {"value": known.value_words + test, "threshold": limit}
+def _finding(found: Finding, *, sided: bool = True) -> dict[str, str]:
+    """A finding as text; not sided: its file does not say on which side of the threshold it is raised."""
+    about = CHECKS[found.check]
+    test = f", p = {found.p_words}" if found.p_words else ""
+    return {
+        "check": found.check,
+        "letter": about.letter,
+        "title": about.title,
+        "status": found.status,
+        "evidence": found.evidence,
+        "value": found.value_words + test,
+        "threshold": found.limit_words if sided else found.limit_words.lstrip("<> "),
+    }
 
 
 def study_files(study: StudyFolder, suffixes: tuple[str, ...]) -> list[Path]:

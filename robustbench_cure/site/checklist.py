@@ -169,7 +169,10 @@ def _identified(record: Record) -> Item:
 
 
 def _larger_radii(_: Record) -> Item:
-    said = "see the figures of cure-bench curve and check E of cure-bench masking, where they were run"
+    said = (
+        "see the figures of cure-bench curve and the check unbounded_attack_fails of cure-bench masking, "
+        "where they were run"
+    )
     return Item("Accuracy falls to chance as the radius grows", "not in the record", said)
 
 

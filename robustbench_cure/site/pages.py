@@ -12,13 +12,13 @@ from typing import Any
 
 from robustbench_cure.evaluation.flags import FLAG_KINDS
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.masking.explanations import EXPLANATIONS
-from robustbench_cure.masking.scatter import SIDE
+from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.protocol.cards import ModelCard
 from robustbench_cure.report import figure
 from robustbench_cure.report.paper import PaperTable
 from robustbench_cure.report.provenance import facts
 from robustbench_cure.report.render import TEMPLATES, environment
+from robustbench_cure.report.scatter import SIDE
 from robustbench_cure.report.sheet import Sheet
 from robustbench_cure.report.tables import SEVERITIES, AccuracyRow, DistanceRow, attack_rows, protocols
 from robustbench_cure.report.wording import count
@@ -228,7 +228,7 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
         papers=[p.table for p in papers if row and any(r.id == row for r in p.rows)],
         masking=panels,
         side=SIDE,
-        explanations=EXPLANATIONS,
+        checks=CHECKS,
         studies=[_study(folder, study) for folder, study in this.studies if study.verb != "masking"],
         checklists=lists,
         lines=[_line(this)],

@@ -1,11 +1,12 @@
-"""`cure-bench selftest`: attacks against closed forms, checks against deceptive networks."""
+"""`cure-bench selftest`: attacks against closed forms, checks against gradient-obfuscating models."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -19,25 +20,43 @@ from robustbench_cure.classifier import Classifier, resolve_device
 from robustbench_cure.evaluation.provenance import environment
 from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.files import write_atomically
-from robustbench_cure.masking.deceptive import DECEPTIVE
+from robustbench_cure.masking.conclusions import Diagnosis, diagnose
 from robustbench_cure.masking.evidence import Settings
-from robustbench_cure.masking.verdict import diagnose
+from robustbench_cure.masking.obfuscated import OBFUSCATED
 from robustbench_cure.threat import ThreatModel
 
 #: Images of the affine network, and their shape.
 ROWS, SHAPE = 24, (3, 8, 8)
-#: Share of the way to the optimum that an attack must go on every image.
+#: Share of the greatest possible fall of the margin that an attack must reach on every image.
 REACHED = 0.95
-#: Letters that must be raised by a network that hides its gradients, and by an honest one.
-MUST_RAISE = {"zero gradient": "BEHJO", "saturated logits": "B", "softmax output": "L", "random": "K"}
+#: Gradient-obfuscating model -> checks that it must raise.
+MUST_RAISE = {
+    "zero gradient": (
+        "unavailable_gradients",
+        "unbounded_attack_fails",
+        "gradient_free_beats_white_box",
+        "uninformative_gradients",
+        "binarization_test_fails",
+    ),
+    "saturated logits": ("unavailable_gradients",),
+    "softmax output": ("probability_outputs",),
+    "random": ("unstable_predictions",),
+}
+#: Model that must raise none, and that the others are made of.
 HONEST = "digits_cure"
 WORK = Settings(steps=20, spsa_steps=8, spsa_samples=16, draws=10, restarts=2, queries=100, planted=12)
 IMAGES, THREAT = 60, ThreatModel.parse("linf", "51/255")
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One thing that must hold, and whether it does."""
+class Assertion:
+    """One thing that must hold on every machine.
+
+    Attributes:
+        what: the claim.
+        holds: whether it does here.
+        seen: what was measured.
+    """
 
     what: str
     holds: bool
@@ -45,25 +64,25 @@ class Tried:
 
 
 def selftest(device: str, out: Path | None) -> int:
-    """Try everything, print a line each, and return 0 if all of it holds, else 1.
+    """Test every assertion, print a line each, and return 0 if all of them hold, else 1.
 
     Args:
         device: as `--device`.
         out: where the result goes as JSON; None: nowhere.
     """
     place = resolve_device(device)
-    started, tried = time.monotonic(), []
-    for one in (t for part in (_closed_forms(place), _masking(device)) for t in part):
-        tried.append(one)
+    started, tested = time.monotonic(), []
+    for one in chain(_closed_forms(place), _masking(device)):
+        tested.append(one)
         click.echo(f"{'ok    ' if one.holds else 'FAILED'}  {one.what:<50} {one.seen}")
-    failed = sum(not one.holds for one in tried)
+    failed = sum(not one.holds for one in tested)
     info = environment(place)
     click.echo(
-        f"{len(tried) - failed} of {len(tried)} hold on {info.device_name}, torch {info.torch}; "
+        f"{len(tested) - failed} of {len(tested)} hold on {info.device_name}, torch {info.torch}; "
         f"{time.monotonic() - started:.0f} s"
     )
     if out is not None:
-        content = {"tried": [asdict(one) for one in tried], "environment": info.model_dump(mode="json")}
+        content = {"tried": [asdict(one) for one in tested], "environment": info.model_dump(mode="json")}
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(out, lambda file: file.write_text(text, encoding="utf-8"))
     return int(failed > 0)
@@ -72,7 +91,7 @@ def selftest(device: str, out: Path | None) -> int:
 # --- closed forms -----------------------------------------------------------------------------------------
 
 
-def _closed_forms(device: torch.device) -> Iterator[Tried]:
+def _closed_forms(device: torch.device) -> Iterator[Assertion]:
     """Two classes, z = (0, w.x + b): the nearest boundary and the best point of a ball are known."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3 * 8 * 8, generator=generator)
@@ -95,17 +114,18 @@ def _closed_forms(device: torch.device) -> Iterator[Tried]:
         if norm == "l2":
             del attacks["SPSA"]  # Adam moves along signs: no closed form in an l2 ball
         for name, attack in attacks.items():
-            verdict = judge(classifier, x, y, attack(), threat)
-            # Nothing in the ball is lower than the optimum: more than the whole way would be a lie.
-            way = (clean - verdict.margin.to(device)) / (clean - best)
-            ok = verdict.violation == [""] * ROWS and REACHED <= float(way.min()) <= float(way.max()) <= 1.001
-            seen = f"{100 * float(way.min()):.1f} % of the way"
-            yield Tried(f"{name} reaches the optimum of an affine net, {norm}", ok, seen)
-        found = deepfool(classifier, x, y, threat=threat, mode="minimal", overshoot=0.02, clip=False)
-        wide = judge(classifier, x, y, found, threat, minimal=True, clip=False)
-        measured = (wide.linf if norm == "linf" else wide.l2).to(device) / distance[norm]
-        off = float((measured - 1.02).abs().max())
-        yield Tried(f"DeepFool finds the nearest boundary, {norm}", off < 1e-3, f"ratio off by {off:.1e}")
+            rows = judge(classifier, x, y, attack(), threat)
+            # Nothing in the ball is lower than the optimum: a share above one would be an error.
+            share = (clean - rows.margin.to(device)) / (clean - best)
+            least, most = float(share.min()), float(share.max())
+            ok = rows.violation == [""] * ROWS and REACHED <= least <= most <= 1.001
+            seen = f"{100 * least:.1f} % of the optimum"
+            yield Assertion(f"{name} reaches the optimum of an affine net, {norm}", ok, seen)
+        nearest = deepfool(classifier, x, y, threat=threat, mode="minimal", overshoot=0.02, clip=False)
+        rows = judge(classifier, x, y, nearest, threat, minimal=True, clip=False)
+        ratio = (rows.linf if norm == "linf" else rows.l2).to(device) / distance[norm]
+        off = float((ratio - 1.02).abs().max())
+        yield Assertion(f"DeepFool finds the nearest boundary, {norm}", off < 1e-3, f"ratio off by {off:.1e}")
 
 
 def _attacks(
@@ -124,22 +144,33 @@ def _attacks(
     }  # fmt: skip
 
 
-# --- deceptive networks --------------------------------------------------------------------------------
+# --- gradient-obfuscating models --------------------------------------------------------------------------
 
 
-def _masking(device: str) -> Iterator[Tried]:
-    honest = load_model(HONEST, device=device)
-    raised = _letters(honest.module, honest.device)
-    yield Tried(f"no check is raised by {HONEST}", raised == "", f"raised: {raised or 'none'}")
-    for name, letters in MUST_RAISE.items():
-        found = _letters(DECEPTIVE[name](honest.module), honest.device)
-        ok = set(letters) <= set(found)
-        yield Tried(f"a network with {name} raises {letters}", ok, f"raised: {found or 'none'}")
+def _masking(device: str) -> Iterator[Assertion]:
+    raised = diagnosis(HONEST, device).raised
+    yield Assertion(f"no check is raised by {HONEST}", not raised, _in_words(raised))
+    for name, checks in MUST_RAISE.items():
+        raised = diagnosis(name, device).raised
+        what = f"{name}: raises the checks that it must"
+        yield Assertion(what, set(checks) <= set(raised), _in_words(raised))
 
 
-def _letters(module: nn.Module, device: torch.device) -> str:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+def diagnosis(name: str, device: str = "auto") -> Diagnosis:
+    """All checks on some digits.
+
+    Args:
+        name: a key of `OBFUSCATED`, made of the honest model, or the id of a model for digits.
+        device: as `--device`.
+    """
+    honest = load_model(HONEST if name in OBFUSCATED else name, device=device)
+    module = OBFUSCATED[name](honest.module) if name in OBFUSCATED else honest.module
+    place = honest.device
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(0)
-        classifier = Classifier(module, num_classes=10, input_shape=(1, 8, 8), device=device, batch_size=256)
-        found = diagnose(classifier, load_dataset("digits").subset(IMAGES), THREAT, WORK)
-    return "".join(f.letter for f in found.findings if f.status == "raised")
+        classifier = Classifier(module, num_classes=10, input_shape=(1, 8, 8), device=place, batch_size=256)
+        return diagnose(classifier, load_dataset("digits").subset(IMAGES), THREAT, WORK)
+
+
+def _in_words(raised: Sequence[str]) -> str:
+    return f"raised: {', '.join(raised) or 'none'}"

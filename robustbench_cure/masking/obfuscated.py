@@ -1,4 +1,4 @@
-"""Networks that look robust and are not: each hides its gradients in one known way, to test the checks with.
+"""Gradient-obfuscating models: each hides its gradients in one known way, to test the checks with.
 
 Sources: Athalye, Carlini & Wagner 2018, arXiv 1802.00420 (shattered and random gradients, JPEG);
 Carlini & Wagner 2016, arXiv 1607.04311 (saturated outputs).
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Around(nn.Module):
+class _Wrapper(nn.Module):
     """A network with something before it and something after it."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -20,19 +20,19 @@ class _Around(nn.Module):
         self.net = net
 
     def before(self, x: Tensor) -> Tensor:
-        """What happens to images."""
+        """Change the images, (B,C,H,W), before the network."""
         return x
 
     def after(self, z: Tensor) -> Tensor:
-        """What happens to logits."""
+        """Change the logits, (B,L), after the network."""
         return z
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L)."""
+        """Images (B,C,H,W) -> logits (B,L)."""
         return self.after(self.net(self.before(x)))
 
 
-class ZeroGradient(_Around):
+class ZeroGradient(_Wrapper):
     """The graph is cut: the network is as weak as before, its gradient is zero."""
 
     def before(self, x: Tensor) -> Tensor:
@@ -40,39 +40,39 @@ class ZeroGradient(_Around):
         return x.detach() + 0 * x
 
 
-class Quantised(_Around):
+class Quantised(_Wrapper):
     """Images are rounded to 17 grey levels: a staircase, flat almost everywhere."""
 
     def before(self, x: Tensor) -> Tensor:
-        """Rounded images."""
+        """Images rounded to multiples of 1/16."""
         return (x * 16).round() / 16
 
 
-class Saturated(_Around):
+class Saturated(_Wrapper):
     """Logits times 10,000: softmax is one or zero to the last bit, and so is cross-entropy's gradient."""
 
     def after(self, z: Tensor) -> Tensor:
-        """Stretched logits."""
+        """Logits times 10,000."""
         return z * 1e4
 
 
-class Randomised(_Around):
+class Randomised(_Wrapper):
     """Gaussian noise on the images, drawn anew at every pass."""
 
     def before(self, x: Tensor) -> Tensor:
-        """Noisy images."""
+        """Images with Gaussian noise of deviation 0.1."""
         return x + 0.1 * torch.randn_like(x)
 
 
-class SoftmaxOutput(_Around):
+class SoftmaxOutput(_Wrapper):
     """Probabilities where logits are expected."""
 
     def after(self, z: Tensor) -> Tensor:
-        """Softmax of the logits."""
+        """Softmax instead of logits."""
         return z.softmax(1)
 
 
-class Compressed(_Around):
+class Compressed(_Wrapper):
     """Coefficients of an 8x8 cosine transform are rounded, as JPEG does."""
 
     def before(self, x: Tensor) -> Tensor:
@@ -87,16 +87,16 @@ class Compressed(_Around):
         return pixels.permute(0, 1, 2, 4, 3, 5).reshape(x.shape)
 
 
-class Shattered(_Around):
+class Shattered(_Wrapper):
     """A fast ripple on every pixel: too small to change labels, steep enough to send gradients anywhere."""
 
     def before(self, x: Tensor) -> Tensor:
-        """Rippled images."""
+        """Images with the ripple on top."""
         return x + 0.02 * torch.sin(2000 * x)
 
 
 #: Name -> wrapper of an honest network.
-DECEPTIVE: dict[str, type[_Around]] = {
+OBFUSCATED: dict[str, type[_Wrapper]] = {
     "zero gradient": ZeroGradient,
     "quantised input": Quantised,
     "saturated logits": Saturated,

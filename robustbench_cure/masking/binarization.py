@@ -1,10 +1,10 @@
-"""O: an adversarial example is planted in the ball; does the attack find one?
+"""The binarization test: does an attack find an adversarial example that is known to exist?
 
-Source: Zimmermann, Brendel, Tramer & Carlini 2022, arXiv 2206.13991 (decision-boundary binarisation).
+Source: Zimmermann, Brendel, Tramer & Carlini 2022, arXiv 2206.13991 (decision-boundary binarization).
 
 Around an image, points strictly inside the ball get one class and one point of its border the other. A linear
 rule on the network's outputs separates the two, so the ball is known to hold an adversarial example for
-the network with that rule behind it. An attack that misses it is not looking properly, whatever the reason.
+the network with that rule behind it. An attack that misses it would miss others too, whatever the reason.
 
 Deviations: the rule reads the logits, not the features before them, so that what is behind the last
 layer is tested as well; it is Fisher's discriminant in closed form, its threshold half-way between the
@@ -20,12 +20,10 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from robustbench_cure.attacks import pgd
+from robustbench_cure.attacks import Proposal, pgd
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.verify import judge
-from robustbench_cure.masking.comparisons import finding
-from robustbench_cure.masking.evidence import Evidence
-from robustbench_cure.masking.finding import LEVEL, Finding, not_run
+from robustbench_cure.masking.evidence import Measurements
 from robustbench_cure.threat import ThreatModel
 
 #: Points inside the ball for each image, as many again to see whether chance solves the problem.
@@ -34,7 +32,7 @@ INNER = 200
 GAP = 0.95
 #: Share of the problems that an attack should solve.
 SOLVED = 0.95
-#: Problems below which nothing is said.
+#: Fewest problems on which the test is decided.
 FEWEST = 10
 
 
@@ -70,12 +68,12 @@ def separate(inner: Tensor, border: Tensor) -> Rule | None:
         covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=inner.device),
         border - mean,
     )
-    highest, planted_score = float((inner @ weight).max()), float(border @ weight)
-    if not planted_score > highest or not bool(weight.isfinite().all()):
+    highest, known = float((inner @ weight).max()), float(border @ weight)
+    if not known > highest or not bool(weight.isfinite().all()):
         return None
     # Scaled so that the gap is wide: float32 logits of the rule are then far from rounding.
-    scale = 2.0 / (planted_score - highest)
-    return Rule(weight * scale, -scale * (planted_score + highest) / 2)
+    scale = 2.0 / (known - highest)
+    return Rule(weight * scale, -scale * (known + highest) / 2)
 
 
 @dataclass(frozen=True)
@@ -83,59 +81,56 @@ class Problem:
     """A ball that holds an adversarial example.
 
     Attributes:
-        classifier: the network with a rule behind it: inside the ball (0), at the planted point (1).
-        x: the image in its middle, (1,C,H,W).
-        y: its label, 0, (1,).
+        classifier: the network with a rule behind it: 0 inside the ball, 1 at one point of its border.
+        threat: the ball.
+        x: the image in its middle, float32 (1,C,H,W).
+        y: its label, 0, int64 (1,).
         id: name of the image.
     """
 
     classifier: Classifier
+    threat: ThreatModel
     x: Tensor
     y: Tensor
     id: str
 
-
-def planted(e: Evidence) -> Finding:
-    """O: the share of planted adversarial examples that PGD found."""
-    solved = [_solves(e, problem) for problem in problems(e)]
-    tried, found = len(solved), sum(solved)
-    if tried < FEWEST:
-        return not_run("O", "planted", f"only {tried} problems could be made, {FEWEST} are needed")
-    evidence = f"PGD({e.settings.steps}) found {found} of {tried} planted adversarial examples"
-    p = p_missed(found, tried)
-    return finding("O", "planted", p < LEVEL, found / tried, SOLVED, evidence, e.ids, beyond="<", p=p)
+    def solved(self, candidate: Proposal) -> bool:
+        """Whether what an attack returned is an adversarial example."""
+        return bool(judge(self.classifier, self.x, self.y, candidate, self.threat).broken[0])
 
 
-def problems(e: Evidence) -> Iterator[Problem]:
+def problems(m: Measurements) -> Iterator[Problem]:
     """The fair problems around the first images: solvable, and not by chance; the same every time."""
-    generator = torch.Generator().manual_seed(e.settings.seed)
-    for row in range(min(e.settings.planted, len(e))):
-        x = e.x[row : row + 1]
-        border = _border(e.threat, x, generator)
-        points = _inside(e.threat, x, 2 * INNER, generator)
-        outputs = e.classifier.logits(torch.cat((x, border, points)))
+    generator = torch.Generator().manual_seed(m.settings.seed)
+    for row in range(min(m.settings.planted, len(m))):
+        x = m.x[row : row + 1]
+        border = _border(m.threat, x, generator)
+        points = _inside(m.threat, x, 2 * INNER, generator)
+        outputs = m.classifier.logits(torch.cat((x, border, points)))
         rule = separate(torch.cat((outputs[:1], outputs[2 : 2 + INNER])), outputs[1])
         if rule is not None and not bool((rule(outputs[2 + INNER :]).argmax(1) == 1).any()):
             inside = torch.zeros(1, dtype=torch.int64, device=x.device)
-            yield Problem(e.classifier.followed_by(rule, 2), x, inside, e.ids[row])
+            yield Problem(m.classifier.followed_by(rule, 2), m.threat, x, inside, m.ids[row])
 
 
-def p_missed(found: int, tried: int) -> float:
-    """Exact one-sided p-value of finding so few, were `SOLVED` the chance of finding each."""
-    return float(binomtest(found, tried, SOLVED, alternative="less").pvalue) if tried else 1.0
-
-
-def _solves(e: Evidence, problem: Problem) -> bool:
-    proposal = pgd(
+def solved_by_pgd(m: Measurements, problem: Problem) -> bool:
+    """Whether PGD on the margin, with the steps of the settings, solves a problem."""
+    radius = problem.threat.radius
+    candidate = pgd(
         problem.classifier,
         problem.x,
         problem.y,
-        threat=e.threat,
-        steps=e.settings.steps,
-        step_size=0.25 * e.threat.radius,
+        threat=problem.threat,
+        steps=m.settings.steps,
+        step_size=0.25 * radius,
         loss="margin",
     )
-    return bool(judge(problem.classifier, problem.x, problem.y, proposal, e.threat).broken[0])
+    return problem.solved(candidate)
+
+
+def p_missed(solved: int, tried: int) -> float:
+    """Exact one-sided p-value of solving so few, were `SOLVED` the chance of solving each."""
+    return float(binomtest(solved, tried, SOLVED, alternative="less").pvalue) if tried else 1.0
 
 
 def _border(threat: ThreatModel, x: Tensor, generator: torch.Generator) -> Tensor:
