@@ -25,11 +25,18 @@ from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.gate import baseline
 from robustbench_cure.gate.compare import compare, compare_runs
-from robustbench_cure.gate.render import overall, terminal, to_annotations, to_json, to_junit, to_markdown
-from robustbench_cure.gate.verdict import EXIT_CODES, ORDER, VERDICTS, Accuracy, Rules, conclude, judge
-from robustbench_cure.gate.wording import sentences
+from robustbench_cure.gate.outcome import EXIT_CODES, ORDER, OUTCOMES, Accuracy, Rules, conclude, find_changes
+from robustbench_cure.gate.render import (
+    overall,
+    sentences,
+    summary,
+    terminal,
+    to_annotations,
+    to_json,
+    to_junit,
+)
 from robustbench_cure.protocol.cards import Threat
-from robustbench_cure.stats import NOISE, Flips, chances, sample_size, tail
+from robustbench_cure.stats import NOISE, DiscordantPairs, chances, sample_size, tail
 
 ONE = Fraction(1, 100)
 RULES = Rules()
@@ -37,16 +44,16 @@ RULES = Rules()
 # --- statistics ---------------------------------------------------------------------------------------
 
 
-def flips(lost: int, gained: int, n: int = 500, before: int = 200) -> Flips:
-    return Flips(n, before, before + gained - lost, lost, gained)
+def flips(lost: int, gained: int, n: int = 500, before: int = 200) -> DiscordantPairs:
+    return DiscordantPairs(n, before, before + gained - lost, lost, gained)
 
 
 def test_flips_are_counted_on_both_sides():
     before = np.array([1, 1, 1, 0, 0, 0, 1, 0], bool)
     after = np.array([1, 0, 0, 1, 0, 0, 1, 0], bool)
-    assert Flips.between(before, after) == Flips(n=8, before=4, after=3, lost=2, gained=1)
-    assert Flips.between(before, after).change == -1 / 8
-    assert Flips.between(after, before).change == 1 / 8
+    assert DiscordantPairs.between(before, after) == DiscordantPairs(n=8, before=4, after=3, lost=2, gained=1)
+    assert DiscordantPairs.between(before, after).change == -1 / 8
+    assert DiscordantPairs.between(after, before).change == 1 / 8
     assert flips(0, 0, 0, 0).change == 0
 
 
@@ -183,13 +190,23 @@ def test_where_no_number_decides_that_is_said():
 # --- the verdict --------------------------------------------------------------------------------------
 
 
-def rows(worst: Flips, rules: Rules, clean: Flips | None, attacks: list[Flips], same: bool):
+def rows(
+    worst: DiscordantPairs,
+    rules: Rules,
+    clean: DiscordantPairs | None,
+    attacks: list[DiscordantPairs],
+    same: bool,
+):
     accuracies = [Accuracy("clean", "clean", "clean", clean or flips(0, 0, worst.n, worst.n))]
     accuracies += [Accuracy(f"a{i}", f"A{i}", "attack", f) for i, f in enumerate(attacks)]
-    return judge([*accuracies, Accuracy("worst_case", "worst", "worst", worst)], rules, same_weights=same)
+    return find_changes(
+        [*accuracies, Accuracy("worst_case", "worst", "worst", worst)], rules, same_weights=same
+    )
 
 
-def verdict(worst: Flips, rules: Rules = RULES, clean: Flips | None = None, attacks=(), same=False) -> str:
+def verdict(
+    worst: DiscordantPairs, rules: Rules = RULES, clean: DiscordantPairs | None = None, attacks=(), same=False
+) -> str:
     return conclude([row.finding for row in rows(worst, rules, clean, list(attacks), same)], rules).kind
 
 
@@ -252,7 +269,7 @@ def test_the_minimum_is_absolute_and_exact():
 
 
 def test_verdicts_and_exit_codes_are_ordered_and_accepted():
-    assert set(VERDICTS.values()) == set(ORDER) == set(EXIT_CODES)
+    assert set(OUTCOMES.values()) == set(ORDER) == set(EXIT_CODES)
     found = conclude(["held", "may have fallen"], Rules(accept=("inconclusive",)))
     assert (found.kind, found.exit_code) == ("inconclusive", 0)
     # What is accepted hides nothing that is not, though a rise is worse than what is inconclusive.
@@ -313,9 +330,9 @@ def broken(record: Record, attack: str = "fgsm", count: int = 1000) -> Record:
 def test_a_record_passes_beside_itself_in_any_order_of_its_rows(before):
     shuffled = Record(before.manifest, before.samples.iloc[::-1].reset_index(drop=True))
     found = compare(shuffled, before, RULES)
-    assert (found.verdict.kind, found.notes, found.hindrances) == ("pass", (), ())
-    assert all((row.accuracy.flips.lost, row.accuracy.flips.gained) == (0, 0) for row in found.rows)
-    assert [row.accuracy.flips.before / row.accuracy.flips.n for row in found.rows] == [
+    assert (found.outcome.kind, found.notes, found.incompatibilities) == ("pass", (), ())
+    assert all((row.accuracy.pairs.lost, row.accuracy.pairs.gained) == (0, 0) for row in found.rows)
+    assert [row.accuracy.pairs.before / row.accuracy.pairs.n for row in found.rows] == [
         before.clean_accuracy.value,
         *(before.robust_accuracy(a.id).value for a in before.attacks),
         before.worst_case_accuracy.value,
@@ -326,8 +343,8 @@ def test_of_a_smaller_run_its_samples_are_compared(before):
     part = before.samples[before.samples["rank"] < 50].reset_index(drop=True)
     for new, old in ((Record(before.manifest, part), before), (before, Record(before.manifest, part))):
         found = compare(new, old, RULES)
-        assert found.verdict.kind == "pass"
-        assert [row.accuracy.flips.n for row in found.rows] == [50, 50, 50, 40, 50]
+        assert found.outcome.kind == "pass"
+        assert [row.accuracy.pairs.n for row in found.rows] == [50, 50, 50, 40, 50]
         assert found.n == 50
         assert [note.what for note in found.notes] == ["samples"]
 
@@ -338,7 +355,7 @@ def test_of_an_attack_with_a_limit_the_samples_count_that_it_covers_in_both(befo
     turned = with_columns(before, rank=(order + 190) % 200)
     (row,) = (r for r in compare(turned, before, RULES).rows if r.accuracy.id == "uniform_noise")
     assert (
-        row.accuracy.flips.n
+        row.accuracy.pairs.n
         == 30
         == int((before.covered("uniform_noise") & (turned.samples["rank"] < 40)).sum())
     )
@@ -346,17 +363,17 @@ def test_of_an_attack_with_a_limit_the_samples_count_that_it_covers_in_both(befo
 
 def test_flips_in_the_table_are_those_in_the_samples(before):
     found = compare(broken(before, count=9), before, RULES)
-    lost = {row.accuracy.id: row.accuracy.flips.lost for row in found.rows}
+    lost = {row.accuracy.id: row.accuracy.pairs.lost for row in found.rows}
     assert lost == {"clean": 0, "fgsm": 9, "pgd7": 0, "uniform_noise": 0, "worst_case": 9}
-    assert (found.verdict.kind, found.verdict.exit_code) == ("regression", 1)
+    assert (found.outcome.kind, found.outcome.exit_code) == ("regression", 1)
     risen = compare(before, broken(before, count=9), RULES)
-    assert {row.accuracy.id: row.accuracy.flips.gained for row in risen.rows} == lost
-    assert (risen.verdict.kind, risen.verdict.exit_code) == ("suspicious rise", 1)
+    assert {row.accuracy.id: row.accuracy.pairs.gained for row in risen.rows} == lost
+    assert (risen.outcome.kind, risen.outcome.exit_code) == ("suspicious rise", 1)
 
 
 def hindered(new: Record, before: Record) -> str:
     found = compare(new, before, RULES)
-    assert (found.verdict.kind, found.verdict.exit_code, found.rows) == ("not comparable", 2, ())
+    assert (found.outcome.kind, found.outcome.exit_code, found.rows) == ("not comparable", 2, ())
     return "; ".join(sentences(found, RULES))
 
 
@@ -372,7 +389,7 @@ def test_what_differs_in_the_protocol_is_said_in_words(before):
     assert "threat model, eps: 8/255 now, 51/255 before" in text
     assert "battery version: 2 now, 1 before" in text
     # Another text is another digest and the same protocol.
-    assert compare(with_battery(before, notes="Other words."), before, RULES).verdict.kind == "pass"
+    assert compare(with_battery(before, notes="Other words."), before, RULES).outcome.kind == "pass"
 
 
 def test_what_differs_in_the_data_is_said_in_words(before):
@@ -437,7 +454,7 @@ def test_models_are_paired_by_their_ids_and_none_is_forgotten(before):
         ([before, other], [before], "model: present now, absent before", "Make it part of the baseline"),
     ):
         found = compare_runs(new, old, RULES)
-        assert [c.verdict.kind for c in found] == ["pass", "not comparable"]
+        assert [c.outcome.kind for c in found] == ["pass", "not comparable"]
         assert overall(found, RULES).exit_code == 2
         assert sentences(found[1], RULES)[0] == words
         assert sentences(found[1], RULES)[1].startswith(remedy)
@@ -471,8 +488,8 @@ def test_a_pass_says_what_it_rules_out_and_inconclusive_what_would_decide(before
     assert -low > high
     assert f"a fall of more than {-100 * low:.1f} points" in sentences(one, RULES)[0]
     found = compare(broken(before, count=5), before, RULES)
-    assert found.verdict.kind == "inconclusive"
-    n = next(r for r in found.rows if r.accuracy.id == "worst_case").accuracy.flips.decides_at(ONE, 0.01)
+    assert found.outcome.kind == "inconclusive"
+    n = next(r for r in found.rows if r.accuracy.id == "worst_case").accuracy.pairs.decides_at(ONE, 0.01)
     told = int(
         re.search(r"about ([\d,]+) samples would decide", sentences(found, RULES)[0])[1].replace(",", "")
     )
@@ -503,7 +520,7 @@ def test_the_terminal_fits_and_names_the_reason(before, fallen):
     assert "worst case fell by" in text
     assert re.search(r"FGSM .* fell$", text, re.MULTILINE)
     assert "uniform noise (n =" not in text.split("\n")[2]  # the head; the row says its own n
-    assert "(n = 40)" in to_markdown([fallen], RULES)
+    assert "(n = 40)" in summary([fallen], RULES)
 
 
 def test_junit_is_well_formed_and_fails_what_failed(fallen, before):
@@ -525,12 +542,12 @@ def test_hostile_names_reach_no_format_as_markup(before):
     spec = before.attacks[0].model_copy(update={"name": name})
     new = with_model(with_battery(before, attacks=(spec, *before.attacks[1:])), id=name)
     found = [compare(new, new, RULES)]
-    assert found[0].verdict.kind == "pass"
+    assert found[0].outcome.kind == "pass"
     assert ET.fromstring(to_junit(found, RULES)) is not None
     (line,) = to_annotations(found, RULES)
     assert line.startswith("::notice title=a|b %3A%3Aerror%3A%3A")
     assert not re.search(r"\n|%0A", line)
-    text = to_markdown(found, RULES)
+    text = summary(found, RULES)
     assert "<b>" not in text
     assert "::error" not in text.split("\n")[0]
     assert json.loads(to_json(found, RULES))["models"][0]["model"] == name

@@ -19,7 +19,7 @@ from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.storage import find_records, merge
 from robustbench_cure.gate.compare import Comparison, compare
-from robustbench_cure.gate.verdict import Rules
+from robustbench_cure.gate.outcome import Rules
 from robustbench_cure.protocol.cards import Battery
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def test_one_attack_that_got_weaker_is_noticed_behind_a_worst_case_that_stays(be
     found = compare(judged(cure(), attacks=ATTACKS | {"pgd": weak}), before, Rules())
     findings = {row.accuracy.id: row.finding for row in found.rows}
     assert (findings["pgd20"], findings["worst_case"]) == ("rose", "held")
-    assert found.verdict.kind == "suspicious rise"
+    assert found.outcome.kind == "suspicious rise"
 
 
 def changed(change: Callable[[nn.Module], None]) -> Classifier:
@@ -113,7 +113,7 @@ def test_the_copy_that_was_changed_passes_unchanged(before):
 
 def most(found: Comparison) -> float:
     """Largest share of the samples that any accuracy lost or gained."""
-    return max(max(r.accuracy.flips.lost, r.accuracy.flips.gained) / r.accuracy.flips.n for r in found.rows)
+    return max(max(r.accuracy.pairs.lost, r.accuracy.pairs.gained) / r.accuracy.pairs.n for r in found.rows)
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_another_batch_size_precision_or_seed_passes_within_the_stated_error(
     before, options, settings, allowed
 ):
     found = compare(judged(cure(**options), **settings), before, Rules())
-    assert (found.verdict.kind, found.verdict.exit_code) == ("pass", 0)
+    assert (found.outcome.kind, found.outcome.exit_code) == ("pass", 0)
     assert most(found) <= allowed
 
 
@@ -140,7 +140,7 @@ def test_two_parts_joined_pass_without_a_flip(before, tmp_path):
         judged(cure(), out=tmp_path / str(part), shard=(part, 2), shard_size=100)
     joined = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "joined")
     found = compare(joined, before, Rules())
-    assert (found.verdict.kind, most(found)) == ("pass", 0)
+    assert (found.outcome.kind, most(found)) == ("pass", 0)
 
 
 @pytest.mark.cuda
@@ -148,7 +148,7 @@ def test_two_parts_joined_pass_without_a_flip(before, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_device_passes_within_the_stated_error(before):
     found = compare(judged(load_model("digits_cure", device="cuda")), before, Rules())
-    assert found.verdict.kind == "pass"
+    assert found.outcome.kind == "pass"
     assert most(found) <= 0.03
 
 

@@ -23,7 +23,7 @@ from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking import evidence
 from robustbench_cure.masking.deceptive import ZeroGradient
 from robustbench_cure.masking.recorded import from_record
-from robustbench_cure.report import render_report
+from robustbench_cure.report.render import render_report
 from robustbench_cure.studies import masking as command
 from robustbench_cure.studies import selftest
 

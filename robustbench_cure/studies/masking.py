@@ -19,7 +19,7 @@ from robustbench_cure.masking.explanations import EXPLANATIONS, STRONGER
 from robustbench_cure.masking.finding import LEVEL, Finding
 from robustbench_cure.masking.verdict import Diagnosis, Verdict, conclude, diagnose
 from robustbench_cure.progress import ProgressLine
-from robustbench_cure.report.render import environment
+from robustbench_cure.report.render import templates
 from robustbench_cure.studies import plots as figures
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
@@ -180,7 +180,7 @@ def _page(
         ("command", study.command),
     ]
     return (
-        environment()
+        templates()
         .get_template("masking.html")
         .render(
             told=[
