@@ -44,9 +44,9 @@ def before() -> Record:
     return judged(cure())
 
 
-def told(new: Record, before: Record) -> tuple[str, int]:
-    found = compare(new, before, Rules()).verdict
-    return found.kind, found.exit_code
+def outcome(new: Record, before: Record) -> tuple[str, int]:
+    result = compare(new, before, Rules()).outcome
+    return result.kind, result.exit_code
 
 
 # --- what must be noticed -----------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def tenth(attack: Callable[..., Proposal]) -> Callable[..., Proposal]:
 @pytest.mark.slow
 def test_attacks_that_do_a_tenth_of_their_steps_are_a_suspicious_rise(before):
     weak = ATTACKS | {kind: tenth(ATTACKS[kind]) for kind in ("pgd", "deepfool")}
-    assert told(judged(cure(), attacks=weak), before) == ("suspicious rise", 1)
+    assert outcome(judged(cure(), attacks=weak), before) == ("suspicious rise", 1)
 
 
 @pytest.mark.slow
@@ -100,12 +100,12 @@ def zero(module: nn.Module) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [noise, zero])
 def test_noise_on_the_weights_and_a_zeroed_layer_are_regressions(before, change):
-    assert told(judged(changed(change)), before) == ("regression", 1)
+    assert outcome(judged(changed(change)), before) == ("regression", 1)
 
 
 @pytest.mark.slow
 def test_the_copy_that_was_changed_passes_unchanged(before):
-    assert told(judged(changed(lambda module: None)), before) == ("pass", 0)
+    assert outcome(judged(changed(lambda module: None)), before) == ("pass", 0)
 
 
 # --- what must pass -----------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_another_batch_size_precision_or_seed_passes_within_the_stated_error(
 
 
 @pytest.mark.slow
-def test_two_parts_joined_pass_without_a_flip(before, tmp_path):
+def test_two_parts_joined_pass_without_a_discordant_pair(before, tmp_path):
     for part in (1, 2):
         judged(cure(), out=tmp_path / str(part), shard=(part, 2), shard_size=100)
     joined = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "joined")

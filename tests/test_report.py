@@ -592,3 +592,10 @@ def test_page_says_what_was_measured_on_what(run):
         "20 steps of 2/255, random start, 1 restart, cross-entropy, stop at first success",
     ):
         assert part in text
+
+
+def test_no_page_names_a_seed_that_nothing_uses(run):
+    assert "subset" not in render_report([run], {})
+    older = run.manifest.model_dump(mode="json")
+    older["config"]["subset_seed"] = 7  # as manifests of before have it
+    assert Manifest.model_validate(older).config.subset_seed == 7

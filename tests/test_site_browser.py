@@ -168,7 +168,7 @@ def test_numbers_sort_as_numbers(visit):
 
 def test_search_and_switches_filter_and_tell_how_many(visit):
     page = visit()
-    status = page.locator("#found")
+    status = page.locator("#shown")
     all_rows = page.locator("table.board tbody tr").count()
     published = board(page).locator("tr[data-kind=published]").count()
     assert published > 60

@@ -98,7 +98,7 @@ def to_junit(comparisons: Sequence[Comparison], rules: Rules) -> str:
 
 
 def to_annotations(comparisons: Sequence[Comparison], rules: Rules) -> list[str]:
-    """Workflow commands, which GitHub shows beside a change: one a model."""
+    """Workflow commands, which GitHub shows at a change: one a model."""
     lines = []
     for c in comparisons:
         good = "notice" if c.outcome.kind == "pass" else "warning"

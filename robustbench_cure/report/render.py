@@ -131,7 +131,7 @@ def write_reports(
         UsageError: no records, or `out` cannot be written.
     """
     if published is None:
-        published = {name: found.card for name, found in catalog(PublishedTable).items()}
+        published = {name: file.card for name, file in catalog(PublishedTable).items()}
     page, results = render_report(records, published), protocol_tables(records)
     texts = {
         "results.csv": to_csv([attack_table(records)]),

@@ -77,7 +77,7 @@ def _threat(record: Record) -> Item:
 
 def _clean(record: Record) -> Item:
     evidence = f"clean {percent(record.clean_accuracy)}, worst case {percent(record.worst_case_accuracy)}"
-    return Item("Clean accuracy beside robust accuracy", "met", evidence)
+    return Item("Clean accuracy with robust accuracy", "met", evidence)
 
 
 def _per_sample(record: Record) -> Item:
@@ -140,7 +140,7 @@ def _gradient_free(record: Record) -> Item:
     white_box = _broken(record, lambda s: s.gradients)
     gradient_free = _broken(record, lambda s: not s.gradients and not isinstance(s, UniformNoise))
     if gradient_free is None or white_box is None:
-        return Item(name, "not in the record", "needs a gradient-free attack beside white-box ones")
+        return Item(name, "not in the record", "needs a gradient-free attack and white-box ones")
     alone = int((gradient_free & ~white_box).sum())
     names = ", ".join(s.name for s in record.attacks if not s.gradients and not isinstance(s, UniformNoise))
     broken = count(int(gradient_free.sum()))
@@ -153,7 +153,7 @@ def _noise(record: Record) -> Item:
     noise = _broken(record, lambda s: isinstance(s, UniformNoise))
     white_box = _broken(record, lambda s: s.gradients)
     if noise is None or white_box is None:
-        return Item(name, "not in the record", "needs uniform noise beside attacks with gradients")
+        return Item(name, "not in the record", "needs uniform noise and attacks with gradients")
     alone = int((noise & ~white_box).sum())
     evidence = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them left standing by gradients"
     return Item(name, "not met" if alone else "met", evidence)
@@ -227,7 +227,13 @@ def _declared(record: Record, card: ModelCard | None) -> list[Item]:
 def checklist_table(items: list[Item]) -> Table:
     """The checklist as a table."""
     rows = tuple(
-        (i.name, "found" if i.automatic else "declared by the authors", i.status, i.evidence) for i in items
+        (
+            i.name,
+            "decided from the record" if i.automatic else "declared by the authors",
+            i.status,
+            i.evidence,
+        )
+        for i in items
     )
     data = tuple(
         {"item": i.name, "automatic": i.automatic, "status": i.status, "said": i.evidence} for i in items

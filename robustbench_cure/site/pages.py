@@ -38,7 +38,7 @@ STUDIES = {
     "curvature": ("Curvature of the loss", "Eigenvalues of the Hessian in the input: flat is robust."),
     "bounds": (
         "Bounds of Theorem 1",
-        "Lower and upper bound of the distance to the boundary beside DeepFool's.",
+        "Lower and upper bound of the distance to the boundary, and DeepFool's distance.",
     ),
     "curve": ("Accuracy and radius", "Accuracy under PGD at every radius: it should fall to chance."),
     "section": ("Decision regions", "Planes through an image and its nearest boundary."),

@@ -165,7 +165,7 @@ def import_model_info(folder: Path, out: Path) -> None:
     """Write the tables of a ``model_info`` folder as cards below ``out``, and name them.
 
     Args:
-        folder: ``model_info`` or any folder of it; found by their places, ``<dataset>/<threat>/<id>.json``.
+        folder: ``model_info`` or any folder of it; entries are those at ``<dataset>/<threat>/<id>.json``.
         out: a folder for ``--cards``.
 
     Raises:

@@ -109,7 +109,7 @@ class Runs:
     roots: tuple[Path, ...] = ()
 
     def place(self, record: Record) -> str | None:
-        """Folder of a record below the directory it was found in, with ``/``; None: it is on no disk."""
+        """Folder of a record below the directory it was read from, with ``/``; None: it is on no disk."""
         for root in self.roots:
             if record.path is not None and record.path.is_relative_to(root):
                 return record.path.relative_to(root).as_posix()
@@ -275,7 +275,7 @@ def _finding(content: Mapping[str, Any]) -> dict[str, str]:
     texts = {key: str(content[key]) for key in ("letter", "title", "status", "evidence")}
     given = {key: content[key] for key in Finding.model_fields if key in content}
     known = Finding.model_validate({"check": ""} | given)
-    # What was written before findings said on which side of it they are raised has a bare threshold.
+    # Older files do not state on which side of the threshold a check is raised; theirs is printed bare.
     limit = known.limit_words if "beyond" in content else known.limit_words.lstrip("<> ")
     test = f", p = {known.p_words}" if known.p_words else ""
     return texts | {"value": known.value_words + test, "threshold": limit}

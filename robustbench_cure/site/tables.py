@@ -112,9 +112,7 @@ def paper_comparison(laid: PaperTable) -> Table:
             cells += _printed(cell)
             data += _cell_data(laid, row.id, column, cell)
         rows.append(tuple(cells))
-    note = (
-        f"{laid.table.paper}. Published beside measured{unit}, measured with 95 % Wilson intervals; q: quoted"
-    )
+    note = f"{laid.table.paper}. Published and measured{unit}, measured with 95 % Wilson intervals; q: quoted"
     return Table(laid.table.title, note, columns(*heads), tuple(rows), tuple(data))
 
 
