@@ -95,7 +95,7 @@ def test_rank_is_by_worst_case_and_equal_numbers_share_it():
     (board,) = leaderboards(runs)
     assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 2), ("c", 2), ("d", 4)]
     assert board.rows[0].robust.rate == Rate(3, 4)
-    assert board.rows[0].how == "worst case of 1 attack, mini v1"
+    assert "1 attack, mini v1" in board.rows[0].how
 
 
 def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
@@ -104,9 +104,9 @@ def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
     (board,) = leaderboards([one, two])
     (row,) = board.rows
     assert row.robust.rate == Rate(2, 4)  # neither record alone is below 3 of 4
-    assert row.how.startswith("worst case of 2 attacks")
+    assert "2 attacks" in row.how
     again = record(battery({**FGSM, "id": "again", "name": "Again"}), "1111", {"again": "x..."})
-    assert leaderboards([one, again])[0].rows[0].how.startswith("worst case of 1 attack,")
+    assert leaderboards([one, again])[0].rows[0].how.count("1 attack,") == 1
 
 
 def test_other_functions_of_the_same_weights_are_other_models(tmp_path):
@@ -255,54 +255,45 @@ def test_radii_curve_counts_the_boundaries_that_were_found():
 # --- checklist -------------------------------------------------------------------------------------------
 
 
-def statuses(run, card=None) -> dict[str, tuple[str, str]]:
-    return {item.name: (item.status, item.evidence) for item in checklist(run, card)}
+def item(run, keyword: str, card=None) -> tuple[str, list[float]]:
+    """Status of the one item whose name has this keyword, and the numbers of its evidence."""
+    (one,) = (item for item in checklist(run, card) if keyword in item.name)
+    return one.status, [
+        float(number) for number in re.findall(r"(?<![(\d])\d+(?:\.\d+)?(?![)\d])", one.evidence)
+    ]
 
 
 def test_checklist_counts_what_the_record_shows():
     noise = {"id": "noise", "kind": "uniform_noise", "name": "noise", "limit": 0, "draws": 10}
     protocol = battery(FGSM, PGD, SPSA, noise)
-    good = {"fgsm": "x...", "pgd20": "xxx.", "spsa": ".x..", "noise": "x..."}
-    found = statuses(record(protocol, "1111", good))
-    name = "Iterated attacks beat single steps, sample by sample"
-    assert found[name] == ("met", "FGSM broke 1, 0 of them not broken by PGD")
-    assert found["Gradient-free attack, no stronger than gradients on any sample"][0] == "met"
-    assert found["Random noise as a control, weaker than gradients"][0] == "met"
-    assert found["Random restarts"][0] == "not met"
-    bad = {"fgsm": "...x", "pgd20": "xx..", "spsa": "..x.", "noise": "..x."}
-    found = statuses(record(protocol, "1111", bad))
-    assert found[name] == ("not met", "FGSM broke 1, 1 of them not broken by PGD")
-    assert found["Gradient-free attack, no stronger than gradients on any sample"] == (
-        "not met",
-        "SPSA broke 1, 1 of them left standing by gradients",
-    )
-    assert found["Random noise as a control, weaker than gradients"][0] == "not met"
+    good = record(protocol, "1111", {"fgsm": "x...", "pgd20": "xxx.", "spsa": ".x..", "noise": "x..."})
+    bad = record(protocol, "1111", {"fgsm": "...x", "pgd20": "xx..", "spsa": "..x.", "noise": "..x."})
+    # Broken by the weaker attack, and of these not by the stronger one.
+    for keyword in ("Iterated attacks", "Gradient-free", "Random noise"):
+        assert item(good, keyword) == ("met", [1, 0])
+        assert item(bad, keyword) == ("not met", [1, 1])
+    assert item(good, "restarts")[0] == "not met"
 
 
-def test_late_successes_say_that_steps_were_too_few():
-    name = "Enough steps: twice as many change nothing"
+def test_late_successes_mean_that_steps_were_too_few():
     run = record(battery(PGD), "1111", {"pgd20": "xx.."})
-    assert statuses(run)[name][0] == "met"
+    assert item(run, "Enough steps") == ("met", [0])
     run.samples["pgd20.step"] = pd.array([2, 11, None, None], "Int32")
-    assert statuses(run)[name] == (
-        "not met",
-        "the second half of the steps of PGD(20) broke 25.0 % of all samples",
-    )
+    assert item(run, "Enough steps") == ("not met", [25])
 
 
 def test_nothing_is_taken_to_be_declared():
     run = record(battery(FGSM), "1", {"fgsm": "."})
-    found = statuses(run)
-    assert found["Attacks adapted to this defence"] == ("not declared", "no card is about these weights")
-    assert found["Random noise as a control, weaker than gradients"][0] == "not in the record"
+    assert item(run, "Attacks adapted")[0] == "not declared"
+    assert item(run, "Random noise")[0] == "not in the record"
     card = find(ModelCard, "digits_cure").card
-    said = card.model_copy(update={"declared": card.declared.model_copy(update={"adaptive_attack": "none"})})
-    found = statuses(run, said)
-    assert found["Attacks adapted to this defence"] == ("declared", "none")
-    assert found["Provable bound"] == ("not declared", "the card says nothing of it")
+    full = card.model_copy(update={"declared": card.declared.model_copy(update={"adaptive_attack": "none"})})
+    assert item(run, "Attacks adapted", full)[0] == "declared"
+    assert item(run, "Provable bound", full)[0] == "not declared"
+    assert next(i for i in checklist(run, full) if "adapted" in i.name).evidence == "none"
 
 
-def test_a_card_speaks_for_its_own_weights_alone():
+def test_a_card_is_about_its_own_weights_alone():
     cards = catalog(ModelCard)
     stored = cards["digits_cure"].card
     model = {"id": "digits_cure", "weights_sha256": stored.weights.sha256}
