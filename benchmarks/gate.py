@@ -18,8 +18,8 @@ from functools import cache
 import click
 import numpy as np
 
-from robustbench_cure.gate.verdict import Accuracy, Rules, conclude, judge
-from robustbench_cure.stats import Flips
+from robustbench_cure.gate.outcome import Accuracy, Rules, conclude, find_changes
+from robustbench_cure.stats import DiscordantPairs
 
 ROBUST = 0.6
 SIZES = (200, 1_000, 10_000)
@@ -30,18 +30,18 @@ ATTACKS = 8
 ALARMS = ("regression", "suspicious rise")
 
 
-def flips(n: int, lost: int, gained: int) -> Flips:
+def flips(n: int, lost: int, gained: int) -> DiscordantPairs:
     """Of a network with 60 % robust accuracy."""
     before = round(ROBUST * n)
-    return Flips(n, before, before - lost + gained, lost, gained)
+    return DiscordantPairs(n, before, before - lost + gained, lost, gained)
 
 
 @cache
 def worst_case(n: int, lost: int, gained: int, rules: Rules) -> str:
     """The verdict on these flips of the worst case, the clean accuracy being as before."""
-    clean = Accuracy("clean", "clean", "clean", Flips(n, n, n, 0, 0))
+    clean = Accuracy("clean", "clean", "clean", DiscordantPairs(n, n, n, 0, 0))
     worst = Accuracy("worst_case", "worst case", "worst", flips(n, lost, gained))
-    rows = judge([clean, worst], rules, same_weights=True)
+    rows = find_changes([clean, worst], rules, same_weights=True)
     return conclude([row.finding for row in rows], rules).kind
 
 
@@ -51,7 +51,7 @@ def battery(n: int, counts: list[tuple[int, int]], rules: Rules) -> str:
         Accuracy(of, of, of, flips(n, *pair))
         for of, pair in zip(("clean", "worst", *["attack"] * ATTACKS), counts, strict=True)
     ]
-    return conclude([row.finding for row in judge(held, rules, same_weights=True)], rules).kind
+    return conclude([row.finding for row in find_changes(held, rules, same_weights=True)], rules).kind
 
 
 def draws(n: int, change: float, noise: float, shape: tuple[int, ...], seed: int) -> np.ndarray:

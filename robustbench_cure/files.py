@@ -50,8 +50,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all; see `write_atomically`."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    """Write text whole or not at all; what UTF-8 cannot hold is replaced. See `write_atomically`."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def refuse_files(out: Path) -> None:

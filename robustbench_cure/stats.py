@@ -61,7 +61,7 @@ def _wilson(count: int, total: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Flips:
+class DiscordantPairs:
     """How a yes-or-no of each sample changed between two runs.
 
     Attributes:
@@ -79,7 +79,7 @@ class Flips:
     gained: int
 
     @classmethod
-    def between(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Flips:
+    def between(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> DiscordantPairs:
         """Count them.
 
         Args:

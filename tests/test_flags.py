@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from robustbench_cure.cli import main as cli
 from robustbench_cure.evaluation.flags import FLAG_KINDS, Flag, derived_flags
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.report import render_report
+from robustbench_cure.report.render import render_report
 from robustbench_cure.report.terminal import terminal_table
 from robustbench_cure.site.checklist import checklist
 

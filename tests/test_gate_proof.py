@@ -19,7 +19,7 @@ from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.storage import find_records, merge
 from robustbench_cure.gate.compare import Comparison, compare
-from robustbench_cure.gate.verdict import Rules
+from robustbench_cure.gate.outcome import Rules
 from robustbench_cure.protocol.cards import Battery
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +44,9 @@ def before() -> Record:
     return judged(cure())
 
 
-def told(new: Record, before: Record) -> tuple[str, int]:
-    found = compare(new, before, Rules()).verdict
-    return found.kind, found.exit_code
+def outcome(new: Record, before: Record) -> tuple[str, int]:
+    result = compare(new, before, Rules()).outcome
+    return result.kind, result.exit_code
 
 
 # --- what must be noticed -----------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def tenth(attack: Callable[..., Proposal]) -> Callable[..., Proposal]:
 @pytest.mark.slow
 def test_attacks_that_do_a_tenth_of_their_steps_are_a_suspicious_rise(before):
     weak = ATTACKS | {kind: tenth(ATTACKS[kind]) for kind in ("pgd", "deepfool")}
-    assert told(judged(cure(), attacks=weak), before) == ("suspicious rise", 1)
+    assert outcome(judged(cure(), attacks=weak), before) == ("suspicious rise", 1)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_one_attack_that_got_weaker_is_noticed_behind_a_worst_case_that_stays(be
     found = compare(judged(cure(), attacks=ATTACKS | {"pgd": weak}), before, Rules())
     findings = {row.accuracy.id: row.finding for row in found.rows}
     assert (findings["pgd20"], findings["worst_case"]) == ("rose", "held")
-    assert found.verdict.kind == "suspicious rise"
+    assert found.outcome.kind == "suspicious rise"
 
 
 def changed(change: Callable[[nn.Module], None]) -> Classifier:
@@ -100,12 +100,12 @@ def zero(module: nn.Module) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [noise, zero])
 def test_noise_on_the_weights_and_a_zeroed_layer_are_regressions(before, change):
-    assert told(judged(changed(change)), before) == ("regression", 1)
+    assert outcome(judged(changed(change)), before) == ("regression", 1)
 
 
 @pytest.mark.slow
 def test_the_copy_that_was_changed_passes_unchanged(before):
-    assert told(judged(changed(lambda module: None)), before) == ("pass", 0)
+    assert outcome(judged(changed(lambda module: None)), before) == ("pass", 0)
 
 
 # --- what must pass -----------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_the_copy_that_was_changed_passes_unchanged(before):
 
 def most(found: Comparison) -> float:
     """Largest share of the samples that any accuracy lost or gained."""
-    return max(max(r.accuracy.flips.lost, r.accuracy.flips.gained) / r.accuracy.flips.n for r in found.rows)
+    return max(max(r.accuracy.pairs.lost, r.accuracy.pairs.gained) / r.accuracy.pairs.n for r in found.rows)
 
 
 @pytest.mark.slow
@@ -130,17 +130,17 @@ def test_another_batch_size_precision_or_seed_passes_within_the_stated_error(
     before, options, settings, allowed
 ):
     found = compare(judged(cure(**options), **settings), before, Rules())
-    assert (found.verdict.kind, found.verdict.exit_code) == ("pass", 0)
+    assert (found.outcome.kind, found.outcome.exit_code) == ("pass", 0)
     assert most(found) <= allowed
 
 
 @pytest.mark.slow
-def test_two_parts_joined_pass_without_a_flip(before, tmp_path):
+def test_two_parts_joined_pass_without_a_discordant_pair(before, tmp_path):
     for part in (1, 2):
         judged(cure(), out=tmp_path / str(part), shard=(part, 2), shard_size=100)
     joined = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "joined")
     found = compare(joined, before, Rules())
-    assert (found.verdict.kind, most(found)) == ("pass", 0)
+    assert (found.outcome.kind, most(found)) == ("pass", 0)
 
 
 @pytest.mark.cuda
@@ -148,7 +148,7 @@ def test_two_parts_joined_pass_without_a_flip(before, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_device_passes_within_the_stated_error(before):
     found = compare(judged(load_model("digits_cure", device="cuda")), before, Rules())
-    assert found.verdict.kind == "pass"
+    assert found.outcome.kind == "pass"
     assert most(found) <= 0.03
 
 

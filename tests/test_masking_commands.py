@@ -28,8 +28,8 @@ from robustbench_cure.masking.evidence import PairedMargins
 from robustbench_cure.masking.obfuscated import ZeroGradient
 from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.protocol.specs import Peer
-from robustbench_cure.report import render_report
-from robustbench_cure.report.scatter import margin_scatter
+from robustbench_cure.report.charts import margin_scatter
+from robustbench_cure.report.render import render_report
 from robustbench_cure.studies import selftest
 
 #: Checks that are clear only where gradient-free attacks show power.

@@ -15,8 +15,8 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.protocol.cards import ModelCard
 from robustbench_cure.protocol.catalog import find
-from robustbench_cure.site.found import Found
-from robustbench_cure.site.model_info import claims
+from robustbench_cure.site.robustbench import claims
+from robustbench_cure.site.runs import Runs
 
 PATH = Path("model_info/cifar10/Linf/tiny.json")
 
@@ -27,7 +27,7 @@ def cifar(**more):
 
 
 def test_a_claim_says_what_the_record_says_and_no_more():
-    claim = claims(Found((cifar(),)), {"link": "https://x", "name": "", "venue": "CVPR 2019"})[PATH]
+    claim = claims(Runs((cifar(),)), {"link": "https://x", "name": "", "venue": "CVPR 2019"})[PATH]
     note = "reported: worst case of 3 attacks, mini v1, 10 of 10,000 test images, robustbench-cure 0.1.0; "
     assert claim == {
         "link": "https://x",
@@ -45,7 +45,7 @@ def test_a_claim_says_what_the_record_says_and_no_more():
 
 def test_images_of_others_are_external_and_flags_unreliable():
     run = cifar(flags=[Flag(kind="stochastic", evidence="3 of 64")])
-    (claim,) = claims(Found((run,), (), (evidence(run, [6, 7]),)), {}).values()
+    (claim,) = claims(Runs((run,), (), (evidence(run, [6, 7]),)), {}).values()
     assert (claim["reported"], claim["external"], claim["unreliable"]) == ("30.00", "10.00", True)
     assert "autoattack_acc" not in claim
 
@@ -53,16 +53,16 @@ def test_images_of_others_are_external_and_flags_unreliable():
 def test_the_card_declares_additional_data():
     card = find(ModelCard, "resnet18s_normal").card
     model = {"id": card.id, "weights_sha256": card.weights.sha256}
-    (claim,) = claims(Found((cifar(model=model),)), {}).values()
+    (claim,) = claims(Runs((cifar(model=model),)), {}).values()
     assert claim["additional_data"] is False
 
 
 def test_what_robustbench_has_no_place_for_is_refused():
     with pytest.raises(UsageError, match="no data set 'digits'"):
-        claims(Found((record(battery(FGSM), "1", {"fgsm": "."}),)), {})
+        claims(Runs((record(battery(FGSM), "1", {"fgsm": "."}),)), {})
     other = cifar(model={"weights_sha256": "cd" * 32})
     with pytest.raises(UsageError, match="two runs claim it"):
-        claims(Found((cifar(), other)), {})
+        claims(Runs((cifar(), other)), {})
 
 
 def test_the_command_writes_the_file_and_names_what_is_missing(tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_every_key_is_one_of_robustbenchs():
 
     run = cifar()
     (claim,) = claims(
-        Found((run,), (), (evidence(run, [6, 7]),)), dict.fromkeys(("link", "name"), "x")
+        Runs((run,), (), (evidence(run, [6, 7]),)), dict.fromkeys(("link", "name"), "x")
     ).values()
     fields = {field.name for field in dataclasses.fields(ModelInfo)} | set(ACC_FIELDS[ThreatModel.Linf])
     assert set(claim) <= fields | {"unreliable"}  # its files have that one, its dataclass has not

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import robustbench_cure
+from robustbench_cure.cli.site import site
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD_FOLDERS = ("models", "attacks", "reports")
 #: What may lie in the card folders: cards, small weights, evidence and rendered reports. No code.
 DATA_SUFFIXES = {
     ".toml", ".md", ".json", ".jsonl", ".csv", ".parquet", ".safetensors",
-    ".html", ".tex", ".svg", ".png", ".txt", ".gz",
+    ".tex", ".svg", ".png",
 }  # fmt: skip
 
 
@@ -97,6 +102,28 @@ def test_git_ignores_no_card():
     assert run.returncode == 1, f"ignored: {run.stdout}{run.stderr}"
 
 
+def test_the_tree_that_travels_is_small():
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [ROOT / name for name in run.stdout.split("\0") if name and not name.startswith("models/")]
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 14_000_000
+
+
+def test_the_pages_workflow_builds_the_stored_runs_and_publishes_that_folder():
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8"))
+    steps = [step for job in flow["jobs"].values() for step in job["steps"]]
+    (command,) = (step["run"] for step in steps if "cure-bench site" in step.get("run", ""))
+    options = site.make_context("site", shlex.split(command)[2:]).params
+    assert options["runs"] == (Path("reports/measured"),)
+    assert not options["tables_only"]
+    assert options["records_url"].endswith("/reports/measured")
+    actions = {step["uses"].split("@")[0]: step for step in steps if "uses" in step}
+    assert Path(actions["actions/upload-pages-artifact"]["with"]["path"]) == options["out"]
+    assert {"actions/configure-pages", "actions/deploy-pages"} <= set(actions)
+    assert flow["jobs"]["deploy"]["permissions"] == {"pages": "write", "id-token": "write"}
+
+
 def test_the_version_is_the_same_everywhere():
     version = project()["version"]
     assert robustbench_cure.__version__ == version
@@ -113,84 +140,89 @@ def test_the_licence_is_named_alike():
 # --- the packages we build on, in a fresh interpreter ------------------------------------------------
 
 
-def run_python(script: str, *, path: Path | None = None) -> str:
-    """Standard output of a fresh interpreter; `path` goes first on its import path."""
-    prefix = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
-    run = subprocess.run([sys.executable, "-c", prefix + script], capture_output=True, text=True, check=False)
+def run_python(script: str) -> dict[str, Any]:
+    """What a fresh interpreter prints as JSON."""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    return json.loads(run.stdout)
 
 
-def test_every_named_package_imports():
-    output = run_python(
-        "import importlib, sys, warnings\n"
-        "for name in ('torch', 'torchvision', 'torchattacks', 'pandas', 'jinja2', 'click', 'pytest'):\n"
-        "    importlib.import_module(name)\n"
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What one interpreter sees that imports the bridge, then RobustBench by it, then all we name."""
+    return run_python(
+        "import importlib, importlib.metadata, json, sys, warnings\n"
         "from robustbench_cure.interop.robustbench import import_robustbench\n"
+        "heavy = {'robustbench', 'pyautoattack', 'autoattack', 'torch'}\n"
+        "seen = {'early': sorted(heavy & set(sys.modules))}\n"
         "with warnings.catch_warnings():\n"
         "    warnings.simplefilter('error')\n"
         "    module = import_robustbench()\n"
-        "    assert import_robustbench() is module\n"
-        "print(module.__name__, callable(module.load_model), callable(module.benchmark))\n"
-    )
-    assert output == "robustbench True True"
-
-
-def test_one_copy_of_autoattack_serves_both_names():
-    output = run_python(
-        "from robustbench_cure.interop.robustbench import import_robustbench\n"
-        "import_robustbench()\n"
+        "    seen['once'] = import_robustbench() is module\n"
+        "seen['name'] = module.__name__\n"
+        "seen['callable'] = [callable(module.load_model), callable(module.benchmark)]\n"
         "import autoattack.state, pyautoattack.state\n"
-        "print(autoattack.state.EvaluationState.__name__)\n"
-        "import importlib.metadata as m\n"
-        "own = 'autoattack' in m.packages_distributions()\n"
-        "print(own or autoattack.state is pyautoattack.state)\n"
+        "seen['state'] = autoattack.state.EvaluationState.__name__\n"
+        "own = 'autoattack' in importlib.metadata.packages_distributions()\n"
+        "seen['one copy'] = own or autoattack.state is pyautoattack.state\n"
+        "names = ('torch', 'torchvision', 'torchattacks', 'pandas', 'jinja2', 'click', 'pytest')\n"
+        "seen['others'] = [importlib.import_module(name).__name__ for name in names]\n"
+        "print(json.dumps(seen))\n"
     )
-    assert output.split() == ["EvaluationState", "True"]
 
 
-def test_the_bridge_imports_nothing_before_it_is_asked():
-    output = run_python(
-        "import sys, robustbench_cure.interop.robustbench\n"
-        "print(sorted({'robustbench', 'pyautoattack', 'autoattack', 'torch'} & set(sys.modules)))\n"
-    )
-    assert output == "[]"
+def test_every_named_package_imports(imported):
+    assert (imported["name"], imported["once"], imported["callable"]) == ("robustbench", True, [True, True])
+    assert len(imported["others"]) == 7
 
 
-def test_an_overwritten_robustbench_is_named_with_its_repair(tmp_path):
-    info = tmp_path / "robustbench-9.9.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: robustbench\nVersion: 9.9\n")
-    (info / "RECORD").write_text(
-        "robustbench/__init__.py,sha256=AAAA,1\nrobustbench-9.9.dist-info/RECORD,,\n"
-    )
-    (tmp_path / "robustbench").mkdir()
-    (tmp_path / "robustbench" / "__init__.py").write_text("raise ImportError('a name\\n is gone')\n")
-    message = run_python(
+def test_one_copy_of_autoattack_serves_both_names(imported):
+    assert (imported["state"], imported["one copy"]) == ("EvaluationState", True)
+
+
+def test_the_bridge_imports_nothing_before_it_is_asked(imported):
+    assert imported["early"] == []
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> dict[str, str]:
+    """What the bridge says of an overwritten RobustBench, and of an intact one that lacks a package."""
+    folders = {}
+    for name, listed, code in (
+        ("overwritten", "sha256=AAAA,1", "raise ImportError('a name\\n is gone')\n"),
+        ("intact", ",", "import a_package_that_is_not_there\n"),
+    ):
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        info = folder / "robustbench-9.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: robustbench\nVersion: 9.9\n")
+        (info / "RECORD").write_text(
+            f"robustbench/__init__.py,{listed}\nrobustbench-9.9.dist-info/RECORD,,\n"
+        )
+        (folder / "robustbench").mkdir()
+        (folder / "robustbench" / "__init__.py").write_text(code)
+    return run_python(
+        "import importlib, json, sys\n"
         "from robustbench_cure.errors import UsageError\n"
         "from robustbench_cure.interop.robustbench import import_robustbench\n"
-        "try:\n    import_robustbench()\n"
-        "except UsageError as error:\n    print(error)\n",
-        path=tmp_path,
+        "said = {}\n"
+        f"for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():\n"
+        "    sys.path.insert(0, folder)\n"
+        "    importlib.invalidate_caches()\n"
+        "    try:\n        import_robustbench()\n"
+        "    except UsageError as error:\n        said[name] = str(error)\n"
+        "    sys.path.remove(folder)\n"
+        "print(json.dumps(said))\n"
     )
+
+
+def test_an_overwritten_robustbench_is_named_with_its_repair(refusals):
+    message = refusals["overwritten"]
     assert "\n" not in message
-    assert message.startswith("robustbench cannot be imported: a name is gone; 1 of its files")
+    assert "a name is gone; 1 of its files" in message
     assert message.endswith("python -m pip install --force-reinstall --no-deps robustbench==9.9")
 
 
-def test_an_intact_robustbench_is_not_blamed(tmp_path):
-    info = tmp_path / "robustbench-9.9.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: robustbench\nVersion: 9.9\n")
-    (info / "RECORD").write_text("robustbench/__init__.py,,\n")
-    (tmp_path / "robustbench").mkdir()
-    (tmp_path / "robustbench" / "__init__.py").write_text("import a_package_that_is_not_there\n")
-    message = run_python(
-        "from robustbench_cure.errors import UsageError\n"
-        "from robustbench_cure.interop.robustbench import import_robustbench\n"
-        "try:\n    import_robustbench()\n"
-        "except UsageError as error:\n    print(error)\n",
-        path=tmp_path,
-    )
-    assert "a_package_that_is_not_there" in message
-    assert "torchattacks" not in message
+def test_an_intact_robustbench_is_not_blamed(refusals):
+    assert "a_package_that_is_not_there" in refusals["intact"]
+    assert "torchattacks" not in refusals["intact"]

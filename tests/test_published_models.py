@@ -9,7 +9,7 @@ import pytest
 from robustbench_cure.cli import main as cli
 from robustbench_cure.protocol.cards import PublishedTable
 from robustbench_cure.protocol.catalog import catalog
-from robustbench_cure.site.standings import boards
+from robustbench_cure.site.entries import leaderboards
 
 ENTRY = {
     "link": "https://arxiv.org/abs/1",
@@ -61,7 +61,7 @@ def test_an_entry_becomes_a_row_and_its_numbers_cells(place):
         "reported": (62.5, "quoted"),
     }
     assert table.cells[1].locator == "RobustBench, model_info, Carmon2019Unlabeled, autoattack_acc"
-    (board,) = boards([], (), [table])
+    (board,) = leaderboards([], (), [table])
     assert board.name == "cifar10, l∞ 8/255"
     assert (board.rows[0].robust.printed, board.rows[0].clean.printed) == pytest.approx((0.5953, 0.8969))
     assert (board.rows[0].decided, board.rows[0].rank, board.rows[0].n) == ("AutoAttack", 0, 10_000)
@@ -71,7 +71,7 @@ def test_the_lowest_number_known_counts_and_a_warning_is_kept(place):
     flagged = {**ENTRY, "external": "7.15", "unreliable": True, "additional_data": False}
     del flagged["autoattack_acc"]
     _, tables = place(Xiao2020Enhancing={**flagged, "AA": "18.50"})
-    (board,) = boards([], (), list(tables.values()))
+    (board,) = leaderboards([], (), list(tables.values()))
     assert board.rows[0].robust.printed == pytest.approx(0.0715)
     assert board.rows[0].how == "lowest of 3 printed; RobustBench flags it as unreliable"
     assert (board.rows[0].decided, board.rows[0].extra_data) == ("External", "none")
@@ -86,7 +86,7 @@ def test_another_radius_or_norm_is_another_table(place):
         "robustbench_cifar10_linf_0_031",
         "robustbench_cifar10_l2_1_2",
     }
-    found = {board.name for board in boards([], (), list(tables.values()))}
+    found = {board.name for board in leaderboards([], (), list(tables.values()))}
     assert found == {"cifar10, l∞ 8/255", "cifar10, l∞ 0.031", "cifar10, l2 1/2"}
 
 

@@ -18,13 +18,13 @@ from robustbench_cure.evaluation.record import Cost, Environment, Manifest, Reco
 from robustbench_cure.protocol.cards import Battery, PublishedTable
 from robustbench_cure.protocol.catalog import catalog, find
 from robustbench_cure.protocol.identity import DataInfo, ModelInfo
-from robustbench_cure.report import render_report, terminal_table, write_reports
-from robustbench_cure.report.export import latex, markdown, to_csv, to_latex, to_markdown
-from robustbench_cure.report.figure import bands
+from robustbench_cure.report.charts import bands
 from robustbench_cure.report.paper import NOT_MEASURED, paper_table
-from robustbench_cure.report.render import environment
+from robustbench_cure.report.render import render_report, templates, write_reports
+from robustbench_cure.report.results import attack_table, protocol_tables
+from robustbench_cure.report.table import WIDTH, latex, markdown, to_csv, to_latex, to_markdown
 from robustbench_cure.report.tables import attack_rows, labels, only_this, protocols, summary
-from robustbench_cure.report.terminal import WIDTH
+from robustbench_cure.report.terminal import terminal_table
 from robustbench_cure.report.wording import duration, percent, points, spec_words
 from robustbench_cure.stats import Rate
 
@@ -125,7 +125,7 @@ def record(protocol: Battery, clean: str, evidence: dict[str, str], flags=(), **
         battery=protocol,
         battery_digest=protocol.digest,
         data=DataInfo(**data),
-        config=RunConfig(seed=0, subset_seed=0, device="cpu", precision="fp32", shard_size=8, batch_size=8),
+        config=RunConfig(seed=0, device="cpu", precision="fp32", shard_size=8, batch_size=8),
         environment=Environment(
             version="0.1.0",
             python="3.12",
@@ -418,7 +418,7 @@ def test_no_runs_is_an_error_and_writes_nothing(tmp_path):
 
 
 def test_csv_has_a_line_for_each_model_and_attack(run):
-    lines = list(csv.DictReader(io.StringIO(to_csv([run, hostile()]))))
+    lines = list(csv.DictReader(io.StringIO(to_csv([attack_table([run, hostile()])]))))
     assert len(lines) == 10
     spsa = lines[3]
     assert (spsa["attack"], spsa["count"], spsa["n"], spsa["success_count"]) == ("spsa", "5", "6", "1")
@@ -429,10 +429,10 @@ def test_csv_has_a_line_for_each_model_and_attack(run):
 
 
 def test_markdown_cells_survive_hostile_names(run):
-    text = to_markdown([run])
+    text = to_markdown(protocol_tables([run]))
     assert "| Tiny net | 80.0 [49.0, 94.3] | 60.0" in text
     assert "| SPSA (n = 6) |" in text
-    lines = to_markdown([hostile()]).splitlines()
+    lines = to_markdown(protocol_tables([hostile()])).splitlines()
     head, _, row = [line for line in lines if line.startswith("|")]
     unescaped = [line.replace("\\|", "").count("|") for line in (head, row)]
     assert unescaped == [8, 8]
@@ -443,7 +443,7 @@ def test_markdown_cells_survive_hostile_names(run):
 def test_latex_is_escaped():
     assert latex("&_%$#{}") == r"\&\_\%\$\#\{\}"
     assert latex("\\~^") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}"
-    text = to_latex([hostile()])
+    text = to_latex(protocol_tables([hostile()]))
     assert HOSTILE not in text
     assert r"$^\dagger$" in text
     body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
@@ -568,8 +568,8 @@ def test_hostile_names_stay_text():
 
 def test_undefined_names_are_errors_and_everything_is_escaped():
     with pytest.raises(jinja2.UndefinedError):
-        environment().from_string("{{ nothing }}").render()
-    assert environment().from_string("{{ x }}").render(x="<b>") == "&lt;b&gt;"
+        templates().from_string("{{ nothing }}").render()
+    assert templates().from_string("{{ x }}").render(x="<b>") == "&lt;b&gt;"
 
 
 def test_every_row_of_an_unreliable_run_is_marked(run):
@@ -592,3 +592,10 @@ def test_page_says_what_was_measured_on_what(run):
         "20 steps of 2/255, random start, 1 restart, cross-entropy, stop at first success",
     ):
         assert part in text
+
+
+def test_no_page_names_a_seed_that_nothing_uses(run):
+    assert "subset" not in render_report([run], {})
+    older = run.manifest.model_dump(mode="json")
+    older["config"]["subset_seed"] = 7  # as manifests of before have it
+    assert Manifest.model_validate(older).config.subset_seed == 7

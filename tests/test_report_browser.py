@@ -11,7 +11,7 @@ import pytest
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.protocol.cards import Battery, PublishedTable
 from robustbench_cure.protocol.catalog import find
-from robustbench_cure.report import write_reports
+from robustbench_cure.report.render import write_reports
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

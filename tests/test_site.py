@@ -1,4 +1,4 @@
-"""The site against counts made by hand: standings, curves, checklist, twins, and files that come and go."""
+"""The site against counts made by hand: entries, curves, checklist, exports, and files that come and go."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
 
 from robustbench_cure.cli import boundary as boundary_cli
@@ -22,14 +23,24 @@ from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.storage import find_records
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable
 from robustbench_cure.protocol.catalog import catalog, find
-from robustbench_cure.report.sheet import Sheet, to_latex, to_markdown, twins
-from robustbench_cure.site.beside import STUDIES, card_of, panels
+from robustbench_cure.report.charts import plot, radius_curves, step_curves
+from robustbench_cure.report.table import (
+    WIDTH,
+    Cell,
+    Column,
+    Table,
+    columns,
+    exports,
+    to_latex,
+    to_markdown,
+    to_text,
+)
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.checklist import checklist
-from robustbench_cure.site.curves import plot, radii, steps
-from robustbench_cure.site.found import Found, scan
-from robustbench_cure.site.readme import BEGIN, END, renewed
-from robustbench_cure.site.standings import boards
+from robustbench_cure.site.entries import leaderboards
+from robustbench_cure.site.pages import STUDIES
+from robustbench_cure.site.runs import Runs, card_of, diagnoses, scan, study_files
+from robustbench_cure.site.tables import BEGIN, END, renewed
 from robustbench_cure.stats import Rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,26 +87,26 @@ def evidence(run, broken: list[int], **more) -> Evidence:
     return Evidence(Submission(**(fields | more)), rows)
 
 
-# --- standings -------------------------------------------------------------------------------------------
+# --- entries ---------------------------------------------------------------------------------------------
 
 
 def test_rank_is_by_worst_case_and_equal_numbers_share_it():
     runs = [other("a", "xx.."), other("b", "x..."), other("c", "xx.."), other("d", "xxxx")]
-    (board,) = boards(runs)
+    (board,) = leaderboards(runs)
     assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 2), ("c", 2), ("d", 4)]
     assert board.rows[0].robust.rate == Rate(3, 4)
-    assert board.rows[0].how == "worst case of 1 attack, mini v1"
+    assert "1 attack, mini v1" in board.rows[0].how
 
 
 def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
     one = record(battery(FGSM), "1111", {"fgsm": "x..."})
     two = record(battery(PGD), "1111", {"pgd20": ".x.."})
-    (board,) = boards([one, two])
+    (board,) = leaderboards([one, two])
     (row,) = board.rows
     assert row.robust.rate == Rate(2, 4)  # neither record alone is below 3 of 4
-    assert row.how.startswith("worst case of 2 attacks")
+    assert "2 attacks" in row.how
     again = record(battery({**FGSM, "id": "again", "name": "Again"}), "1111", {"again": "x..."})
-    assert boards([one, again])[0].rows[0].how.startswith("worst case of 1 attack,")
+    assert leaderboards([one, again])[0].rows[0].how.count("1 attack,") == 1
 
 
 def test_other_functions_of_the_same_weights_are_other_models(tmp_path):
@@ -105,10 +116,10 @@ def test_other_functions_of_the_same_weights_are_other_models(tmp_path):
         name: record(battery(FGSM), "1111", {"fgsm": marks}, model={"answers": answers[name]})
         for name, marks in {"right": "x...", "again": ".x..", "wrong": "..xx"}.items()
     }
-    (board,) = boards([runs["right"], runs["wrong"], runs["again"]])
+    (board,) = leaderboards([runs["right"], runs["wrong"], runs["again"]])
     assert sorted(row.robust.rate.count for row in board.rows) == [2, 2]
     assert [len(row.records) for row in board.rows if row.is_about(runs["right"].manifest.model)] == [2]
-    (row,) = boards([runs["right"], record(battery(PGD), "1111", {"pgd20": "xx.."})])[0].rows
+    (row,) = leaderboards([runs["right"], record(battery(PGD), "1111", {"pgd20": "xx.."})])[0].rows
     assert row.robust.rate == Rate(2, 4)  # what was written before answers were kept is known by its weights
     for name, run in runs.items():
         run.save(tmp_path / "runs" / name)
@@ -134,7 +145,7 @@ def test_boards_are_of_one_data_set_split_and_threat_model():
         other("c", "..", data={"split": "train"}),
         record(wide, "11", {"fgsm": "x."}),
     ]
-    assert [(b.name, len(b.rows)) for b in boards(runs)] == [
+    assert [(b.name, len(b.rows)) for b in leaderboards(runs)] == [
         ("digits, l∞ 8/255", 1),
         ("digits, l∞ 16/255", 1),
         ("digits (train), l∞ 8/255", 1),
@@ -144,20 +155,20 @@ def test_boards_are_of_one_data_set_split_and_threat_model():
 
 def test_unreliable_models_sink_and_are_not_ranked():
     flag = Flag(kind="stochastic", evidence="3 of 64")
-    (board,) = boards([other("a", "....", flags=[flag]), other("b", "xxx.")])
+    (board,) = leaderboards([other("a", "....", flags=[flag]), other("b", "xxx.")])
     assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 0)]
     assert "unreliable" in board.rows[1].unranked
 
 
 def test_of_two_sample_sizes_the_larger_is_ranked():
     small = other("a", "..", data={"digest": "01" * 32})
-    (board,) = boards([small, other("a", "x...", data={"digest": "02" * 32})])
+    (board,) = leaderboards([small, other("a", "x...", data={"digest": "02" * 32})])
     assert [(row.n, row.rank, bool(row.unranked)) for row in board.rows] == [(2, 0, True), (4, 1, False)]
 
 
 def test_verified_images_of_others_lower_the_best_known_number():
     run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)  # 3 of 10 stand: samples 5, 6, 7
-    (board,) = boards([run, other("b", "xxxxxxxx..")], [evidence(run, [0, 6, 7])])
+    (board,) = leaderboards([run, other("b", "xxxxxxxx..")], [evidence(run, [0, 6, 7])])
     assert [(row.model_id, row.kind) for row in board.rows][1:] == [
         ("tiny", "external"),
         ("tiny", "measured"),
@@ -183,7 +194,7 @@ def test_images_of_others_count_for_their_weights_data_and_ball_alone(change):
     run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)
     theirs = evidence(run, [6, 7])
     fields = {k: {**getattr(theirs.submission, k).model_dump(), **v} for k, v in change.items()}
-    (board,) = boards([run], [evidence(run, [6, 7], **fields)])
+    (board,) = leaderboards([run], [evidence(run, [6, 7], **fields)])
     assert [row.kind for row in board.rows] == ["measured"]
 
 
@@ -191,11 +202,11 @@ def test_other_pixels_under_the_same_id_do_not_count():
     run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)
     theirs = evidence(run, [6, 7])
     theirs.samples["image_sha256"] = "f" * 64
-    assert [row.kind for row in boards([run], [theirs])[0].rows] == ["measured"]
+    assert [row.kind for row in leaderboards([run], [theirs])[0].rows] == ["measured"]
 
 
 def test_printed_rows_are_marked_and_never_ranked():
-    found = {board.name: board for board in boards([], (), tables())}
+    found = {board.name: board for board in leaderboards([], (), tables())}
     names = {"cifar10, l∞ 4/255", "cifar10, l∞ 8/255", "cifar10, l∞ 0.031", "svhn, l∞ 12/255"}
     assert set(found) == names
     rows = {row.label: row for row in found["cifar10, l∞ 8/255"].rows}
@@ -214,18 +225,18 @@ def test_printed_rows_are_marked_and_never_ranked():
 def test_steps_curve_is_what_every_shorter_run_would_have_left():
     run = record(battery(PGD), "11110", {"pgd20": "xxx.-"})
     run.samples["pgd20.step"] = pd.array([0, 3, 7, 20, None], "Int32")
-    (curve,) = steps(run)
+    (curve,) = step_curves(run)
     assert [rate.count for _, rate, _ in curve.points] == [3] * 3 + [2] * 4 + [1] * 14
     assert {rate.total for _, rate, _ in curve.points} == {5}
     assert curve.points[-1][1] == run.robust_accuracy("pgd20")
     drawn = plot([curve])
     assert [round(dot.y, 6) for dot in drawn.lines[0][2]] == [40, 60, 80, 80]
-    assert "7 steps: 20.0 %" in drawn.lines[0][2][2].told
+    assert "7 steps: 20.0 %" in drawn.lines[0][2][2].text
 
 
 def test_attacks_that_do_not_note_their_first_success_have_no_curve():
     for change in ({"stop": "never"}, {"restarts": 2}):
-        assert steps(record(battery({**PGD, **change}), "1", {"pgd20": "x"})) == []
+        assert step_curves(record(battery({**PGD, **change}), "1", {"pgd20": "x"})) == []
     assert plot([]) is None
 
 
@@ -233,7 +244,7 @@ def test_radii_curve_counts_the_boundaries_that_were_found():
     run = record(battery(DEEPFOOL), "11110", {"deepfool": "xo.v-"})
     run.samples["deepfool.pred"] = pd.array([1, 1, 0, 1, None], "Int32")
     run.samples["deepfool.linf"] = pd.array([2 / 255, 12 / 255, 1 / 255, 1 / 255, None], "Float32")
-    (curve,) = radii(run)
+    (curve,) = radius_curves(run)
     at = {words: rate.count for _, rate, words in curve.points}
     assert curve.points[-1][0] == pytest.approx(16 / 255)
     assert (at["l∞ 0.0/255"], at["l∞ 8.0/255"], at["l∞ 16.0/255"]) == (4, 3, 2)
@@ -244,54 +255,45 @@ def test_radii_curve_counts_the_boundaries_that_were_found():
 # --- checklist -------------------------------------------------------------------------------------------
 
 
-def statuses(run, card=None) -> dict[str, tuple[str, str]]:
-    return {item.name: (item.status, item.said) for item in checklist(run, card)}
+def item(run, keyword: str, card=None) -> tuple[str, list[float]]:
+    """Status of the one item whose name has this keyword, and the numbers of its evidence."""
+    (one,) = (item for item in checklist(run, card) if keyword in item.name)
+    return one.status, [
+        float(number) for number in re.findall(r"(?<![(\d])\d+(?:\.\d+)?(?![)\d])", one.evidence)
+    ]
 
 
 def test_checklist_counts_what_the_record_shows():
     noise = {"id": "noise", "kind": "uniform_noise", "name": "noise", "limit": 0, "draws": 10}
     protocol = battery(FGSM, PGD, SPSA, noise)
-    good = {"fgsm": "x...", "pgd20": "xxx.", "spsa": ".x..", "noise": "x..."}
-    found = statuses(record(protocol, "1111", good))
-    name = "Iterated attacks beat single steps, sample by sample"
-    assert found[name] == ("met", "FGSM broke 1, 0 of them not broken by PGD")
-    assert found["Gradient-free attack, no stronger than gradients on any sample"][0] == "met"
-    assert found["Random noise as a control, weaker than gradients"][0] == "met"
-    assert found["Random restarts"][0] == "not met"
-    bad = {"fgsm": "...x", "pgd20": "xx..", "spsa": "..x.", "noise": "..x."}
-    found = statuses(record(protocol, "1111", bad))
-    assert found[name] == ("not met", "FGSM broke 1, 1 of them not broken by PGD")
-    assert found["Gradient-free attack, no stronger than gradients on any sample"] == (
-        "not met",
-        "SPSA broke 1, 1 of them left standing by gradients",
-    )
-    assert found["Random noise as a control, weaker than gradients"][0] == "not met"
+    good = record(protocol, "1111", {"fgsm": "x...", "pgd20": "xxx.", "spsa": ".x..", "noise": "x..."})
+    bad = record(protocol, "1111", {"fgsm": "...x", "pgd20": "xx..", "spsa": "..x.", "noise": "..x."})
+    # Broken by the weaker attack, and of these not by the stronger one.
+    for keyword in ("Iterated attacks", "Gradient-free", "Random noise"):
+        assert item(good, keyword) == ("met", [1, 0])
+        assert item(bad, keyword) == ("not met", [1, 1])
+    assert item(good, "restarts")[0] == "not met"
 
 
-def test_late_successes_say_that_steps_were_too_few():
-    name = "Enough steps: twice as many change nothing"
+def test_late_successes_mean_that_steps_were_too_few():
     run = record(battery(PGD), "1111", {"pgd20": "xx.."})
-    assert statuses(run)[name][0] == "met"
+    assert item(run, "Enough steps") == ("met", [0])
     run.samples["pgd20.step"] = pd.array([2, 11, None, None], "Int32")
-    assert statuses(run)[name] == (
-        "not met",
-        "the second half of the steps of PGD(20) broke 25.0 % of all samples",
-    )
+    assert item(run, "Enough steps") == ("not met", [25])
 
 
 def test_nothing_is_taken_to_be_declared():
     run = record(battery(FGSM), "1", {"fgsm": "."})
-    found = statuses(run)
-    assert found["Attacks adapted to this defence"] == ("not declared", "no card is about these weights")
-    assert found["Random noise as a control, weaker than gradients"][0] == "not in the record"
+    assert item(run, "Attacks adapted")[0] == "not declared"
+    assert item(run, "Random noise")[0] == "not in the record"
     card = find(ModelCard, "digits_cure").card
-    said = card.model_copy(update={"declared": card.declared.model_copy(update={"adaptive_attack": "none"})})
-    found = statuses(run, said)
-    assert found["Attacks adapted to this defence"] == ("declared", "none")
-    assert found["Provable bound"] == ("not declared", "the card says nothing of it")
+    full = card.model_copy(update={"declared": card.declared.model_copy(update={"adaptive_attack": "none"})})
+    assert item(run, "Attacks adapted", full)[0] == "declared"
+    assert item(run, "Provable bound", full)[0] == "not declared"
+    assert next(i for i in checklist(run, full) if "adapted" in i.name).evidence == "none"
 
 
-def test_a_card_speaks_for_its_own_weights_alone():
+def test_a_card_is_about_its_own_weights_alone():
     cards = catalog(ModelCard)
     stored = cards["digits_cure"].card
     model = {"id": "digits_cure", "weights_sha256": stored.weights.sha256}
@@ -304,29 +306,69 @@ def test_a_card_speaks_for_its_own_weights_alone():
     assert card_of(record(battery(FGSM), "1", {"fgsm": "."}, model=recipe), cards) is None
 
 
-# --- twins -----------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------
 
 
-def test_twins_of_a_table_agree():
+def test_every_form_of_a_table_says_the_same():
     data = ({"name": HOSTILE, "rate": 0.25}, {"name": "b", "rate": float("nan")})
-    sheet = Sheet("T", "note.", ("Name", "%"), ((HOSTILE, "25.0"), ("b", "–")), data)
-    found = twins("t", [sheet])
-    assert set(found) == {"t.csv", "t.json", "t.md", "t.tex"}
-    rows = list(csv.DictReader(io.StringIO(found["t.csv"])))
-    assert [row["name"] for row in rows] == [HOSTILE, "b"]
-    assert json.loads(found["t.json"])["tables"][0]["rows"] == [data[0], {"name": "b", "rate": None}]
-    assert found["t.md"].count("\n| ") == 3
-    assert "<script" not in to_markdown([sheet])
-    assert r"\toprule" in to_latex([sheet])
-    assert r"\caption{T. note.}" in to_latex([sheet])
-    assert not re.search(
-        r"(?<!\\)[&%#_$](?![^\n]*\\\\)", to_latex([sheet]).split(r"\midrule")[1].split("&")[0]
+    rows = ((HOSTILE, "25.0"), ("b", "–"))
+    table = Table("T", "note.", columns("Name", "%"), rows, data, unreliable=frozenset({1}))
+    files = exports("t", [table])
+    assert set(files) == {"t.csv", "t.json", "t.md", "t.tex"}
+    assert set(exports("t", [table], ("csv", "md"))) == {"t.csv", "t.md"}
+    read = list(csv.DictReader(io.StringIO(files["t.csv"])))
+    assert [(row["name"], row["rate"]) for row in read] == [(HOSTILE, "0.25"), ("b", "")]
+    assert json.loads(files["t.json"])["tables"][0]["rows"] == [data[0], {"name": "b", "rate": None}]
+    assert files["t.md"].count("\n| ") == 3
+    assert "<script" not in files["t.md"]
+    assert [line for line in files["t.md"].splitlines() if "unreliable" in line] == [
+        "| b **unreliable** | – |"
+    ]
+    assert r"\toprule" in files["t.tex"]
+    assert files["t.tex"].count("dagger") == 2  # on the row, and explained in the caption
+    assert not re.search(r"(?<!\\)[&%#_$](?![^\n]*\\\\)", files["t.tex"].split(r"\midrule")[1].split("&")[0])
+
+
+def test_latex_prints_intervals_below_and_leaves_out_what_has_no_room():
+    heads = (Column("Model", "left"), Column("PGD", note="n = 5"), Column("Flags", "left", in_latex=False))
+    table = Table("T", "", heads, (("[a]", Cell("40.0", "[11.8, 76.9]"), "stochastic"),))
+    lines = to_latex([table]).splitlines()
+    assert r"\begin{tabular}{lr}" in lines
+    assert lines[lines.index(r"\midrule") + 1 :][:2] == [
+        r"{[a]} & 40.0 \\",
+        r" & {\scriptsize [11.8, 76.9]} \\",
+    ]
+    assert "PGD: n = 5" in lines[2]
+    assert "stochastic" not in "".join(lines)
+    assert "| PGD (n = 5) |" in to_markdown([table])
+
+
+def test_plain_text_is_aligned_broken_and_never_wider_than_a_terminal():
+    heads = (Column("\nName", "left", most=5), Column("two\nlines"), Column("x", "center", least=5))
+    rows = (("abcdefgh", "1", "y"), ("a\x1b[2J", "22", "z"))
+    lines = to_text(Table("", "", heads, rows), "  ").split("\n")
+    assert lines == ["           two", "  Name   lines    x", "  abcd…      1    y", "  a [2J     22    z"]
+    assert not any("\x1b" in line for line in lines)
+    wide = Table(
+        "", "", columns("Name", *(f"column {i}" for i in range(12))), (("a", *("1" * 8 for _ in range(12))),)
     )
+    blocks = to_text(wide).split("\n\n")
+    assert len(blocks) > 1
+    assert all(block.startswith("Name") for block in blocks)
+    assert sum(block.count("11111111") for block in blocks) == 12
+    words = Table(
+        "", "", (Column("id", "left", "code"), Column("what", "left", "text")), (("a", "word " * 40),)
+    )
+    texts = to_text(words).split("\n")
+    assert sum(line.count("word") for line in texts) == 40
+    assert texts[2].startswith("    word")
+    for text in (to_text(wide), to_text(words)):
+        assert max(map(len, text.split("\n"))) <= WIDTH
 
 
-def test_a_row_without_a_cell_for_each_head_is_refused():
-    with pytest.raises(ValueError, match="one cell for each head"):
-        Sheet("T", "", ("a", "b"), (("x",),), ())
+def test_a_row_without_a_cell_for_each_column_is_refused():
+    with pytest.raises(ValueError, match="one cell for each column"):
+        Table("T", "", columns("a", "b"), (("x",),))
 
 
 # --- the whole site --------------------------------------------------------------------------------------
@@ -402,15 +444,31 @@ def test_every_link_leads_to_a_file_of_the_site_and_no_id_is_given_twice(runs):
                 assert anchor in pages[where].ids, (name, link)
 
 
-def test_every_table_has_four_twins(runs):
+def test_every_table_has_its_files(runs):
     names = set(build(scan([runs])).files)
     stems = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    stems -= {name for name in stems if name.endswith("manifest")}
-    assert {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "json", "md", "tex")} <= names
-    wanted = {"leaderboard", "tables/table2", "tables/table2-sources"}
-    for part in ("attacks", "checklist-1", "masking-1", "provenance", "steps-1"):
-        wanted.add(f"models/cure/{part}")
-    assert wanted <= stems
+    assert {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "json", "md")} <= names
+    printed = {"leaderboard", "tables/table2"}
+    printed |= {f"models/cure/{part}" for part in ("attacks", "checklist-1", "masking-1", "steps-1")}
+    plain = {"tables/table2-sources", "models/cure/provenance"}
+    assert printed | plain <= stems
+    assert {f"{stem}.tex" for stem in printed} <= names
+    assert not {f"{stem}.tex" for stem in plain} & names
+
+
+def test_tables_alone_are_those_of_the_whole_site(runs, tmp_path):
+    found = scan([runs])
+    whole, alone = build(found), build(found, tables_only=True)
+    wanted = {f"leaderboard.{suffix}" for suffix in ("csv", "json", "md")}
+    wanted |= {f"tables/{table.id}.{suffix}" for table in tables() for suffix in ("csv", "md", "tex")}
+    assert set(alone.files) == wanted
+    assert all(whole.files[name] == data for name, data in alone.files.items())
+    assert (alone.models, len(alone.leaderboards)) == (whole.models, len(whole.leaderboards)) == (2, 6)
+    out = tmp_path / "out"
+    write(whole, out)
+    write(alone, out)  # the pages of before are taken away
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert left == wanted | {"site.json"}
 
 
 def test_pages_escape_what_records_say(runs):
@@ -424,20 +482,51 @@ def test_pages_escape_what_records_say(runs):
             assert b"7*7" not in data or b"{{ 7*7 }}" in data
 
 
-def test_a_model_page_holds_what_lies_beside_its_record(runs):
+def test_a_model_page_holds_what_was_stored_for_its_weights(runs):
     site = build(scan([runs]))
     page = site.files["models/cure/index.html"].decode()
     assert "suspected: spsa_below_pgd (n = 3)" in page
     assert 'src="../../studies/curvature-1/profile.svg"' in page
     assert "studies/curvature-1/samples.csv" in site.files
     assert not [name for name in site.files if "secret" in name or "notes.txt" in name]
-    raw = [data for name, data in site.files.items() if name.startswith("models/cure/record-")]
-    for place in ("deep/down/cure", "more", "again"):
-        assert (runs / place / "samples.parquet").read_bytes() in raw
-        assert (runs / place / "manifest.json").read_bytes() in raw
-    other = site.files["models/tiny/index.html"].decode()  # has a PGD and SPSA, and no study beside it
+    other = site.files["models/tiny/index.html"].decode()  # has a PGD and SPSA, and no study of its own
     assert "From the record alone" in other
     assert "suspected: spsa_below_pgd" not in other
+
+
+def test_records_are_named_and_linked_not_copied(runs):
+    places = ("deep/down/cure", "more", "again")
+    site = build(scan([runs]))
+    assert not [name for name in site.files if name.endswith((".parquet", "manifest.json"))]
+    page = site.files["models/cure/index.html"].decode()
+    assert all(f"<code>{place}</code>" in page for place in places)
+    assert "samples.parquet</a>" not in page
+    linked = (
+        build(scan([runs]), records_url="https://example.org/runs/").files["models/cure/index.html"].decode()
+    )
+    for place in places:
+        assert f'href="https://example.org/runs/{place}/samples.parquet"' in linked
+        assert f'href="https://example.org/runs/{place}/manifest.json"' in linked
+
+
+def test_studies_are_read_in_both_formats_each_figure_once(runs):
+    study = runs / "deep" / "curvature"
+    (study / "samples.csv").rename(study / "samples.parquet")
+    for name in ("profile.png", "mean.png"):
+        Image.new("RGB", (40, 30)).save(study / name)
+    head = json.loads((study / "manifest.json").read_text())
+    head["files"] = ["mean.png", "profile.png", "profile.svg", "samples.parquet"]
+    (study / "manifest.json").write_text(json.dumps(head))
+    (folder,) = (s for s in scan([runs]).studies if s.verb == "curvature")
+    assert [p.name for p in study_files(folder, (".svg", ".png"))] == ["mean.png", "profile.svg"]
+    assert [p.name for p in study_files(folder, (".csv", ".parquet"))] == ["samples.parquet"]
+    files = build(scan([runs])).files
+    assert {n for n in files if n.startswith("studies/curvature-1/")} == {
+        f"studies/curvature-1/{name}" for name in ("mean.png", "profile.svg", "samples.parquet")
+    }
+    page = files["models/cure/index.html"].decode()
+    assert "curvature-1/samples.parquet" in page
+    assert 'mean.png" width="20"' in page  # PNGs have two pixels for one of the page
 
 
 def test_paper_pages_hold_ours_beside_the_printed_number(runs):
@@ -457,7 +546,7 @@ def test_rows_of_the_same_name_in_tables_of_other_data_stay_empty(tmp_path):
     run = record(
         battery(PGD), CLEAN, {"pgd20": "xxxx....--"}, model=model, data={"name": "folder:cifar10-jpeg"}
     )
-    files = build(Found((run,))).files
+    files = build(Runs((run,))).files
     assert b"folder:cifar10-jpeg instead of cifar10" in files["tables/table2.html"]
     assert b"0.8" not in files["tables/table3.csv"]
     page = files["models/tiny/index.html"]
@@ -472,7 +561,7 @@ def test_a_site_is_the_same_every_time_and_takes_its_old_files_away(runs, tmp_pa
     write(first, out)
     assert {name: (out / name).read_bytes() for name in first.files} == first.files
     (out / "mine.txt").write_text("kept")
-    write(build(Found()), out)
+    write(build(Runs()), out)
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert "mine.txt" in left
     assert not [name for name in left if name.startswith(("models/", "studies/"))]
@@ -490,16 +579,16 @@ def test_a_site_is_no_run_and_is_not_scanned(runs):
 def test_a_folder_with_other_things_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds other files"):
-        write(build(Found()), tmp_path)
+        write(build(Runs()), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_list_of_files_that_points_outside_is_not_followed(tmp_path):
     victim, out = tmp_path / "victim.txt", tmp_path / "out"
     victim.write_text("")
-    write(build(Found()), out)
+    write(build(Runs()), out)
     (out / "site.json").write_text(json.dumps({"files": {"../victim.txt": "", "index.html": ""}}))
-    write(build(Found()), out)
+    write(build(Runs()), out)
     assert victim.exists()
 
 
@@ -512,7 +601,9 @@ NO_FINDINGS = '{"models": {"cure": {"threat": {"norm": "linf", "eps": "8/255"}, 
 def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
-        panels(scan([runs]).studies, other("cure", "..", model={"weights_sha256": "ab" * 32}).manifest.model)
+        diagnoses(
+            scan([runs]).studies, other("cure", "..", model={"weights_sha256": "ab" * 32}).manifest.model
+        )
 
 
 def test_reports_pass_over_what_studies_left_in_a_run(runs):
@@ -577,12 +668,12 @@ def test_the_command_writes_the_site_and_the_readme(runs, tmp_path, capsys):
 
 def test_the_block_is_renewed_and_nothing_else():
     text = f"# A\n\n{BEGIN}\nold\n{END}\ntail\n"
-    new = renewed(text, boards([other("a|b", "x...")]), "README.md")
+    new = renewed(text, leaderboards([other("a|b", "x...")]), "README.md")
     assert new.startswith(f"# A\n\n{BEGIN}\n")
     assert new.endswith(f"{END}\ntail\n")
     assert "old" not in new
     assert r"| a\|b | 1 | 75.0 \[30.1, 95.4\] | 100.0 \[51.0, 100.0\] | 4 | FGSM | measured |" in new
-    assert renewed(new, boards([other("a|b", "x...")]), "README.md") == new
+    assert renewed(new, leaderboards([other("a|b", "x...")]), "README.md") == new
     for bad in ("", f"{END}{BEGIN}", text + text):
         with pytest.raises(UsageError, match="needs one line"):
             renewed(bad, [], "README.md")
@@ -591,27 +682,27 @@ def test_the_block_is_renewed_and_nothing_else():
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 
-def same_but_for_rounding(found: bytes, data: bytes) -> bool:
+def same_but_for_rounding(stored: bytes, data: bytes) -> bool:
     """The last digits of an interval are SciPy's; everything else must be equal."""
-    texts = found.decode(), data.decode()
+    texts = stored.decode(), data.decode()
     if NUMBER.sub("#", texts[0]) != NUMBER.sub("#", texts[1]):
         return False
     values = [[float(text) for text in NUMBER.findall(text)] for text in texts]
     return values[0] == pytest.approx(values[1], rel=1e-9)
 
 
-def test_the_stored_leaderboard_is_that_of_the_stored_runs():
+def test_the_stored_tables_are_those_of_the_stored_runs():
     measured, stored = ROOT / "reports" / "measured", ROOT / "reports" / "leaderboard"
     if not measured.is_dir():
         pytest.skip("no checkout with reports/measured")
-    advice = "renew it: cure-bench site reports/measured --out reports/leaderboard --readme README.md"
-    site = build(scan([measured]))
+    advice = "renew it with the command of CONTRIBUTING.md, `cure-bench site --tables-only`"
+    site = build(scan([measured]), tables_only=True)
     names = {p.relative_to(stored).as_posix() for p in stored.rglob("*") if p.is_file()} - {"site.json"}
     assert names == set(site.files), advice
     for name, data in site.files.items():
-        found = (stored / name).read_bytes()
-        assert found == data or (name.endswith((".csv", ".json")) and same_but_for_rounding(found, data)), (
+        before = (stored / name).read_bytes()
+        assert before == data or (name.endswith((".csv", ".json")) and same_but_for_rounding(before, data)), (
             f"{name}: {advice}"
         )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert renewed(readme, site.boards, "README.md") == readme, advice
+    assert renewed(readme, site.leaderboards, "README.md") == readme, advice

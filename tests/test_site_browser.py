@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import pandas as pd
 import pytest
+from PIL import Image
 from test_report import DEEPFOOL, FGSM, battery, hostile, record
 from test_report_browser import ARGS, CHROMIUM
 from test_site import evidence
@@ -15,7 +15,7 @@ from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.catalog import find
 from robustbench_cure.site.build import build, write
-from robustbench_cure.site.found import Found, StudyFolder, StudyManifest
+from robustbench_cure.site.runs import Runs, StudyFolder, StudyManifest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
@@ -68,11 +68,12 @@ def site(tmp_path_factory) -> Path:
         '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><rect width="9" height="9"/></svg>'
     )
     (drawing / "profile.svg").write_text(square)
+    Image.new("RGB", (40, 30)).save(drawing / "mean.png")
     models = {"a": {"weights_sha256": "a" * 64}}
-    head = StudyManifest(verb="curvature", models=models, files=["profile.svg"])
+    head = StudyManifest(verb="curvature", models=models, files=["mean.png", "profile.svg"])
     study = StudyFolder(drawing, head)
     out = tmp_path_factory.mktemp("site")
-    write(build(Found((*runs, evil), (study,), (evidence(runs[0], [4, 5]),))), out)
+    write(build(Runs((*runs, evil), (study,), (evidence(runs[0], [4, 5]),))), out)
     return out
 
 
@@ -167,7 +168,7 @@ def test_numbers_sort_as_numbers(visit):
 
 def test_search_and_switches_filter_and_tell_how_many(visit):
     page = visit()
-    status = page.locator("#found")
+    status = page.locator("#shown")
     all_rows = page.locator("table.board tbody tr").count()
     published = board(page).locator("tr[data-kind=published]").count()
     assert published > 60
@@ -212,19 +213,24 @@ def test_badges_lead_to_their_paragraph(visit):
     assert "Do next" in page.locator("#flag-stochastic").inner_text()
 
 
-def test_a_curve_tells_the_number_under_the_pointer(visit):
+def test_a_curve_shows_the_number_under_the_pointer(visit):
     page = visit("models/a/index.html")
     points = page.locator("figure.curve .pt")
-    told = points.nth(1).locator(".told")
-    assert told.evaluate("e => getComputedStyle(e).visibility") == "hidden"
+    text = points.nth(1).locator(".value")
+    assert text.evaluate("e => getComputedStyle(e).visibility") == "hidden"
     points.nth(1).locator(".reach").hover()
-    assert told.evaluate("e => getComputedStyle(e).visibility") == "visible"
-    assert told.text_content() == "PGD(20), 2 steps: 70.0 % [39.7, 89.2]"
+    assert text.evaluate("e => getComputedStyle(e).visibility") == "visible"
+    assert text.text_content() == "PGD(20), 2 steps: 70.0 % [39.7, 89.2]"
 
 
-def test_figures_beside_a_record_are_shown(visit):
-    picture = visit("models/a/index.html").locator("#geometry img")
-    assert picture.evaluate("e => [e.complete, e.naturalWidth, e.naturalHeight]") == [True, 40, 30]
+def test_figures_of_a_study_are_shown(visit):
+    pictures = visit("models/a/index.html").locator("#geometry img")
+    sizes = pictures.evaluate_all(
+        "all => all.map(e => [e.complete, e.naturalWidth, e.naturalHeight, e.width])"
+    )
+    png, svg = sizes
+    assert png[:3] == svg[:3] == [True, 40, 30]
+    assert png[3] < svg[3]  # a PNG has two pixels for one of the page
 
 
 def test_rows_answer_the_pointer(visit):
@@ -274,11 +280,3 @@ def test_first_tab_stop_skips_to_the_results(visit):
     page = visit()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('href')") == "#results"
-
-
-def test_the_raw_record_can_be_downloaded(visit, tmp_path):
-    page = visit("models/a/index.html")
-    with page.expect_download() as download:
-        page.locator("#raw a", has_text="samples.parquet").click()
-    download.value.save_as(tmp_path / "samples.parquet")
-    assert len(pd.read_parquet(tmp_path / "samples.parquet")) == 10

@@ -16,7 +16,7 @@ from robustbench_cure.adapt import Normalised
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.catalog import Found, find
+from robustbench_cure.protocol.catalog import CardFile, find
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training import METHODS
 from robustbench_cure.training.augment import AUGMENTATIONS
@@ -305,7 +305,7 @@ def test_every_method_lowers_its_loss_on_digits(digits, method, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"w.safetensors", "w.csv"}
     assert not (tmp_path / "w.checkpoint.pt").exists()
     assert result.sha256 == weights_digest(tmp_path / "w.safetensors")
-    found = Found(card(method), tmp_path / "tiny.toml")
+    found = CardFile(card(method), tmp_path / "tiny.toml")
     module, digest = load_card_module(found, tmp_path / "w.safetensors")
     assert digest == result.sha256
     assert all(torch.equal(v, module.net.state_dict()[k]) for k, v in result.state_dict.items())

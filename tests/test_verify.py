@@ -16,8 +16,8 @@ from robustbench_cure.attacks import fgsm
 from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.external import Evidence, read_images
-from robustbench_cure.site.found import scan
-from robustbench_cure.site.standings import boards
+from robustbench_cure.site.entries import leaderboards
+from robustbench_cure.site.runs import scan
 
 EPS = 51 / 255
 
@@ -66,7 +66,7 @@ def test_what_holds_lowers_the_best_known_number(made, verify, tmp_path):
     assert f"they break {int((broken & correct).sum())} of the {int(correct.sum())}" in out
     expected = int((torch.tensor(run.worst_case.to_numpy(dtype=bool)) & ~broken).sum())
     assert expected < run.worst_case_accuracy.count
-    (board,) = boards([run], [Evidence.load(tmp_path / "out")])
+    (board,) = leaderboards([run], [Evidence.load(tmp_path / "out")])
     external = next(row for row in board.rows if row.kind == "external")
     assert (external.robust.rate.count, external.robust.rate.total) == (expected, 30)
     assert external.decided == "Somebody, FGSM"

@@ -20,7 +20,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import ModelCard, parse_card
-from robustbench_cure.protocol.catalog import Found, find
+from robustbench_cure.protocol.catalog import CardFile, find
 from robustbench_cure.zoo import ARCHITECTURES, build
 from robustbench_cure.zoo.factory import import_factory
 from robustbench_cure.zoo.loading import (
@@ -331,7 +331,7 @@ def test_a_card_builds_its_network_behind_its_normalisation():
 
 def test_a_card_without_weights_says_how_to_make_them(tmp_path):
     with pytest.raises(UsageError, match=r"has no weights yet.*cure-bench train tiny.*--weights FILE"):
-        load_card_module(Found(tiny(), tmp_path / "tiny.toml"))
+        load_card_module(CardFile(tiny(), tmp_path / "tiny.toml"))
 
 
 def test_weights_are_found_in_order(tmp_path):
@@ -340,7 +340,7 @@ def test_weights_are_found_in_order(tmp_path):
         files[name] = tmp_path / f"{name}.safetensors"
         torch.manual_seed(len(files))
         safetensors.torch.save_file(net().state_dict(), files[name])
-    plain = Found(tiny(), tmp_path / "tiny.toml")
+    plain = CardFile(tiny(), tmp_path / "tiny.toml")
     stored = tiny(f'[weights]\nfile = "card.safetensors"\nsha256 = "{weights_digest(files["card"])}"\n')
     trained_weights("tiny").parent.mkdir(parents=True)
     trained_weights("tiny").write_bytes(files["trained"].read_bytes())
@@ -348,7 +348,7 @@ def test_weights_are_found_in_order(tmp_path):
     assert not module.training
     assert digest == weights_digest(files["trained"])
     assert load_card_module(plain, files["given"])[1] == weights_digest(files["given"])
-    beside = Found(stored, tmp_path / "tiny.toml")
+    beside = CardFile(stored, tmp_path / "tiny.toml")
     assert load_card_module(beside)[1] == weights_digest(files["card"])
     assert load_card_module(beside, files["given"])[1] == weights_digest(files["given"])
 

@@ -194,7 +194,7 @@ def _sized(request: EvaluateRequest, tolerance: Fraction | None) -> EvaluateRequ
         raise UsageError("--n auto and --tolerance POINTS go together")
     if tolerance is None:
         return request
-    from robustbench_cure.gate.verdict import Rules
+    from robustbench_cure.gate.outcome import Rules
     from robustbench_cure.stats import sample_size
 
     if not 0 < tolerance < Fraction(1, 4):

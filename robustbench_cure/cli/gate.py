@@ -68,17 +68,17 @@ def compare(
     from robustbench_cure.files import write_text
     from robustbench_cure.gate import render
     from robustbench_cure.gate.compare import compare_runs
-    from robustbench_cure.gate.verdict import Rules
+    from robustbench_cure.gate.outcome import Rules
 
     rules = Rules(tolerance, min_robust, level / 100, accept)
     comparisons = compare_runs(find_records((new,)), find_records((baseline,)), rules)
     click.echo(render.terminal(comparisons, rules))
-    for path, form in ((markdown, render.to_markdown), (junit, render.to_junit), (json, render.to_json)):
+    for path, form in ((markdown, render.summary), (junit, render.to_junit), (json, render.to_json)):
         if path is not None:
             write_text(path, form(comparisons, rules))
     if github:
         click.echo("\n".join(render.to_annotations(comparisons, rules)))
-        _add_to_summary(render.to_markdown(comparisons, rules))
+        _add_to_summary(render.summary(comparisons, rules))
     return render.overall(comparisons, rules).exit_code
 
 
@@ -107,7 +107,7 @@ def _change(record: Record, place: Path) -> str:
     from robustbench_cure.evaluation.record import Record
     from robustbench_cure.gate import render
     from robustbench_cure.gate.compare import compare as compare_records
-    from robustbench_cure.gate.verdict import Rules
+    from robustbench_cure.gate.outcome import Rules
     from robustbench_cure.report.wording import interval, percent
 
     if not (place / "manifest.json").exists():

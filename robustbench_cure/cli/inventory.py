@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import hashlib
-import textwrap
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,14 +16,12 @@ import click
 from robustbench_cure.cli.options import CARDS, PATH
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable, read_card
-from robustbench_cure.protocol.catalog import Found, cache_dir, catalog, roots
+from robustbench_cure.protocol.catalog import CardFile, cache_dir, catalog, roots
 from robustbench_cure.protocol.specs import AttackSpec
+from robustbench_cure.report.table import Column, Table, to_text
 from robustbench_cure.version import __version__
 
 T = TypeVar("T", ModelCard, Battery)
-
-#: Width of what is printed.
-COLUMNS = 80
 
 #: Data sets by name; `datasets.DATASETS` loads them.
 DATASET_SUMMARIES = {
@@ -95,8 +92,8 @@ def checked(files: tuple[Path, ...] = (), cards: tuple[str, ...] = ()) -> str:
         return f"{len(files)} card{'s' if len(files) > 1 else ''} valid"
     models, batteries = catalog(ModelCard, cards), catalog(Battery, cards)
     tables = catalog(PublishedTable, cards)
-    for found in models.values():
-        _check_model(found, models, batteries, tables)
+    for model in models.values():
+        _check_model(model, models, batteries, tables)
     for battery in batteries.values():
         if battery.card.published and battery.card.published not in tables:
             raise UsageError(f"{battery.path}: published: no table {battery.card.published!r}")
@@ -112,12 +109,12 @@ def places(cards: tuple[str, ...] = ()) -> str:
 
 
 def _check_model(
-    found: Found[ModelCard],
-    models: dict[str, Found[ModelCard]],
-    batteries: dict[str, Found[Battery]],
-    tables: dict[str, Found[PublishedTable]],
+    model: CardFile[ModelCard],
+    models: dict[str, CardFile[ModelCard]],
+    batteries: dict[str, CardFile[Battery]],
+    tables: dict[str, CardFile[PublishedTable]],
 ) -> None:
-    card, path = found.card, found.path
+    card, path = model.card, model.path
     if card.battery not in batteries:
         raise UsageError(f"{path}: battery: no battery {card.battery!r}")
     if card.training.start and card.training.start not in models:
@@ -151,7 +148,7 @@ def _read(file: Path) -> None:
 
 
 def _cards(kind: type[T], cards: tuple[str, ...]) -> list[T]:
-    return [found.card for _, found in sorted(catalog(kind, cards).items())]
+    return [file.card for _, file in sorted(catalog(kind, cards).items())]
 
 
 def _weights(card: ModelCard) -> str:
@@ -166,14 +163,11 @@ def _kind(spec: type) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, *rows] if head else list(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    if head:  # names and sentences are wrapped, paths are not
-        lines = [(*line[:-1], *textwrap.wrap(line[-1], max(COLUMNS - indent, 20))) for line in lines]
-    printed = []
-    for line in lines:
-        *cells, last = line[: len(widths)]
-        printed.append("".join(f"{cell:{w}}  " for cell, w in zip(cells, widths, strict=False)) + last)
-        printed += [" " * indent + more for more in line[len(widths) :]]
-    return "\n".join(text.rstrip() for text in printed)
+    """Aligned text; names and sentences of the last column are wrapped, paths (without a head) are not."""
+    rows = tuple(rows)
+    names = head or ("",) * len(rows[0])
+    heads = (
+        *(Column(name, "left", "code") for name in names[:-1]),
+        Column(names[-1], "left", "text" if head else "code"),
+    )
+    return to_text(Table("", "", heads, rows))

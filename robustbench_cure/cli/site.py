@@ -14,27 +14,39 @@ from robustbench_cure.errors import UsageError
 @click.argument("runs", nargs=-1, type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder of the site.")
 @click.option("--readme", type=PATH, help="Renew the leaderboard in this Markdown file.")
+@click.option("--tables-only", is_flag=True, help="No pages: leaderboards and paper tables alone.")
+@click.option(
+    "--records-url", default="", metavar="URL", help="Where RUNS lies on the web, for links to the records."
+)
 @CARDS
-def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[str, ...]) -> None:
+def site(
+    runs: tuple[Path, ...],
+    out: Path,
+    readme: Path | None,
+    tables_only: bool,
+    records_url: str,
+    cards: tuple[str, ...],
+) -> None:
     """Write a static site: leaderboard, models, paper tables.
 
     RUNS are run directories, or folders of them at any depth; what `masking`, `curvature` and the other
     studies left there is shown with the models it is about. Without RUNS: the published tables alone.
     """
     from robustbench_cure.site.build import build, write
-    from robustbench_cure.site.found import scan
-    from robustbench_cure.site.readme import renew
+    from robustbench_cure.site.runs import scan
+    from robustbench_cure.site.tables import renew
 
-    found = scan(runs)
-    if runs and not found.records:
+    content = scan(runs)
+    if runs and not content.records:
         raise UsageError(f"{', '.join(map(str, runs))}: no run in there: no manifest.json of `evaluate`")
-    content = build(found, cards)
-    write(content, out)
+    built = build(content, cards, tables_only=tables_only, records_url=records_url)
+    write(built, out)
     if readme is not None:
-        renew(readme, content.boards)
-    size = sum(map(len, content.files.values())) / 1e6
-    click.echo(f"{_many(content.models, 'model')} on {_many(len(content.boards), 'board')}")
-    click.echo(f"site: {out / 'index.html'} ({len(content.files)} files, {size:.1f} MB)")
+        renew(readme, built.leaderboards)
+    size = sum(map(len, built.files.values())) / 1e6
+    click.echo(f"{_many(built.models, 'model')} on {_many(len(built.leaderboards), 'leaderboard')}")
+    what = f"tables: {out}" if tables_only else f"site: {out / 'index.html'}"
+    click.echo(f"{what} ({len(built.files)} files, {size:.1f} MB)")
 
 
 @click.command()
@@ -51,11 +63,11 @@ def site(runs: tuple[Path, ...], out: Path, readme: Path | None, cards: tuple[st
 @click.option("--authors", default="", help="Separated by commas.")
 @click.option("--venue", default="", help='As "CVPR 2019".')
 @CARDS
-def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
+def export(run: Path, out: Path, cards: tuple[str, ...], **declared: str) -> None:
     """Write the records of a run in the form of other benchmarks."""
-    from robustbench_cure.site.model_info import export as write
+    from robustbench_cure.site.robustbench import export_model_info
 
-    write(run, out, said, cards)
+    export_model_info(run, out, declared, cards)
 
 
 @click.command("import")
@@ -69,7 +81,7 @@ def export(run: Path, out: Path, cards: tuple[str, ...], **said: str) -> None:
 @click.option("--out", required=True, type=PATH, help="Folder of cards, for --cards of `site`.")
 def import_numbers(folder: Path, out: Path) -> None:
     """Read the numbers of other benchmarks as published rows."""
-    from robustbench_cure.site.published_models import import_model_info
+    from robustbench_cure.site.robustbench import import_model_info
 
     import_model_info(folder, out)
 

@@ -124,7 +124,7 @@ def _found(table: pd.DataFrame, battery: Battery) -> list[str]:
 
 
 def _lowered(evidence: Evidence, records: Sequence[Record]) -> list[str]:
-    from robustbench_cure.report.terminal import clean_text
+    from robustbench_cure.report.table import clean_text
     from robustbench_cure.report.wording import interval, percent
 
     lines = []

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from robustbench_cure.protocol.identity import NO_ANSWER
 from robustbench_cure.protocol.specs import PGD, AttackSpec, DeepFool
-from robustbench_cure.stats import Flips
+from robustbench_cure.stats import DiscordantPairs
 
 if TYPE_CHECKING:  # the record holds flags; the rules below are given records
     from robustbench_cure.evaluation.record import Record
@@ -459,11 +459,11 @@ def _other_loss(spec: AttackSpec, run: PGD) -> bool:
     )
 
 
-def _flips(record: Record, run: AttackSpec, other: AttackSpec) -> Flips:
+def _flips(record: Record, run: AttackSpec, other: AttackSpec) -> DiscordantPairs:
     """What holds under two attacks, on the samples that both cover."""
     both = (record.covered(run.id) & record.covered(other.id)).to_numpy(bool)
     held = [
         (record.clean_correct & ~record.samples[f"{spec.id}.broken"]).to_numpy(bool)[both]
         for spec in (run, other)
     ]
-    return Flips.between(*held)
+    return DiscordantPairs.between(*held)

@@ -54,7 +54,7 @@ class RunConfig(Section):
     """Settings that decide the numbers, and, under `batch_size`, one that moves only their rounding."""
 
     seed: int
-    subset_seed: int
+    subset_seed: int = 0  # of older manifests; no run draws a subset
     device: str
     precision: Literal["fp32", "bf16"]
     shard_size: int

@@ -1,5 +1,5 @@
 """The gate: is a new run as good as the baseline, on the same samples?
 
-`paired` counts and tests, `verdict` decides, `compare` says what may be compared, `wording` and `render` tell
-it, `baseline` keeps it.
+`compare` says what may be compared and counts what changed, `outcome` decides, `render` writes tables and
+sentences, `baseline` replaces the stored runs.
 """

@@ -1,4 +1,4 @@
-"""Making a run the baseline: everything is written beside its place first, then put there at once."""
+"""Making a run the baseline: everything is written to a temporary folder first, then renamed into place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.record import Record
 
-#: What a record consists of once it is finished; its shards are not kept.
+#: Folders of the temporary one: what was there, and what replaces it.
 OLD, NEW = "old", "new"
 
 
@@ -23,20 +23,20 @@ def places(records: list[Record], new: Path, baseline: Path) -> dict[Path, Recor
         if record.unreliable:
             raise UsageError(f"{record.path}: is flagged unreliable: it cannot be a baseline; mend the model")
     alone = [record.path for record in records] == [new]
-    found = {baseline if alone else baseline / record.manifest.model.id: record for record in records}
-    for place, record in found.items():
+    targets = {baseline if alone else baseline / record.manifest.model.id: record for record in records}
+    for place, record in targets.items():
         if record.path is not None and place.resolve() == record.path.resolve():
             raise UsageError(f"{place}: is the new run itself; name another place for the baseline")
         if place.exists() and not (place / "manifest.json").is_file() and not _empty(place):
             raise UsageError(f"{place}: exists and is not a run; choose another place for the baseline")
-    return found
+    return targets
 
 
 def replace(records: dict[Path, Record]) -> None:
     """Put every record in its place, or none of them.
 
     Args:
-        records: by place. Nothing is moved before all of them are on the disk beside their places; each is
+        records: by place. Nothing is moved before all of them are on the disk next to their places; each is
             then renamed into place, and whatever goes wrong, Ctrl-C too, puts the old ones back.
 
     Raises:
@@ -49,27 +49,27 @@ def replace(records: dict[Path, Record]) -> None:
             staged[place] = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
             (staged[place] / NEW).mkdir()
             Record(record.manifest, record.samples).save(staged[place] / NEW)
-        for place, beside in staged.items():
+        for place, staging in staged.items():
             if place.exists():
-                place.rename(beside / OLD)
-            (beside / NEW).rename(place)
+                place.rename(staging / OLD)
+            (staging / NEW).rename(place)
     except BaseException as error:
-        for place, beside in staged.items():
-            _put_back(place, beside)
+        for place, staging in staged.items():
+            _put_back(place, staging)
         if isinstance(error, OSError):
             where = error.filename or next(iter(records))
             raise UsageError(f"{where}: cannot be written: {error.strerror or error}") from None
         raise
     finally:
-        for beside in staged.values():
-            shutil.rmtree(beside, ignore_errors=True)
+        for staging in staged.values():
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _put_back(place: Path, beside: Path) -> None:
-    if not (beside / NEW).exists() and place.exists():
+def _put_back(place: Path, staging: Path) -> None:
+    if not (staging / NEW).exists() and place.exists():
         shutil.rmtree(place)
-    if (beside / OLD).exists():
-        (beside / OLD).rename(place)
+    if (staging / OLD).exists():
+        (staging / OLD).rename(place)
 
 
 def _empty(place: Path) -> bool:

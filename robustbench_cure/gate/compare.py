@@ -1,4 +1,4 @@
-"""Two records side by side: may they be compared, and what changed?"""
+"""Two records of one protocol: may they be compared, and what changed?"""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.gate.verdict import Accuracy, Row, Rules, Verdict, conclude, judge
+from robustbench_cure.gate.outcome import Accuracy, Outcome, Row, Rules, conclude, find_changes
 from robustbench_cure.protocol.cards import Battery
-from robustbench_cure.stats import Flips
+from robustbench_cure.stats import DiscordantPairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,34 +46,34 @@ class Comparison:
         new: the run under test; None: there is none.
         baseline: what it is held against; None: there is none.
         rows: every accuracy; none where they cannot be compared.
-        hindrances: why they cannot be compared.
-        notes: what differs and does not hinder: it is what the tests allow for, or what is being tested.
-        verdict: what it comes to.
+        incompatibilities: why they cannot be compared.
+        notes: what differs and is no incompatibility: the tests allow for it, or it is what is being tested.
+        outcome: pass or not, with its exit code.
     """
 
     model: str
     new: Record | None
     baseline: Record | None
     rows: tuple[Row, ...]
-    hindrances: tuple[Difference, ...]
+    incompatibilities: tuple[Difference, ...]
     notes: tuple[Difference, ...]
-    verdict: Verdict
+    outcome: Outcome
 
     @property
     def n(self) -> int:
         """Samples that are compared."""
-        return self.rows[0].accuracy.flips.n if self.rows else 0
+        return self.rows[0].accuracy.pairs.n if self.rows else 0
 
     @property
     def same_weights(self) -> bool:
-        """Whether the very same weights were judged."""
+        """Whether the very same weights were evaluated."""
         return bool(self.new and self.baseline and _same(self.new, self.baseline))
 
 
 def compare_runs(new: Sequence[Record], baseline: Sequence[Record], rules: Rules) -> list[Comparison]:
     """Compare model by model; where each run has one record, these two, whatever their models are called.
 
-    A model that only one of the runs has cannot be compared, and that is a finding of its own.
+    A model that only one of the runs has cannot be compared, which is an outcome of its own.
 
     Raises:
         UsageError: a run has a model twice.
@@ -92,41 +92,41 @@ def compare(new: Record, baseline: Record, rules: Rules) -> Comparison:
         baseline: a finished run of the same protocol; where one has fewer samples, these are compared.
         rules: what is tolerated.
     """
-    model, found = new.manifest.model.id, tuple(hindrances(new, baseline))
-    if found:
-        return Comparison(model, new, baseline, (), found, (), conclude(["not comparable"], rules))
-    rows = judge(accuracies(new, baseline), rules, same_weights=_same(new, baseline))
-    verdict = conclude([row.finding for row in rows], rules)
-    return Comparison(model, new, baseline, rows, (), tuple(_notes(new, baseline)), verdict)
+    model, reasons = new.manifest.model.id, tuple(incompatibilities(new, baseline))
+    if reasons:
+        return Comparison(model, new, baseline, (), reasons, (), conclude(["not comparable"], rules))
+    rows = find_changes(accuracies(new, baseline), rules, same_weights=_same(new, baseline))
+    outcome = conclude([row.finding for row in rows], rules)
+    return Comparison(model, new, baseline, rows, (), tuple(_notes(new, baseline)), outcome)
 
 
-def hindrances(new: Record, baseline: Record) -> list[Difference]:
+def incompatibilities(new: Record, baseline: Record) -> list[Difference]:
     """Why two records cannot be compared; empty: they can."""
-    found = []
+    reasons = []
     if new.unreliable or baseline.unreliable:
-        found.append(Difference("reliability", _reliability(new), _reliability(baseline)))
-    return [*found, *_protocols(new.manifest.battery, baseline.manifest.battery), *_data(new, baseline)]
+        reasons.append(Difference("reliability", _reliability(new), _reliability(baseline)))
+    return [*reasons, *_protocols(new.manifest.battery, baseline.manifest.battery), *_data(new, baseline)]
 
 
 def accuracies(new: Record, baseline: Record) -> list[Accuracy]:
     """Clean accuracy, every attack's and the worst case, on the samples that both runs have."""
     ids = _common(new, baseline)
 
-    def held(record: Record, which: pd.Series, names: list[str]) -> np.ndarray:
+    def robust(record: Record, which: pd.Series, names: list[str]) -> np.ndarray:
         column = which.set_axis(record.samples["sample_id"]).loc[names]
         return column.to_numpy(dtype=bool)
 
-    def between(before: pd.Series, after: pd.Series, names: list[str]) -> Flips:
-        return Flips.between(held(baseline, before, names), held(new, after, names))
+    def between(before: pd.Series, after: pd.Series, names: list[str]) -> DiscordantPairs:
+        return DiscordantPairs.between(robust(baseline, before, names), robust(new, after, names))
 
-    found = [Accuracy("clean", "clean", "clean", between(baseline.clean_correct, new.clean_correct, ids))]
+    changes = [Accuracy("clean", "clean", "clean", between(baseline.clean_correct, new.clean_correct, ids))]
     for spec in new.attacks:
         before, after = (r.clean_correct & ~r.samples[f"{spec.id}.broken"] for r in (baseline, new))
-        covered = held(baseline, baseline.covered(spec.id), ids) & held(new, new.covered(spec.id), ids)
+        covered = robust(baseline, baseline.covered(spec.id), ids) & robust(new, new.covered(spec.id), ids)
         names = [name for name, inside in zip(ids, covered, strict=True) if inside]
-        found.append(Accuracy(spec.id, spec.name, "attack", between(before, after, names)))
+        changes.append(Accuracy(spec.id, spec.name, "attack", between(before, after, names)))
     worst = between(baseline.worst_case, new.worst_case, ids)
-    return [*found, Accuracy("worst_case", "worst case", "worst", worst)]
+    return [*changes, Accuracy("worst_case", "worst case", "worst", worst)]
 
 
 # --- protocols ------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ def _flat(battery: Battery, detailed: set[str]) -> dict[str, str]:
 
 
 def _data(new: Record, baseline: Record) -> list[Difference]:
-    """Other samples, pixels or labels. That one run has only part of the other's samples does not hinder."""
+    """Other samples, pixels or labels. One run may have only part of the other's samples."""
     a, b = new.manifest.data, baseline.manifest.data
-    found = []
+    differences = []
     if (a.name, a.split) != (b.name, b.split):
-        found.append(Difference("data set", f"{a.name} {a.split}", f"{b.name} {b.split}"))
+        differences.append(Difference("data set", f"{a.name} {a.split}", f"{b.name} {b.split}"))
     now, before = (set(_ids(record)) for record in (new, baseline))
     if not now & before or (now - before and before - now):
-        found.append(
+        differences.append(
             Difference("sample ids", f"{len(now - before)} of their own", f"{len(before - now)} of their own")
         )
     columns = ["sample_id", "image_sha256", "label"]
@@ -174,12 +174,12 @@ def _data(new: Record, baseline: Record) -> list[Difference]:
     for column, what in (("image_sha256", "pixels (image_sha256)"), ("label", "labels")):
         others = int((both[column] != both[f"{column}_before"]).sum())
         if others:
-            found.append(
+            differences.append(
                 Difference(
                     what, f"other in {others:,} of {len(both):,} samples", f"data digest {b.digest[:8]}"
                 )
             )
-    return found
+    return differences
 
 
 def _common(new: Record, baseline: Record) -> list[str]:
@@ -199,15 +199,15 @@ def _ids(record: Record) -> list[str]:
 
 
 def _by_model(records: Sequence[Record]) -> dict[str, Record]:
-    found: dict[str, Record] = {}
+    by_id: dict[str, Record] = {}
     for record in records:
         name = record.manifest.model.id
-        if name in found:
+        if name in by_id:
             raise UsageError(
-                f"{name} is in two places, {found[name].path} and {record.path}: name one of them"
+                f"{name} is in two places, {by_id[name].path} and {record.path}: name one of them"
             )
-        found[name] = record
-    return found
+        by_id[name] = record
+    return by_id
 
 
 def _paired(name: str, new: Record | None, baseline: Record | None, rules: Rules) -> Comparison:

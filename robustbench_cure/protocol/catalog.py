@@ -25,7 +25,7 @@ FOLDERS: dict[type, str] = {ModelCard: "models", Battery: "attacks", PublishedTa
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class CardFile(Generic[T]):
     """A card and the file it was read from (weights lie beside it)."""
 
     card: T
@@ -73,23 +73,23 @@ def is_our_checkout(path: Path) -> bool:
 
 
 @cache
-def catalog(kind: type[T], extra: tuple[str, ...] = ()) -> dict[str, Found[T]]:
+def catalog(kind: type[T], extra: tuple[str, ...] = ()) -> dict[str, CardFile[T]]:
     """Every card of one kind by id.
 
     Raises:
         UsageError: a card is malformed, or an id exists twice.
     """
-    found: dict[str, Found[T]] = {}
+    found: dict[str, CardFile[T]] = {}
     for _, root in roots(extra):
         for path in sorted((root / FOLDERS[kind]).rglob("*.toml")):
             card = read_card(kind, path)
             if card.id in found:
                 raise UsageError(f"{path}: id: {card.id!r} is already defined in {found[card.id].path}")
-            found[card.id] = Found(card, path)
+            found[card.id] = CardFile(card, path)
     return found
 
 
-def find(kind: type[T], name: str, extra: tuple[str, ...] = ()) -> Found[T]:
+def find(kind: type[T], name: str, extra: tuple[str, ...] = ()) -> CardFile[T]:
     """One card by id.
 
     Raises:

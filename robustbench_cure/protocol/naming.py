@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.catalog import Found, find
+from robustbench_cure.protocol.catalog import CardFile, find
 
 #: What names of RobustBench's models begin with.
 ROBUSTBENCH = "robustbench:"
@@ -35,7 +35,7 @@ class ModelName:
     """
 
     name: str
-    found: Found[ModelCard] | None = None
+    found: CardFile[ModelCard] | None = None
     robustbench: tuple[str, str, str] | None = None
 
     def __str__(self) -> str:

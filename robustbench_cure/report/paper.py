@@ -1,4 +1,4 @@
-"""Published tables with the measured numbers beside the printed ones, and why they may differ."""
+"""Published tables with the measured numbers next to the printed ones, and why they may differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One of our numbers beside a printed one.
+    """One of our numbers for a printed one.
 
     Attributes:
         model: label of the model it was measured on.
@@ -130,25 +130,27 @@ def reasons(record: Record, table: PublishedTable, n: int, cell: PublishedCell |
         n: samples behind the measured number.
         cell: the printed number, if there is one.
     """
-    manifest, found = record.manifest, []
+    manifest, differences = record.manifest, []
     data = manifest.data
     if cell is not None and cell.kind == "quoted":
-        found.append("the paper quotes this number from elsewhere: another network, possibly another attack")
+        differences.append(
+            "the paper quotes this number from elsewhere: another network, possibly another attack"
+        )
     if data.name != table.dataset:
-        found.append(f"data set {data.name} instead of {table.dataset}")
+        differences.append(f"data set {data.name} instead of {table.dataset}")
     elif data.split != "test":
-        found.append(f"split {data.split}, not the test set")
+        differences.append(f"split {data.split}, not the test set")
     wanted = table.n or data.total
     if n < wanted:
-        found.append(f"{count(n)} of {count(wanted)} test images")
+        differences.append(f"{count(n)} of {count(wanted)} test images")
     if manifest.battery.published != table.id:
-        found.append(f"battery {manifest.battery.id} is not the one of this table")
-    found += [f"flag: {flag.about.title.lower()}" for flag in record.flags if flag.kind == "lossy_data"]
+        differences.append(f"battery {manifest.battery.id} is not the one of this table")
+    differences += [f"flag: {flag.about.title.lower()}" for flag in record.flags if flag.kind == "lossy_data"]
     if record.unreliable:
-        found.append("run flagged unreliable")
+        differences.append("run flagged unreliable")
     if manifest.status != "complete":
-        found.append("run is partial")
-    return tuple(dict.fromkeys(found))
+        differences.append("run is partial")
+    return tuple(dict.fromkeys(differences))
 
 
 def tables_for(records: Sequence[Record], published: dict[str, PublishedTable]) -> list[PaperTable]:

@@ -51,7 +51,7 @@ def _facts(record: Record) -> dict[str, tuple[str, bool]]:
         "Data": data_words(data),
         "Data notes": data.notes,
         "Classes": ", ".join(data.classes),
-        "Seed": f"{config.seed}; subset {config.subset_seed}",
+        "Seed": str(config.seed),
         "Precision of the search": f"{config.precision}; every success verified in fp32",
         "Device": f"{config.device}, {machine.device_name}",
         "Threads": str(machine.threads),

@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens from disk, with its CSV, Markdown and LaTeX twins."""
+"""The report: one HTML file that opens from disk, and its tables as CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import FLAG_KINDS
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.files import write_atomically
+from robustbench_cure.files import write_text
 from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.masking.recorded import from_record
 from robustbench_cure.protocol.cards import PublishedTable
 from robustbench_cure.protocol.catalog import catalog
-from robustbench_cure.report import figure, wording
-from robustbench_cure.report.export import to_csv, to_latex, to_markdown
+from robustbench_cure.report import charts, wording
+from robustbench_cure.report.charts import SIDE, margin_scatter
 from robustbench_cure.report.paper import tables_for
 from robustbench_cure.report.provenance import facts
-from robustbench_cure.report.scatter import SIDE, margin_scatter
+from robustbench_cure.report.results import attack_table, protocol_tables
+from robustbench_cure.report.table import to_csv, to_latex, to_markdown
 from robustbench_cure.report.tables import SEVERITIES, AccuracyRow, DistanceRow, attack_rows, protocols
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 @cache
-def environment() -> Environment:
+def templates() -> Environment:
     """The template environment: everything is escaped, and an undefined name is an error."""
     env = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -37,23 +38,12 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    names = (
-        wording.percent,
-        wording.number,
-        wording.interval,
-        wording.points,
-        wording.count,
-        wording.distance,
+    filters = (
+        *(wording.percent, wording.number, wording.interval, wording.points, wording.count),
+        *(wording.distance, wording.quantity, wording.threat_words, wording.data_words),
+        *(charts.shape, charts.colour),
     )
-    more = (
-        wording.distance,
-        wording.quantity,
-        wording.threat_words,
-        wording.data_words,
-        figure.shape,
-        figure.colour,
-    )
-    env.filters.update({function.__name__: function for function in (*names, *more)})
+    env.filters.update({function.__name__: function for function in filters})
     return env
 
 
@@ -79,7 +69,7 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
     ]
     order = sorted(FLAG_KINDS.items(), key=lambda item: SEVERITIES.index(item[1].severity))
     return (
-        environment()
+        templates()
         .get_template("report.html")
         .render(
             title=_title(records),
@@ -87,7 +77,7 @@ def render_report(records: Sequence[Record], published: dict[str, PublishedTable
             groups=[
                 {
                     "protocol": group,
-                    "bands": figure.bands(group),
+                    "bands": charts.bands(group),
                     "specs": attack_rows(group.summary[0].record)[1:-1],
                     "tables": [_split(line.record) for line in group.summary],
                 }
@@ -141,18 +131,14 @@ def write_reports(
         UsageError: no records, or `out` cannot be written.
     """
     if published is None:
-        published = {name: found.card for name, found in catalog(PublishedTable).items()}
-    page = render_report(records, published)
+        published = {name: file.card for name, file in catalog(PublishedTable).items()}
+    page, results = render_report(records, published), protocol_tables(records)
     texts = {
-        "results.csv": to_csv(records),
-        "results.md": to_markdown(records),
-        "results.tex": to_latex(records),
+        "results.csv": to_csv([attack_table(records)]),
+        "results.md": to_markdown(results),
+        "results.tex": to_latex(results),
         "report.html": page,
     }
     for name, text in texts.items():
-        _write(out / name, text.encode("utf-8", "replace"))
+        write_text(out / name, text)
     return [out / name for name in texts]
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_atomically(path, lambda file: file.write_bytes(data))

@@ -42,7 +42,7 @@ class AccuracyRow:
         distance: median distance of the broken images in the norm of the threat model, units of x.
         queries: mean forward plus backward passes for an attacked sample (clean: for a sample).
         seconds: time of the pass; None for the worst case.
-        violations: proposals not admitted; None unless an attack.
+        violations: candidates not admitted; None unless an attack.
         converged: ended by the attack's own criterion, out of the attacked; None if it has none.
     """
 
@@ -66,9 +66,9 @@ class DistanceRow:
     """A minimal-norm attack: its product is a distance, not an accuracy at a radius.
 
     Attributes:
-        converged: found a boundary, out of the attacked samples.
+        converged: reached a boundary, out of the attacked samples.
         distance: median distance of the converged ones, in the norm of the threat model, units of x.
-        accuracy: samples left standing at the battery's radius: correct, and no image found inside the ball.
+        accuracy: samples robust at the battery's radius: correct, and no adversarial image inside the ball.
         success: verified inside the ball, out of the attacked samples.
     """
 
@@ -208,7 +208,7 @@ def summary(records: Sequence[Record]) -> list[SummaryRow]:
 
 
 def deciding_attack(record: Record) -> str:
-    """Name of the attack that alone leaves least standing; see `SummaryRow`."""
+    """Name of the attack under which alone the accuracy is lowest; see `SummaryRow`."""
     whole = [spec for spec in record.attacks if int(record.covered(spec.id).sum()) == record.n]
     able = [spec for spec in whole or record.attacks if record.samples[f"{spec.id}.broken"].any()]
     return min(able, key=lambda spec: record.robust_accuracy(spec.id).value).name if able else ""
@@ -219,11 +219,11 @@ def labels(records: Sequence[Record]) -> list[str]:
     names = [record.manifest.model.name or record.manifest.model.id for record in records]
     for attempt in range(2):
         twice = {name for name, n in Counter(names).items() if n > 1}
-        seen: Counter[str] = Counter()
+        count: Counter[str] = Counter()
         for i, name in enumerate(names):
             if name in twice:
-                seen[name] += 1
-                names[i] = f"{name} ({records[i].manifest.model.id if attempt == 0 else seen[name]})"
+                count[name] += 1
+                names[i] = f"{name} ({records[i].manifest.model.id if attempt == 0 else count[name]})"
     return names
 
 
@@ -233,8 +233,10 @@ def protocols(records: Sequence[Record]) -> list[Protocol]:
     for record in records:
         manifest = record.manifest
         groups.setdefault((manifest.battery_digest, manifest.data.digest), []).append(record)
-    found = []
+    result = []
     for members in groups.values():
         first = members[0].manifest
-        found.append(Protocol(first.battery, first.battery.threat.model, first.data, tuple(summary(members))))
-    return found
+        result.append(
+            Protocol(first.battery, first.battery.threat.model, first.data, tuple(summary(members)))
+        )
+    return result

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from robustbench_cure.evaluation.flags import FlagKind
 from robustbench_cure.evaluation.record import Record
+from robustbench_cure.report.table import WIDTH, Column, Table, clean_text, fit, to_text
 from robustbench_cure.report.tables import (
     SEVERITIES,
     AccuracyRow,
@@ -17,7 +18,7 @@ from robustbench_cure.report.tables import (
 )
 from robustbench_cure.report.wording import data_words, interval, number, percent, threat_words
 
-WIDTH = 80
+#: Characters of a model's or an attack's name.
 NAME = 22
 
 
@@ -31,16 +32,16 @@ def terminal_table(records: Sequence[Record]) -> str:
 
 
 def _protocol(protocol: Protocol) -> str:
-    head = [_fit(protocol.battery.name, WIDTH), _fit(_place(protocol), WIDTH)]
+    head = [fit(protocol.battery.name, WIDTH), fit(_place(protocol), WIDTH)]
     if protocol.data.notes:
-        head.append(_fit(protocol.data.notes, WIDTH))
+        head.append(fit(protocol.data.notes, WIDTH))
     body = _one(protocol) if len(protocol.summary) == 1 else _several(protocol)
     foot = []
     for name, line in zip(_names(protocol), protocol.summary, strict=True):
         titles = dict.fromkeys(flag.about.title for flag in line.flags)
         marks = [*(["UNRELIABLE"] if line.unreliable else []), *(["partial run"] if line.partial else [])]
         if titles or marks:
-            foot += _wrapped(f"! {_fit(name, 40)}: {'; '.join([*marks, *titles])}")
+            foot += _wrapped(f"! {fit(name, 40)}: {'; '.join([*marks, *titles])}")
     foot += _explained({flag.kind: flag.about for line in protocol.summary for flag in line.flags})
     return "\n".join(text.rstrip() for text in [*head, "", *body, *([""] if foot else []), *foot])
 
@@ -72,61 +73,37 @@ def _names(protocol: Protocol) -> list[str]:
 
 def _one(protocol: Protocol) -> list[str]:
     line = protocol.summary[0]
-    rows = attack_rows(line.record)
-    wide = min(max(len(clean_text(row.name)) for row in rows), NAME)
-    lines = [_fit(line.label, WIDTH)]
-    for row in rows:
+    rows = []
+    for row in attack_rows(line.record):
         if isinstance(row, DistanceRow):
-            lines.append(f"  {_fit(row.name, wide):<{wide}}  {percent(row.converged):>7}  converged")
+            rows.append((row.name, percent(row.converged), "converged", ""))
             continue
         rate = row.accuracy
         size = f"n = {rate.total}" if row.limit or row.kind != "attack" else ""
-        lines.append(
-            f"  {_fit(row.name, wide):<{wide}}  {percent(rate):>7}  {interval(rate):<13}  {size}".rstrip()
-        )
-    return lines
+        rows.append((row.name, percent(rate), interval(rate), size))
+    heads = (
+        Column("", "left", most=NAME),
+        Column("", least=len("100.0 %")),
+        Column("", "left", least=len("[37.2, 45.7]") + 1),
+        Column("", "left"),
+    )
+    return [fit(line.label, WIDTH), to_text(Table("", "", heads, tuple(rows)), indent="  ")]
 
 
 def _several(protocol: Protocol) -> list[str]:
-    columns: list[list[str]] = []
     tables = [
         [row for row in attack_rows(line.record) if isinstance(row, AccuracyRow)] for line in protocol.summary
     ]
+    heads = [Column("\naccuracy in %", "left", most=NAME)]
+    cells: list[list[str]] = [[name] for name in _names(protocol)]
     for rows in zip(*tables, strict=True):
-        words = [_fit(word, 12) for word in clean_text(rows[0].name).split()]
-        head = ["", *words] if len(words) == 1 else [words[0], _fit(" ".join(words[1:]), 12)]
-        columns.append([*head, *(_cell(row) for row in rows)])
-    names = ["", "accuracy in %", *(_fit(name, NAME) for name in _names(protocol))]
-    left = max(len(name) for name in names)
-    blocks: list[list[list[str]]] = [[]]
-    used = left
-    for column in columns:
-        need = 2 + max(len(cell) for cell in column)
-        if used + need > WIDTH and blocks[-1]:
-            blocks.append([])
-            used = left
-        blocks[-1].append(column)
-        used += need
-    lines: list[str] = []
-    for block in blocks:
-        lines += [""] if lines else []
-        widths = [max(len(cell) for cell in column) for column in block]
-        for i, name in enumerate(names):
-            line = "".join(f"  {column[i]:>{w}}" for column, w in zip(block, widths, strict=True))
-            lines.append(f"{name:<{left}}{line}".rstrip())
-    return lines
+        words = [fit(word, 12) for word in clean_text(rows[0].name).split()] or [""]
+        heads.append(Column(f"{words[0]}\n{fit(' '.join(words[1:]), 12)}" if words[1:] else f"\n{words[0]}"))
+        for line, row in zip(cells, rows, strict=True):
+            line.append(_cell(row))
+    return [to_text(Table("", "", tuple(heads), tuple(map(tuple, cells))))]
 
 
 def _cell(row: AccuracyRow) -> str:
     rate = row.accuracy
     return f"{number(rate)} {interval(rate):>12}" if row.kind == "worst" else number(rate)
-
-
-def clean_text(text: str) -> str:
-    """Text without control characters or line ends, which could move the cursor or change colours."""
-    return "".join(c if c.isprintable() else " " for c in text).strip()
-
-
-def _fit(text: str, width: int) -> str:
-    text = clean_text(text)
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -125,8 +125,8 @@ def _spec(spec: AttackSpec, threat: ThreatModel) -> str:
             return ", ".join(parts)
         case Peer():
             library, _, name = spec.kind.partition(":")
-            said = ", ".join(f"{key} {value}" for key, value in sorted((spec.model_extra or {}).items()))
-            return f"{name} of {library}, radius {eps}; {said or 'no parameter set'}; the rest its defaults"
+            values = ", ".join(f"{key} {value}" for key, value in sorted((spec.model_extra or {}).items()))
+            return f"{name} of {library}, radius {eps}; {values or 'no parameter set'}; the rest its defaults"
 
 
 def _stop(stop: str) -> str:

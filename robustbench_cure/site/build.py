@@ -1,37 +1,51 @@
 """Writing the site: a folder that opens from disk and can be served as it is.
 
-index.html, leaderboard.*      every board
-models/<id>/index.html         a page a model, with the twins of its tables and its raw records
+index.html, leaderboard.*      every leaderboard
+models/<id>/index.html         a page a model, with its tables as files
 tables/<id>.html               a page a paper table
 studies/<verb>-<k>/            figures and numbers of geometry and masking
 site.json                      every file with its SHA-256
+
+Of these, the leaderboards and the paper tables can be written alone: they are small, and a diff of them can
+be read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.files import write_atomically
 from robustbench_cure.protocol.cards import ModelCard, PublishedTable
-from robustbench_cure.protocol.catalog import catalog
-from robustbench_cure.report.export import attack_data, to_csv, to_latex, to_markdown
+from robustbench_cure.protocol.catalog import CardFile, catalog
 from robustbench_cure.report.paper import PaperTable, paper_table
-from robustbench_cure.report.sheet import twins
-from robustbench_cure.site import pages, sheets
-from robustbench_cure.site.beside import FIGURES, TABLES, belonging, card_of, panels, study_files
-from robustbench_cure.site.found import SITE, Found, StudyFolder
-from robustbench_cure.site.standings import Board, boards, by_model
+from robustbench_cure.report.results import attack_table, protocol_tables
+from robustbench_cure.report.table import SUFFIXES, exports, to_csv, to_latex, to_markdown
+from robustbench_cure.site import pages, tables
+from robustbench_cure.site.entries import Leaderboard, by_model, leaderboards
+from robustbench_cure.site.runs import (
+    FIGURES,
+    SITE,
+    TABLES,
+    Runs,
+    StudyFolder,
+    card_of,
+    diagnoses,
+    studies_of,
+    study_files,
+)
 from robustbench_cure.version import __version__
 
-#: Files of a record that can be downloaded.
+#: Files that a record consists of.
 RAW = ("manifest.json", "samples.parquet")
+#: Forms of what nobody prints in a paper.
+PLAIN = ("csv", "json", "md")
 
 
 @dataclass(frozen=True)
@@ -39,22 +53,28 @@ class Site:
     """A finished site.
 
     Attributes:
-        boards: the leaderboard.
-        models: number of models with a page.
+        leaderboards: what it ranks.
+        models: number of models.
         files: name -> contents.
     """
 
-    boards: tuple[Board, ...]
+    leaderboards: tuple[Leaderboard, ...]
     models: int
     files: dict[str, bytes]
 
 
-def build(found: Found, cards: tuple[str, ...] = ()) -> Site:
+def build(
+    runs: Runs, cards: tuple[str, ...] = (), *, tables_only: bool = False, records_url: str = ""
+) -> Site:
     """Every file of the site; equal records give equal bytes.
 
     Args:
-        found: see `found.scan`.
+        runs: see `runs.scan`.
         cards: directories with further cards.
+        tables_only: leave out every page, and keep ``leaderboard.{csv,json,md}`` and the paper tables as
+            ``tables/<id>.{csv,md,tex}``.
+        records_url: address of the scanned run directory on the web; pages link to the records there.
+            Empty: they say where the records lie, without a link.
     """
     known = catalog(ModelCard, cards)
     published = [one.card for _, one in sorted(catalog(PublishedTable, cards).items())]
@@ -63,21 +83,30 @@ def build(found: Found, cards: tuple[str, ...] = ()) -> Site:
         card = card_of(record, known)
         return card.extra_data if card else ""
 
-    rows = boards(found.records, found.external, published, extra_data)
-    papers = [paper_table([r for r in found.records if comparable(r, table)], table) for table in published]
-    folders = [(f"studies/{study.verb}-{k}", study) for k, study in enumerate(found.studies, 1)]
-    models = _models(found, rows, known, folders)
-    texts = {"index.html": pages.index(rows, papers, models)}
-    texts |= twins("leaderboard", [sheets.leaderboard(board) for board in rows])
+    boards = leaderboards(runs.records, runs.external, published, extra_data)
+    papers = [paper_table([r for r in runs.records if comparable(r, table)], table) for table in published]
+    board_tables = [tables.leaderboard_table(board) for board in boards]
+    if tables_only:
+        texts = exports("leaderboard", board_tables, PLAIN)
+        for paper in papers:
+            texts |= exports(_stem(paper), [tables.paper_comparison(paper)], ("csv", "md", "tex"))
+        return Site(tuple(boards), len(by_model(runs.records)), _encoded(texts))
+    folders = [(f"studies/{study.verb}-{k}", study) for k, study in enumerate(runs.studies, 1)]
+    models = _models(runs, boards, known, folders)
+    texts = {"index.html": pages.index(boards, papers, models)} | exports("leaderboard", board_tables)
     for paper in papers:
         texts |= _paper(paper, models)
-    files: dict[str, bytes] = {}
     for model in models:
-        files |= _model(model, papers)
+        texts |= _model(model, papers, runs, records_url)
+    files = _encoded(texts)
     for folder, study in folders:
-        files |= {f"{folder}/{p.name}": p.read_bytes() for p in study_files(study, FIGURES + TABLES)}
-    files |= {name: text.encode("utf-8", "replace") for name, text in texts.items()}
-    return Site(tuple(rows), len(models), files)
+        files |= {f"{folder}/{p.name}": p.read_bytes() for p in study_files(study, FIGURES)}
+        files |= {f"{folder}/{p.name}": p.read_bytes() for p in study_files(study, TABLES)}
+    return Site(tuple(boards), len(models), files)
+
+
+def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: text.encode("utf-8", "replace") for name, text in texts.items()}
 
 
 def comparable(record: Record, table: PublishedTable) -> bool:
@@ -90,23 +119,23 @@ def comparable(record: Record, table: PublishedTable) -> bool:
 
 
 def _models(
-    found: Found,
-    rows: Sequence[Board],
-    known: dict[str, Any],
+    runs: Runs,
+    boards: Sequence[Leaderboard],
+    known: Mapping[str, CardFile[ModelCard]],
     folders: Sequence[tuple[str, StudyFolder]],
 ) -> list[pages.Model]:
     taken: set[str] = set()
     models = []
-    for records in by_model(found.records):
+    for records in by_model(runs.records):
         model = records[0].manifest.model
-        own = belonging(found.studies, model)
+        own = studies_of(runs.studies, model)
         models.append(
             pages.Model(
                 _slug(model.id, model.weights_sha256, taken),
                 tuple(records),
                 card_of(records[0], known),
-                tuple((board, row) for board in rows for row in board.rows if row.is_about(model)),
-                tuple(panels(found.studies, model)),
+                tuple((board, row) for board in boards for row in board.rows if row.is_about(model)),
+                tuple(diagnoses(runs.studies, model)),
                 tuple((folder, study) for folder, study in folders if study in own),
             )
         )
@@ -123,37 +152,41 @@ def _slug(name: str, weights: str, taken: set[str]) -> str:
     return slug
 
 
+def _stem(paper: PaperTable) -> str:
+    return f"tables/{paper.table.id}"
+
+
 def _paper(paper: PaperTable, models: Sequence[pages.Model]) -> dict[str, str]:
-    stem = f"tables/{paper.table.id}"
-    texts = {f"{stem}.html": pages.paper(paper, models)}
-    return texts | twins(stem, [sheets.paper(paper)]) | twins(f"{stem}-sources", [sheets.sources(paper)])
+    texts = {f"{_stem(paper)}.html": pages.paper(paper, models)}
+    texts |= exports(_stem(paper), [tables.paper_comparison(paper)])
+    return texts | exports(f"{_stem(paper)}-sources", [tables.sources(paper)], PLAIN)
 
 
-def _model(model: pages.Model, papers: Sequence[PaperTable]) -> dict[str, bytes]:
-    folder = f"models/{model.slug}"
-    files: dict[str, bytes] = {}
-    raw = []
-    for r, record in enumerate(model.records, 1):
-        manifest = record.manifest
-        name = f"{manifest.battery.name}, {manifest.data.name}, n = {manifest.data.n:,}"
-        parts = [] if record.path is None else [p for n in RAW if (p := record.path / n).is_file()]
-        contents = {f"record-{r}/{path.name}": path.read_bytes() for path in parts}
-        files |= {f"{folder}/{place}": data for place, data in contents.items()}
-        links = [(place, Path(place).name, _size(len(data))) for place, data in contents.items()]
-        raw.append({"name": name, "files": links})
+def _model(model: pages.Model, papers: Sequence[PaperTable], runs: Runs, records_url: str) -> dict[str, str]:
     own = [p for p in papers if any(comparable(r, p.table) for r in model.records)]
-    page = pages.model(model, own, raw)
+    page = pages.model(model, own, [_raw(record, runs, records_url) for record in model.records])
+    attacks, protocols = attack_table(model.records), protocol_tables(model.records)
     texts = {"index.html": page.html}
-    for stem, tables in page.sheets.items():
-        texts |= twins(stem, tables)
+    for stem, content in page.tables.items():
+        texts |= exports(stem, content, PLAIN if stem == "provenance" else SUFFIXES)
     texts |= {
-        "attacks.csv": to_csv(model.records),
-        "attacks.md": to_markdown(model.records),
-        "attacks.tex": to_latex(model.records),
-        "attacks.json": json.dumps({"schema_version": 1, "rows": attack_data(model.records)}, indent=1)
-        + "\n",
+        "attacks.csv": to_csv([attacks]),
+        "attacks.md": to_markdown(protocols),
+        "attacks.tex": to_latex(protocols),
+        "attacks.json": json.dumps({"schema_version": 1, "rows": attacks.data}, indent=1) + "\n",
     }
-    return files | {f"{folder}/{name}": text.encode("utf-8", "replace") for name, text in texts.items()}
+    return {f"models/{model.slug}/{name}": text for name, text in texts.items()}
+
+
+def _raw(record: Record, runs: Runs, url: str) -> pages.RawRecord:
+    manifest, place = record.manifest, runs.place(record)
+    name = f"{manifest.battery.name}, {manifest.data.name}, n = {manifest.data.n:,}"
+    parts = [] if record.path is None else [p for n in RAW if (p := record.path / n).is_file()]
+    address = f"{url.rstrip('/')}/{quote(place)}" if url and place is not None else ""
+    files = [
+        (f"{address}/{path.name}" if address else "", path.name, _size(path.stat().st_size)) for path in parts
+    ]
+    return pages.RawRecord(name, place or "", tuple(files))
 
 
 def _size(n: int) -> str:

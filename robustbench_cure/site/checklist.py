@@ -1,7 +1,7 @@
 """The evaluation checklist: what a record shows by itself, and what only the authors can declare.
 
 Source: Carlini et al., On Evaluating Adversarial Robustness, 2019, arXiv 1902.06705, section 5 and its
-summary list; item texts are ours. What neither the record nor the card says stands as not declared or not
+summary list; item texts are ours. What neither the record nor the card states is not declared or not
 in the record: an item is never taken to be met.
 """
 
@@ -16,7 +16,7 @@ import pandas as pd
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import ModelCard
 from robustbench_cure.protocol.specs import FGSM, PGD, AttackSpec, UniformNoise
-from robustbench_cure.report.sheet import Sheet
+from robustbench_cure.report.table import Table, columns
 from robustbench_cure.report.wording import count, data_words, percent, threat_words
 from robustbench_cure.stats import Rate
 
@@ -28,11 +28,17 @@ STILL_FALLING = 0.01
 
 @dataclass(frozen=True)
 class Item:
-    """One item: found by the program, or declared by the authors."""
+    """One item: decided from the record, or declared by the authors.
+
+    Attributes:
+        name: what is asked.
+        status: the answer.
+        evidence: what the answer rests on, in words.
+    """
 
     name: str
     status: Status
-    said: str
+    evidence: str
 
     @property
     def automatic(self) -> bool:
@@ -52,43 +58,45 @@ def checklist(record: Record, card: ModelCard | None) -> list[Item]:
 
 def _broken(record: Record, wanted: Callable[[AttackSpec], bool]) -> pd.Series | None:
     """Samples that one of the wanted attacks broke; None: the battery has no such attack."""
-    columns = [record.samples[f"{s.id}.broken"] for s in record.attacks if wanted(s)]
-    if not columns:
+    parts = [record.samples[f"{s.id}.broken"] for s in record.attacks if wanted(s)]
+    if not parts:
         return None
-    found = columns[0]
-    for column in columns[1:]:
-        found = found | column
-    return found
+    broken = parts[0]
+    for part in parts[1:]:
+        broken = broken | part
+    return broken
 
 
 def _threat(record: Record) -> Item:
     threat = record.manifest.battery.threat.model
-    said = f"{threat_words(threat)}, pixels in [0, 1]; untargeted; the attacker knows weights and gradients"
-    return Item("Threat model stated: norm, radius, goal, knowledge", "met", said)
+    evidence = (
+        f"{threat_words(threat)}, pixels in [0, 1]; untargeted; the attacker knows weights and gradients"
+    )
+    return Item("Threat model stated: norm, radius, goal, knowledge", "met", evidence)
 
 
 def _clean(record: Record) -> Item:
-    said = f"clean {percent(record.clean_accuracy)}, worst case {percent(record.worst_case_accuracy)}"
-    return Item("Clean accuracy beside robust accuracy", "met", said)
+    evidence = f"clean {percent(record.clean_accuracy)}, worst case {percent(record.worst_case_accuracy)}"
+    return Item("Clean accuracy with robust accuracy", "met", evidence)
 
 
 def _per_sample(record: Record) -> Item:
-    said = f"broken by any attack is broken; every one of {count(record.n)} samples is in the raw record"
-    return Item("Worst case for each sample; results of each sample given", "met", said)
+    evidence = f"broken by any attack is broken; every one of {count(record.n)} samples is in the raw record"
+    return Item("Worst case for each sample; results of each sample given", "met", evidence)
 
 
 def _parameters(record: Record) -> Item:
-    said = f"{len(record.attacks)} attacks, each with every parameter, under Attack specifications"
-    return Item("All attack parameters listed", "met", said)
+    evidence = f"{len(record.attacks)} attacks, each with every parameter, under Attack specifications"
+    return Item("All attack parameters listed", "met", evidence)
 
 
 def _whole_set(record: Record) -> Item:
     data = record.manifest.data
     name = "The whole test set"
     low, high = record.worst_case_accuracy.interval
-    said = f"{data_words(data)}; the interval is {100 * (high - low):.1f} points wide"
+    evidence = f"{data_words(data)}; the interval is {100 * (high - low):.1f} points wide"
     whole = data.n == data.total and data.split == "test"
-    return Item(name, "met" if whole else "not met", said)
+    return Item(name, "met" if whole else "not met", evidence)
 
 
 def _iterated(record: Record) -> Item:
@@ -98,8 +106,8 @@ def _iterated(record: Record) -> Item:
     if single is None or iterated is None:
         return Item(name, "not in the record", "needs FGSM and PGD in the battery")
     alone = int((single & ~iterated).sum())
-    said = f"FGSM broke {count(int(single.sum()))}, {count(alone)} of them not broken by PGD"
-    return Item(name, "not met" if alone else "met", said)
+    evidence = f"FGSM broke {count(int(single.sum()))}, {count(alone)} of them not broken by PGD"
+    return Item(name, "not met" if alone else "met", evidence)
 
 
 def _converged(record: Record) -> Item:
@@ -111,20 +119,20 @@ def _converged(record: Record) -> Item:
     broken = record.samples[f"{spec.id}.broken"]
     late = int((record.samples[f"{spec.id}.step"][broken] > spec.steps // 2).sum())
     share = Rate(late, int(record.covered(spec.id).sum()))
-    said = f"the second half of the steps of {spec.name} broke {percent(share)} of all samples"
-    return Item(name, "met" if share.value <= STILL_FALLING else "not met", said)
+    evidence = f"the second half of the steps of {spec.name} broke {percent(share)} of all samples"
+    return Item(name, "met" if share.value <= STILL_FALLING else "not met", evidence)
 
 
 def _restarts(record: Record) -> Item:
     most = max((s.restarts for s in record.attacks if isinstance(s, PGD)), default=0)
-    said = f"at most {most} of PGD" if most else "no PGD in the battery"
-    return Item("Random restarts", "met" if most > 1 else "not met", said)
+    evidence = f"at most {most} of PGD" if most else "no PGD in the battery"
+    return Item("Random restarts", "met" if most > 1 else "not met", evidence)
 
 
 def _losses(record: Record) -> Item:
     losses = sorted({s.loss for s in record.attacks if isinstance(s, PGD)})
-    said = ", ".join(losses) or "no PGD in the battery"
-    return Item("More than one loss", "met" if len(losses) > 1 else "not met", said)
+    evidence = ", ".join(losses) or "no PGD in the battery"
+    return Item("More than one loss", "met" if len(losses) > 1 else "not met", evidence)
 
 
 def _gradient_free(record: Record) -> Item:
@@ -132,12 +140,12 @@ def _gradient_free(record: Record) -> Item:
     white_box = _broken(record, lambda s: s.gradients)
     gradient_free = _broken(record, lambda s: not s.gradients and not isinstance(s, UniformNoise))
     if gradient_free is None or white_box is None:
-        return Item(name, "not in the record", "needs a gradient-free attack beside white-box ones")
+        return Item(name, "not in the record", "needs a gradient-free attack and white-box ones")
     alone = int((gradient_free & ~white_box).sum())
     names = ", ".join(s.name for s in record.attacks if not s.gradients and not isinstance(s, UniformNoise))
     broken = count(int(gradient_free.sum()))
-    said = f"{names} broke {broken}, {count(alone)} of them left standing by gradients"
-    return Item(name, "not met" if alone else "met", said)
+    evidence = f"{names} broke {broken}, {count(alone)} of them left standing by gradients"
+    return Item(name, "not met" if alone else "met", evidence)
 
 
 def _noise(record: Record) -> Item:
@@ -145,40 +153,37 @@ def _noise(record: Record) -> Item:
     noise = _broken(record, lambda s: isinstance(s, UniformNoise))
     white_box = _broken(record, lambda s: s.gradients)
     if noise is None or white_box is None:
-        return Item(name, "not in the record", "needs uniform noise beside attacks with gradients")
+        return Item(name, "not in the record", "needs uniform noise and attacks with gradients")
     alone = int((noise & ~white_box).sum())
-    said = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them left standing by gradients"
-    return Item(name, "not met" if alone else "met", said)
+    evidence = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them left standing by gradients"
+    return Item(name, "not met" if alone else "met", evidence)
 
 
 def _deterministic(record: Record) -> Item:
-    found = [f for f in record.flags if f.about.severity == "unreliable"]
-    said = "; ".join(f"{f.about.title.lower()}: {f.evidence}" for f in found)
+    raised = [f for f in record.flags if f.about.severity == "unreliable"]
+    evidence = "; ".join(f"{f.about.title.lower()}: {f.evidence}" for f in raised)
     return Item(
         "The same image gives the same output, alone or in a batch",
-        "not met" if found else "met",
-        said or "checked before the first attack",
+        "not met" if raised else "met",
+        evidence or "checked before the first attack",
     )
 
 
 def _identified(record: Record) -> Item:
     m = record.manifest
     known = bool(m.environment.git_commit or m.environment.version) and bool(m.environment.command)
-    said = f"weights {m.model.weights_sha256[:12]}…, code {m.environment.version}, under Provenance"
-    return Item("Weights, code and command identified", "met" if known else "not met", said)
+    evidence = f"weights {m.model.weights_sha256[:12]}…, code {m.environment.version}, under Provenance"
+    return Item("Weights, code and command identified", "met" if known else "not met", evidence)
 
 
 def _larger_radii(_: Record) -> Item:
-    said = (
-        "see the figures of cure-bench curve and the check unbounded_attack_fails of cure-bench masking, "
-        "where they were run"
-    )
-    return Item("Accuracy falls to chance as the radius grows", "not in the record", said)
+    evidence = "see cure-bench curve, and the check unbounded_attack_fails of cure-bench masking"
+    return Item("Accuracy falls to chance as the radius grows", "not in the record", evidence)
 
 
 def _transfer(_: Record) -> Item:
-    said = "see cure-bench masking with --surrogate, where it was run"
-    return Item("Transfer from another model", "not in the record", said)
+    evidence = "see cure-bench masking with --surrogate, where it was run"
+    return Item("Transfer from another model", "not in the record", evidence)
 
 
 AUTOMATIC: tuple[Callable[[Record], Item], ...] = (
@@ -214,18 +219,24 @@ def _declared(record: Record, card: ModelCard | None) -> list[Item]:
     }
     where = "the card says nothing of it" if card else "no card is about these weights"
     return [
-        Item(name, "declared", said) if said else Item(name, "not declared", where)
-        for name, said in items.items()
+        Item(name, "declared", evidence) if evidence else Item(name, "not declared", where)
+        for name, evidence in items.items()
     ]
 
 
-def sheet(items: list[Item]) -> Sheet:
+def checklist_table(items: list[Item]) -> Table:
     """The checklist as a table."""
     rows = tuple(
-        (i.name, "found" if i.automatic else "declared by the authors", i.status, i.said) for i in items
+        (
+            i.name,
+            "decided from the record" if i.automatic else "declared by the authors",
+            i.status,
+            i.evidence,
+        )
+        for i in items
     )
     data = tuple(
-        {"item": i.name, "automatic": i.automatic, "status": i.status, "said": i.said} for i in items
+        {"item": i.name, "automatic": i.automatic, "status": i.status, "said": i.evidence} for i in items
     )
     note = "After Carlini et al., On Evaluating Adversarial Robustness, arXiv 1902.06705"
-    return Sheet("Evaluation checklist", note, ("Item", "By", "Status", "What is known"), rows, data)
+    return Table("Evaluation checklist", note, columns("Item", "By", "Status", "What is known"), rows, data)

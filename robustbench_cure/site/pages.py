@@ -1,10 +1,10 @@
-"""The pages of the site: what each template is given. Pure functions of what was found."""
+"""The pages of the site: what each template is given. Pure functions of records."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,21 +14,47 @@ from robustbench_cure.evaluation.flags import FLAG_KINDS
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.report import figure
+from robustbench_cure.report import charts
+from robustbench_cure.report.charts import SIDE
 from robustbench_cure.report.paper import PaperTable
 from robustbench_cure.report.provenance import facts
-from robustbench_cure.report.render import TEMPLATES, environment
-from robustbench_cure.report.scatter import SIDE
-from robustbench_cure.report.sheet import Sheet
+from robustbench_cure.report.render import TEMPLATES, templates
+from robustbench_cure.report.table import Table
 from robustbench_cure.report.tables import SEVERITIES, AccuracyRow, DistanceRow, attack_rows, protocols
 from robustbench_cure.report.wording import count
-from robustbench_cure.site import checklist, curves, sheets
-from robustbench_cure.site.beside import FIGURES, STUDIES, TABLES, Panel, recorded, study_files
-from robustbench_cure.site.found import StudyFolder
-from robustbench_cure.site.standings import Board, Standing
+from robustbench_cure.site import checklist, tables
+from robustbench_cure.site.entries import Entry, Leaderboard
+from robustbench_cure.site.runs import (
+    FIGURES,
+    TABLES,
+    Diagnosis,
+    StudyFolder,
+    diagnosis_of_record,
+    study_files,
+)
 
+#: What the pictures of each command show.
+STUDIES = {
+    "curvature": ("Curvature of the loss", "Eigenvalues of the Hessian in the input: flat is robust."),
+    "bounds": (
+        "Bounds of Theorem 1",
+        "Lower and upper bound of the distance to the boundary, and DeepFool's distance.",
+    ),
+    "curve": ("Accuracy and radius", "Accuracy under PGD at every radius: it should fall to chance."),
+    "section": ("Decision regions", "Planes through an image and its nearest boundary."),
+    "surface": ("Loss surface", "The loss along the gradient and a random direction."),
+    "gallery": ("Gallery", "Images, the perturbations that break them, and what the model sees."),
+    "distance": ("Distance of the boundary", "Average robustness: how far the nearest boundaries are."),
+    "boundary": ("Curvature of the boundary", "How the boundaries nearest to the images bend."),
+    "detect": ("Detection", "Whether the curvature around an image tells that it was perturbed."),
+    "shared": ("Shared directions", "What the boundaries near different images have in common."),
+    "subspace": ("Subspaces", "The shortest perturbations of random subspaces or frequencies alone."),
+    "universal": ("Universal perturbations", "One perturbation for all images, and what it does to them."),
+    "connectivity": ("Connected regions", "Paths inside the regions of the labels, and their convexity."),
+    "evolution": ("Training", "Curvature and robustness by epoch."),
+}
 VENDOR = Path(__file__).parent / "vendor"
-#: Said where a record has no curve.
+#: Printed where a record has no curve.
 CURVELESS = (
     "No steps curve: the battery has no PGD without restarts that stops at its first success. "
     "No eps curve: it has no minimal-norm attack; cure-bench curve makes one."
@@ -64,16 +90,16 @@ class Model:
         slug: name of its folder.
         records: its runs.
         card: what its authors declare.
-        standings: its rows, each with its board.
-        panels: diagnoses of masking.
+        entries: its rows, each with its leaderboard.
+        diagnoses: of masked gradients, from the studies.
         studies: folder of the site -> study, geometry and masking.
     """
 
     slug: str
     records: tuple[Record, ...]
     card: ModelCard | None
-    standings: tuple[tuple[Board, Standing], ...]
-    panels: tuple[Panel, ...]
+    entries: tuple[tuple[Leaderboard, Entry], ...]
+    diagnoses: tuple[Diagnosis, ...]
     studies: tuple[tuple[str, StudyFolder], ...]
 
     @property
@@ -97,7 +123,7 @@ class _Line:
 
 
 def _render(template: str, **context: Any) -> str:
-    return environment().get_template(f"site/{template}").render(**context)
+    return templates().get_template(f"site/{template}").render(**context)
 
 
 def _raised(records: Sequence[Record]) -> dict[str, Any]:
@@ -111,22 +137,22 @@ def _raised(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def index(boards: Sequence[Board], papers: Sequence[PaperTable], models: Sequence[Model]) -> str:
-    """The leaderboard."""
+def index(leaderboards: Sequence[Leaderboard], papers: Sequence[PaperTable], models: Sequence[Model]) -> str:
+    """The leaderboards, and what leads to the other pages."""
     records = [record for model in models for record in model.records]
 
-    def page_of(row: Standing) -> str:
+    def page_of(row: Entry) -> str:
         return next(model.page for model in models if row.is_about(model.records[0].manifest.model))
 
     kinds = {"measured": 0, "external": 0, "published": 0}
-    for board in boards:
+    for board in leaderboards:
         for row in board.rows:
             kinds["published" if row.kind == "quoted" else row.kind] += 1
     return _render(
         "index.html",
         title="Robustness leaderboard",
         scripts=scripts(),
-        boards=boards,
+        leaderboards=leaderboards,
         page_of=page_of,
         kinds=list(kinds.items()),
         tables=[_filled(paper) for paper in papers],
@@ -149,50 +175,66 @@ def _line(model: Model) -> _Line:
 
 def paper(laid: PaperTable, models: Sequence[Model]) -> str:
     """One paper table."""
-    able = {row.id for row in laid.rows}
-    found = [(m.label, m.page) for m in models if m.records[0].manifest.model.published_row in able]
+    rows = {row.id for row in laid.rows}
+    measured = [(m.label, m.page) for m in models if m.records[0].manifest.model.published_row in rows]
     return _render(
         "table.html",
         title=laid.table.title,
         scripts=(),
         versions=(),
         paper=laid,
-        sources=sheets.sources(laid),
-        models=found,
+        sources=tables.sources(laid),
+        models=measured,
     )
 
 
 @dataclass(frozen=True)
+class RawRecord:
+    """Where the record behind a page lies.
+
+    Attributes:
+        name: battery, data set and n.
+        place: folder below the run directory; empty: on no disk.
+        files: (address or empty, name, size) of each file of it.
+    """
+
+    name: str
+    place: str
+    files: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
 class ModelPage:
-    """A model's page, and the sheets whose twins lie beside it, by stem."""
+    """A model's page, and the tables that are exported into its folder, by stem."""
 
     html: str
-    sheets: dict[str, list[Sheet]]
+    tables: dict[str, list[Table]]
 
 
-def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any]]) -> ModelPage:
+def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[RawRecord]) -> ModelPage:
     """One model.
 
     Args:
         this: the model.
         papers: the published tables that its images and batteries belong to.
-        raw: for each record its name and the files (address, name, size) it can be downloaded as.
+        raw: where each of its records lies.
     """
-    groups, drawn, twins = [], [], {}
-    found = protocols(this.records)
-    for g, group in enumerate(found):
+    groups, drawn = [], []
+    exported: dict[str, list[Table]] = {}
+    shown = protocols(this.records)
+    for g, group in enumerate(shown):
         record = group.summary[0].record
-        pairs = [("steps", curves.steps(record)), ("radii", curves.radii(record))]
+        pairs = [("steps", charts.step_curves(record)), ("radii", charts.radius_curves(record))]
         for kind, lines in pairs:
-            plot = curves.plot(lines)
+            plot = charts.plot(lines)
             if plot is not None:
-                stem, sheet = f"{kind}-{g + 1}", curves.sheet(lines)
-                twins[stem] = [sheet]
-                drawn.append({"group": g, "key": f"g{g}-{kind}", "stem": stem, "plot": plot, "sheet": sheet})
+                stem, table = f"{kind}-{g + 1}", charts.curve_table(lines)
+                exported[stem] = [table]
+                drawn.append({"group": g, "key": f"g{g}-{kind}", "stem": stem, "plot": plot, "table": table})
         groups.append(
             {
                 "protocol": group,
-                "bands": figure.bands(group),
+                "bands": charts.bands(group),
                 "specs": attack_rows(record)[1:-1],
                 "tables": [_split(line.record) for line in group.summary],
                 "curveless": "" if pairs[1][1] else EPSLESS if pairs[0][1] else CURVELESS,
@@ -201,17 +243,17 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
     lists = []
     for r, record in enumerate(this.records):
         stem, items = f"checklist-{r + 1}", checklist.checklist(record, this.card)
-        twins[stem] = [checklist.sheet(items)]
+        exported[stem] = [checklist.checklist_table(items)]
         lists.append({"name": record.manifest.battery.name, "entries": items, "stem": stem})
-    panels = []
-    own = [panel for record in this.records if (panel := recorded(record)) is not None]
-    for p, panel in enumerate((*this.panels, *own)):
-        twins[f"masking-{p + 1}"] = [panel.sheet]
-        folder = next((folder for folder, study in this.studies if study is panel.study), "")
-        drawings = [f"../../{folder}/{path.name}" for path in panel.figures]
-        panels.append({**vars(panel), "stem": f"masking-{p + 1}", "figures": drawings})
-    lines_of = [(group, facts([line.record for line in group.summary])) for group in found]
-    twins["provenance"] = sheets.provenance([(group.battery.name, lines) for group, lines in lines_of])
+    masking = []
+    own = [diagnosis for record in this.records if (diagnosis := diagnosis_of_record(record)) is not None]
+    for d, diagnosis in enumerate((*this.diagnoses, *own), 1):
+        exported[f"masking-{d}"] = [diagnosis.table]
+        folder = next((folder for folder, study in this.studies if study is diagnosis.study), "")
+        drawings = [_image(folder, path) for path in diagnosis.figures]
+        masking.append({**vars(diagnosis), "stem": f"masking-{d}", "figures": drawings})
+    lines_of = [(group, facts([line.record for line in group.summary])) for group in shown]
+    exported["provenance"] = tables.provenance([(group.battery.name, lines) for group, lines in lines_of])
     row = this.records[0].manifest.model.published_row
     html = _render(
         "model.html",
@@ -219,14 +261,14 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
         scripts=(),
         id=this.records[0].manifest.model.id,
         about=_about(this),
-        standings=[
-            {"board": board.name, "row": standing, "of": sum(bool(r.rank) for r in board.rows)}
-            for board, standing in this.standings
+        entries=[
+            {"board": board.name, "row": entry, "of": sum(bool(r.rank) for r in board.rows)}
+            for board, entry in this.entries
         ],
         groups=groups,
         curves=drawn,
         papers=[p.table for p in papers if row and any(r.id == row for r in p.rows)],
-        masking=panels,
+        masking=masking,
         side=SIDE,
         checks=CHECKS,
         studies=[_study(folder, study) for folder, study in this.studies if study.verb != "masking"],
@@ -236,7 +278,7 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[dict[str, Any
         records=raw,
         **_raised(this.records),
     )
-    return ModelPage(html, twins)
+    return ModelPage(html, exported)
 
 
 def _about(this: Model) -> list[tuple[str, str]]:
@@ -253,13 +295,22 @@ def _about(this: Model) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
+def _image(folder: str, path: Path) -> dict[str, Any]:
+    """Address of a figure from a model's page, and its width; PNGs are made for screens of double density."""
+    width = 0
+    if path.suffix == ".png":
+        with path.open("rb") as file:
+            width = int.from_bytes(file.read(20)[16:], "big") // 2
+    return {"href": f"../../{folder}/{path.name}", "width": width}
+
+
 def _study(folder: str, study: StudyFolder) -> dict[str, Any]:
     name, about = STUDIES.get(study.verb, (study.verb, ""))
     return {
         "name": name,
         "models": ", ".join(study.models),
         "about": f"{about} {study.data}; {', '.join(study.models)}.".strip(),
-        "figures": [f"../../{folder}/{path.name}" for path in study_files(study, FIGURES)],
+        "figures": [_image(folder, path) for path in study_files(study, FIGURES)],
         "tables": [(path.name, f"../../{folder}/{path.name}") for path in study_files(study, TABLES)],
     }
 
@@ -270,8 +321,3 @@ def _split(record: Record) -> tuple[list[AccuracyRow], list[DistanceRow]]:
         [row for row in rows if isinstance(row, AccuracyRow)],
         [row for row in rows if isinstance(row, DistanceRow)],
     )
-
-
-def tables_of(boards: Sequence[Board]) -> Mapping[str, list[Sheet]]:
-    """The leaderboard's sheets, by stem."""
-    return {"leaderboard": [sheets.leaderboard(board) for board in boards]}

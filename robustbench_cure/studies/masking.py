@@ -23,8 +23,8 @@ from robustbench_cure.masking.checks import CHECKS, LEVEL, MORE_POWER, Finding, 
 from robustbench_cure.masking.conclusions import Conclusion, Diagnosis, conclude, diagnose
 from robustbench_cure.masking.evidence import Measurements, PairedMargins, Settings
 from robustbench_cure.progress import ProgressLine
-from robustbench_cure.report.render import environment
-from robustbench_cure.report.scatter import SIDE, MarginScatter, margin_scatter, picture
+from robustbench_cure.report.charts import SIDE, MarginScatter, margin_scatter, picture
+from robustbench_cure.report.render import templates
 from robustbench_cure.studies import plots
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
@@ -229,7 +229,7 @@ def _page(study: Study, threat: ThreatModel, settings: Settings, results: Sequen
         ("command", study.command),
     ]
     return (
-        environment()
+        templates()
         .get_template("masking.html")
         .render(
             models=[

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from robustbench_cure.report.render import environment
+from robustbench_cure.report.render import templates
 from robustbench_cure.studies.engine import Study
 
 
@@ -90,7 +90,7 @@ def render(
 ) -> str:
     """The page itself; arguments as those of `present`, ``facts`` being its provenance."""
     return (
-        environment()
+        templates()
         .get_template("study.html")
         .render(
             title=title,

@@ -92,11 +92,6 @@ def world(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that talks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def split(rows: slice, parts: int) -> list[slice]:
     """A range of rows cut into at most ``parts`` pieces of nearly equal length."""
     count = rows.stop - rows.start

@@ -26,7 +26,7 @@ from robustbench_cure.adapt import Normalised
 from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_atomically
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.catalog import Found, cache_dir
+from robustbench_cure.protocol.catalog import CardFile, cache_dir
 from robustbench_cure.zoo import build
 
 #: Keys under which training scripts put the state dict inside a checkpoint.
@@ -53,7 +53,7 @@ def build_from_card(card: ModelCard) -> Normalised:
     return Normalised(net, card.mean, card.std)
 
 
-def load_card_module(found: Found[ModelCard], weights_file: Path | None = None) -> tuple[Normalised, str]:
+def load_card_module(found: CardFile[ModelCard], weights_file: Path | None = None) -> tuple[Normalised, str]:
     """A card's network with weights.
 
     Args:

@@ -12,7 +12,7 @@ from robustbench_cure.classifier import Classifier, Precision, has_bf16, resolve
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.catalog import Found
+from robustbench_cure.protocol.catalog import CardFile
 from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.protocol.naming import ModelName, resolve_model
 from robustbench_cure.state import state_digest
@@ -108,7 +108,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def _from_card(
-    found: Found[ModelCard], weights: str | Path | None
+    found: CardFile[ModelCard], weights: str | Path | None
 ) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
     card = found.card
     module, digest = load_card_module(found, Path(weights).expanduser() if weights else None)

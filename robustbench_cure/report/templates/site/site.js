@@ -1,10 +1,10 @@
 "use strict";
-// Sorting is DataTables' (MIT); here are the switches above the boards. Without a script all rows are shown.
+// Sorting is DataTables' (MIT); here are the switches above the leaderboards. Without a script all rows are shown.
 (() => {
   const form = document.getElementById("controls"), find = document.getElementById("find");
-  const which = document.getElementById("which"), found = document.getElementById("found");
+  const which = document.getElementById("which"), status = document.getElementById("shown");
   const boxes = [...form.querySelectorAll("input[name=kind]")];
-  const boards = [...document.querySelectorAll(".boardbox")].map((section) => {
+  const leaderboards = [...document.querySelectorAll(".boardbox")].map((section) => {
     const element = section.querySelector("table.board");
     const words = { emptyTable: "No rows.", zeroRecords: "No row matches." };
     const layout = { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null };
@@ -14,14 +14,14 @@
   const refresh = () => {
     const kinds = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
     let shown = 0, all = 0;
-    for (const { section, table } of boards) {
+    for (const { section, table } of leaderboards) {
       section.hidden = which.value !== "" && which.value !== section.dataset.board;
       table.search.fixed("kind", (text, data, index) => kinds.has(table.row(index).node().dataset.kind));
       table.search(find.value).draw();
       all += table.rows().count();
       if (!section.hidden) shown += table.rows({ search: "applied" }).count();
     }
-    found.textContent = `${shown} of ${all} rows shown`;
+    status.textContent = `${shown} of ${all} rows shown`;
   };
   form.addEventListener("input", refresh);
   form.addEventListener("submit", (event) => event.preventDefault());

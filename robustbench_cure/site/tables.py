@@ -1,0 +1,228 @@
+"""The tables of the site, for its CSV, JSON, Markdown and LaTeX files, and for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robustbench_cure.errors import UsageError
+from robustbench_cure.files import write_text
+from robustbench_cure.report.paper import PaperCell, PaperTable
+from robustbench_cure.report.provenance import Fact
+from robustbench_cure.report.table import Table, columns, to_markdown
+from robustbench_cure.report.wording import count, interval, number, points
+from robustbench_cure.site.entries import Accuracy, Entry, Leaderboard
+from robustbench_cure.threat import format_eps
+
+WHOSE = {"measured": "the paper's own", "quoted": "quoted there from elsewhere"}
+NOTE = (
+    "Accuracy in % of all samples, measured ones with 95 % Wilson intervals. Robust accuracy is the lowest "
+    "number known: per sample the worst case over all attacks; published numbers are not ranked"
+)
+#: Lines of a README between which the leaderboard is written.
+BEGIN, END = "<!-- leaderboard: written by cure-bench site --readme -->", "<!-- end of leaderboard -->"
+README_NOTE = (
+    "Accuracy in % of all images, with 95 % intervals. Robust: the worst case, image by image, over all "
+    "attacks. Published numbers are not ranked."
+)
+
+
+def leaderboard_table(board: Leaderboard) -> Table:
+    """One leaderboard with every column."""
+    shown = ("Model", "Rank", "Robust", "Clean", "n", "Decided by", "Architecture", "Extra data", "Date")
+    rows = tuple(
+        (
+            name(row),
+            str(row.rank or "–"),
+            accuracy(row.robust),
+            accuracy(row.clean),
+            count(row.n) if row.n else "not stated",
+            row.decided or "–",
+            row.architecture,
+            row.extra_data or "not declared",
+            row.date or "–",
+            row.kind,
+        )
+        for row in board.rows
+    )
+    return Table(
+        board.name, NOTE, columns(*shown, "Number"), rows, tuple(_entry(board, r) for r in board.rows)
+    )
+
+
+def name(row: Entry) -> str:
+    """The label, with the flags that forbid a comparison."""
+    return row.label + (" (unreliable)" if row.unreliable else "")
+
+
+def accuracy(value: Accuracy) -> str:
+    """A number as printed in a text table."""
+    if value.rate is not None:
+        return f"{number(value.rate)} {interval(value.rate)}"
+    return f"{100 * value.printed:.1f}" if value.printed is not None else "–"
+
+
+def _entry(board: Leaderboard, row: Entry) -> dict[str, Any]:
+    return {
+        "dataset": board.data,
+        "split": board.split,
+        "norm": board.threat.norm,
+        "eps": format_eps(board.threat.eps),
+        "rank": row.rank or None,
+        "unranked": row.unranked,
+        "model": row.label,
+        "model_id": row.model_id,
+        "number": row.kind,
+        "how": row.how,
+        **_accuracy("robust", row.robust),
+        **_accuracy("clean", row.clean),
+        "n": row.n or None,
+        "decided_by": row.decided,
+        "architecture": row.architecture,
+        "extra_data": row.extra_data,
+        "date": row.date,
+        "flags": " ".join(sorted({flag.kind for flag in row.flags})),
+        "unreliable": row.unreliable,
+        "weights_sha256": row.weights,
+        "tables": " ".join(row.tables),
+    }
+
+
+def _accuracy(prefix: str, value: Accuracy) -> dict[str, Any]:
+    low, high = value.rate.interval if value.rate is not None and value.rate.total else (None, None)
+    return {
+        prefix: value.value,
+        f"{prefix}_count": value.rate.count if value.rate is not None else None,
+        f"{prefix}_low": low,
+        f"{prefix}_high": high,
+    }
+
+
+def paper_comparison(laid: PaperTable) -> Table:
+    """A paper's table as printed, with our measurements in columns of their own."""
+    unit = " in %" if laid.table.unit == "%" else ""
+    heads = ["Network", "Training"]
+    for _, column in laid.columns:
+        heads += [f"{column}, paper", "ours", "difference", "same?"]
+    rows, data = [], []
+    for row in laid.rows:
+        cells = [row.group, row.name]
+        for (column, _), cell in zip(laid.columns, row.cells, strict=True):
+            cells += _printed(cell)
+            data += _cell_data(laid, row.id, column, cell)
+        rows.append(tuple(cells))
+    note = f"{laid.table.paper}. Published and measured{unit}, measured with 95 % Wilson intervals; q: quoted"
+    return Table(laid.table.title, note, columns(*heads), tuple(rows), tuple(data))
+
+
+def _printed(cell: PaperCell) -> list[str]:
+    quoted = " q" if cell.published is not None and cell.published.kind == "quoted" else ""
+    printed = f"{cell.published.value}{quoted}" if cell.published is not None else "–"
+    if not cell.measurements:
+        return [printed, cell.empty, "–", "–"]
+    ours = "; ".join(f"{number(m.rate)} {interval(m.rate)}" for m in cell.measurements)
+    by = "; ".join("–" if m.difference is None else points(m.difference) for m in cell.measurements)
+    return [printed, ours, by, "; ".join("same" if m.same else "no" for m in cell.measurements)]
+
+
+def _cell_data(laid: PaperTable, row: str, column: str, cell: PaperCell) -> list[dict[str, Any]]:
+    common = {
+        "table": laid.table.id,
+        "row": row,
+        "column": column,
+        "unit": laid.table.unit,
+        "published": cell.published.value if cell.published else None,
+        "kind": cell.published.kind if cell.published else "",
+        "locator": cell.published.locator if cell.published else "",
+    }
+    nothing = dict.fromkeys(("model", "count", "n", "measured", "low", "high", "difference", "same"))
+    if not cell.measurements:
+        return [{**common, **nothing, "reasons": cell.empty}]
+    rows = []
+    for m in cell.measurements:
+        low, high = m.rate.interval
+        rows.append(
+            {
+                **common,
+                "model": m.model,
+                "count": m.rate.count,
+                "n": m.rate.total,
+                "measured": m.rate.value,
+                "low": low,
+                "high": high,
+                "difference": m.difference,
+                "same": m.same,
+                "reasons": "; ".join(m.reasons),
+            }
+        )
+    return rows
+
+
+def sources(laid: PaperTable) -> Table:
+    """Where each number of a paper's table is printed."""
+    names = dict(laid.columns)
+    cells = laid.table.cells
+    rows = tuple((c.locator, names[c.column], f"{c.value}", WHOSE[c.kind]) for c in cells)
+    data = tuple(c.model_dump(mode="json") for c in cells)
+    heads = columns("Place", "Column", "Printed", "Whose")
+    return Table("Sources", laid.table.specification, heads, rows, data)
+
+
+def provenance(groups: Sequence[tuple[str, Sequence[Fact]]]) -> list[Table]:
+    """Where the numbers of a model come from, one table a protocol."""
+    tables = []
+    for title, facts in groups:
+        rows = tuple((fact.name, "; ".join(dict.fromkeys(fact.values))) for fact in facts)
+        data = tuple(
+            {"protocol": title, "name": fact.name, "value": "; ".join(dict.fromkeys(fact.values))}
+            for fact in facts
+        )
+        tables.append(Table(f"Provenance: {title}", "", columns("Fact", "Value"), rows, data))
+    return tables
+
+
+# --- in a README: between two marks; everything else there stays as it is ----------------------------------
+
+
+def block(leaderboards: Sequence[Leaderboard]) -> str:
+    """The leaderboards that have a measured model, each as a small table in Markdown."""
+    measured = [board for board in leaderboards if any(row.records for row in board.rows)]
+    if not measured:
+        return "No run is stored here yet.\n"
+    return f"{README_NOTE}\n\n" + to_markdown([_small(board) for board in measured])
+
+
+def _small(board: Leaderboard) -> Table:
+    heads = columns("Model", "Rank", "Robust", "Clean", "n", "Decided by", "Number")
+    return Table(board.name, "", heads, tuple(_row(row) for row in board.rows))
+
+
+def _row(row: Entry) -> tuple[str, ...]:
+    rank, n = str(row.rank or "–"), count(row.n) if row.n else "–"
+    return (name(row), rank, accuracy(row.robust), accuracy(row.clean), n, row.decided or "–", row.kind)
+
+
+def renewed(text: str, leaderboards: Sequence[Leaderboard], file: str) -> str:
+    """The text with its leaderboard written anew.
+
+    Raises:
+        UsageError: the marks are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(f"{file}: needs one line {BEGIN!r} and after it one line {END!r}")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n\n{block(leaderboards)}\n{END}{rest.split(END)[1]}"
+
+
+def renew(file: Path, leaderboards: Sequence[Leaderboard]) -> None:
+    """Write the leaderboard into a file.
+
+    Raises:
+        UsageError: it cannot be read or written, or has no marks.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--readme {file}: cannot be read: {error}") from None
+    write_text(file, renewed(text, leaderboards, str(file)))
