@@ -192,8 +192,8 @@ def test_verified_images_of_others_lower_the_best_known_number():
 )
 def test_images_of_others_count_for_their_weights_data_and_ball_alone(change):
     run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)
-    theirs = evidence(run, [6, 7])
-    fields = {k: {**getattr(theirs.submission, k).model_dump(), **v} for k, v in change.items()}
+    theirs = evidence(run, [6, 7]).submission.model_dump(mode="json")
+    fields = {k: {**theirs[k], **v} for k, v in change.items()}
     (board,) = leaderboards([run], [evidence(run, [6, 7], **fields)])
     assert [row.kind for row in board.rows] == ["measured"]
 
