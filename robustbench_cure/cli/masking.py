@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from robustbench_cure.cli.geometry import study_of, study_options
+from robustbench_cure.cli.options import STUDY, taking
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.request import Request
 
 
 class _Even(click.IntRange):
@@ -23,7 +24,7 @@ class _Even(click.IntRange):
 
 
 @click.command()
-@study_options
+@STUDY
 @click.option("--norm", type=click.Choice(["linf", "l2"]), help="Default: that of the model's battery.")
 @click.option("--eps", metavar="8/255", help="Default: that of the model's battery.")
 @click.option(
@@ -49,7 +50,8 @@ class _Even(click.IntRange):
     multiple=True,
     help="Verdicts that make the exit code 1; repeatable.",
 )
-def masking(words: list[str] | None, /, **options: Any) -> int:
+@taking(Request)
+def masking(request: Request, /, **options: Any) -> int:
     """Are gradients masked? Sixteen checks and a verdict.
 
     SPSA against PGD, more effort, larger balls, noise, gradient-free attacks, planted adversarial
@@ -59,6 +61,7 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     from robustbench_cure.classifier import with_memory
     from robustbench_cure.evaluation.preflight import first_pass
     from robustbench_cure.masking.evidence import Settings
+    from robustbench_cure.studies.engine import open_study
     from robustbench_cure.studies.masking import masking as run
     from robustbench_cure.zoo.models import load_model
 
@@ -66,16 +69,16 @@ def masking(words: list[str] | None, /, **options: Any) -> int:
     work = {key: options.pop(key) for key in own}
     norm, eps, fail_on = options.pop("norm"), options.pop("eps"), options.pop("fail_on")
     surrogate = options.pop("surrogate")
-    study = study_of("masking", words, options, 200)
+    study = open_study("masking", request, default_n=200, precision=None)
     if surrogate is not None:
-        surrogate = load_model(surrogate, device=options["device"], data=study.data, cards=options["cards"])
+        surrogate = load_model(surrogate, device=request.device, data=study.data, cards=request.cards)
         try:
             with_memory(surrogate, partial(first_pass, surrogate, study.data))
         except UsageError as error:
             raise UsageError(f"--surrogate: {error}") from error
     return run(
         study,
-        threat=_threat(study.models, norm, eps, options["cards"]),
+        threat=_threat(study.models, norm, eps, request.cards),
         settings=Settings(**work, seed=study.seed),
         fail_on=fail_on,
         surrogate=surrogate,

@@ -16,7 +16,7 @@ from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.evaluation.verify import judge
-from robustbench_cure.files import Kept
+from robustbench_cure.files import Cache
 from robustbench_cure.interop.square import square
 from robustbench_cure.masking.work import Progress, Work, unheard
 from robustbench_cure.threat import ThreatModel
@@ -96,7 +96,7 @@ class Evidence:
         settings: Settings,
         *,
         progress: Progress = unheard,
-        kept: Kept | None = None,
+        kept: Cache | None = None,
         surrogate: Classifier | None = None,
     ) -> None:
         self.classifier, self.threat, self.settings, self.surrogate = classifier, threat, settings, surrogate

@@ -10,7 +10,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.preflight import preflight
-from robustbench_cure.files import Kept
+from robustbench_cure.files import Cache
 from robustbench_cure.masking.checks import CHECKS
 from robustbench_cure.masking.evidence import Evidence, Settings
 from robustbench_cure.masking.finding import Finding
@@ -94,7 +94,7 @@ def diagnose(
     settings: Settings | None = None,
     *,
     progress: Progress = unheard,
-    kept: Kept | None = None,
+    kept: Cache | None = None,
     surrogate: Classifier | None = None,
 ) -> Diagnosis:
     """Run every check on a model.

@@ -12,7 +12,7 @@ import click
 import pandas as pd
 
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.files import Kept
+from robustbench_cure.files import Cache
 from robustbench_cure.masking import scatter
 from robustbench_cure.masking.evidence import Evidence, Settings
 from robustbench_cure.masking.explanations import EXPLANATIONS, STRONGER
@@ -82,7 +82,7 @@ def _diagnose(
 ) -> Diagnosis:
     other = "" if surrogate is None else surrogate.model_info().weights_sha256
     identity = study.identity(name, threat=threat, surrogate=other, **asdict(settings))
-    kept = Kept(study.out / f"outcomes-{name}.npz", identity)
+    kept = Cache(study.out / f"outcomes-{name}.npz", identity)
     with ProgressLine(name, "%") as line:
 
         def progress(done: float, total: float, doing: str) -> None:
