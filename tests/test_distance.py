@@ -14,8 +14,8 @@ from torch import nn
 
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
-from robustbench_cure.geometry import distance_study
 from robustbench_cure.geometry.distance import FIRST, GRID, RATIO, SHARE, one_step, smallest
+from robustbench_cure.studies import distance as distance_study
 
 SHAPE, SIZE = (3, 8, 8), 192
 

@@ -22,15 +22,15 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import charts
-from robustbench_cure.geometry import curvature as curvature_module
+from robustbench_cure.geometry.bounds import THRESHOLD, TwoClass, theorem
 from robustbench_cure.geometry.curve import robust_rows
-from robustbench_cure.geometry.hessian import alignment
+from robustbench_cure.geometry.hessian import alignment, eigenvalues, spectrum
 from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.plane import normal_plane, scan
-from robustbench_cure.geometry.profile import eigenvalues, spectrum
 from robustbench_cure.geometry.space import normalised_space
-from robustbench_cure.geometry.theorem import THRESHOLD, TwoClass, theorem
+from robustbench_cure.studies import bounds as bounds_study
+from robustbench_cure.studies import curvature as curvature_study
+from robustbench_cure.studies import curve as curve_study
 from robustbench_cure.studies.engine import Study
 
 
@@ -40,7 +40,9 @@ def invoke(*arguments: str):
 
 def refused(*arguments: str) -> str:
     with pytest.raises((UsageError, click.ClickException)) as caught:
-        invoke(*arguments)
+        CliRunner().invoke(
+            cli, [*arguments, "--device", "cpu"], standalone_mode=False, catch_exceptions=False
+        )
     return str(caught.value)
 
 
@@ -181,7 +183,7 @@ def test_an_interrupted_profile_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         return spectrum(*arguments, **options)
 
     monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(curvature_module, "spectrum", stopping)
+    monkeypatch.setattr(curvature_study, "spectrum", stopping)
     stopped = CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")])
     assert stopped.exit_code != 0
     found = np.load(tmp_path / "parts" / "spectra-digits_pgd_at.npz")["eigenvalues"]
@@ -214,7 +216,7 @@ def test_the_ends_alone_go_on_too(tmp_path, monkeypatch):
         return lanczos(*arguments, **options)
 
     monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(curvature_module, "lanczos", stopping)
+    monkeypatch.setattr(curvature_study, "lanczos", stopping)
     assert CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")]).exit_code != 0
     calls[:] = [1] * 3
     invoke(*common, "--out", str(tmp_path / "parts"))
@@ -246,9 +248,9 @@ def test_an_interrupted_curve_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         asked.append(len(known))
         return robust_rows(*arguments, known=known, **options)
 
-    monkeypatch.setattr(charts, "robust_rows", stopping)
+    monkeypatch.setattr(curve_study, "robust_rows", stopping)
     assert CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")]).exit_code != 0
-    monkeypatch.setattr(charts, "robust_rows", asking)
+    monkeypatch.setattr(curve_study, "robust_rows", asking)
     invoke(*common, "--out", str(tmp_path / "parts"))
     assert asked == [2]
     for name in ("curve.csv", "curve.png", "curve-digits_cure.npz"):
@@ -260,7 +262,7 @@ def test_the_curve_tells_how_far_it_is():
     classifier = load_model("digits_cure", device="cpu", batch_size=5)
     told = []
     eps = [Fraction(0), Fraction(1, 20), Fraction(1, 10)]
-    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, pulse=told.append)
+    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, advance=told.append)
     assert told == sorted(told)
     assert told[0] == 1
     assert told[-1] == 3
@@ -324,10 +326,10 @@ def test_models_that_normalise_are_measured_behind_their_normalisation(tmp_path)
     )
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     top = logits.topk(2, dim=1).values
-    for verb, run in (("curvature", curvature_module.curvature), ("bounds", charts.bounds)):
-        study = Study(verb, {"own": classifier}, data, tmp_path / verb, 0.01, 0, "")
+    for verb in ("curvature", "bounds"):
+        study = Study(verb=verb, models={"own": classifier}, data=data, out=tmp_path / verb)
         if verb == "bounds":
-            table = run(study, iterations=4)
+            table = bounds_study.measure(study, bounds_study.Settings(step=0.01, iterations=4))
             expected = math.log(2) - (top[:, 1] - top[:, 0]).exp().log1p()
             assert np.allclose(table["c"], expected, atol=1e-5)
             # The nearest boundary of linear logits, in normalised units.
@@ -343,7 +345,8 @@ def test_models_that_normalise_are_measured_behind_their_normalisation(tmp_path)
             nearest[nearest.isnan()] = torch.inf
             assert np.allclose(table["deepfool"], nearest.amin(0), rtol=1e-3)
         else:
-            table = run(study, method="dense", basis="canonical", iterations=4, directions=2)
+            settings = curvature_study.Settings(step=0.01, spectrum="dense", iterations=4, directions=2)
+            table = curvature_study.measure(study, settings)
             assert np.allclose(table["loss"], losses, atol=1e-5)
 
 

@@ -365,12 +365,9 @@ def _draw_paths(study: Study, labels: dict[str, Tensor], rows: pd.DataFrame, spa
             scenario, pair = bent.iloc[0][["scenario", "pair"]]
             noise = _streams(study, scenario, [pair])
             ends = draw_pairs(classifier, study.images, labels[name], scenario, noise)
-            # Among other pairs it was another batch, and other rounding: it need not bend again.
-            path = _join(classifier, ends, labels[name], spacing)[0]
-            if path is not None and path.points is not None and path.anchors:
-                section = path_section(classifier, path.points)
-                if section is not None:
-                    sections[name] = section
+            section = section_of(classifier, _join(classifier, ends, labels[name], spacing)[0])
+            if section is not None:
+                sections[name] = section
     if not sections:
         return []
     study.archive(
@@ -390,6 +387,16 @@ def _draw_paths(study: Study, labels: dict[str, Tensor], rows: pd.DataFrame, spa
             "path with its anchors (right); across it the normal r of the boundary nearest to the first end.",
         )
     ]
+
+
+def section_of(classifier: Classifier, path: Path | None) -> PathSection | None:
+    """Labels around a path; None without one, or where it is straight.
+
+    A path that was bent need not be bent again: among other pairs it was another batch, and other rounding.
+    """
+    if path is None or path.points is None or not path.anchors:
+        return None
+    return path_section(classifier, path.points)
 
 
 def _path_figure(sections: dict[str, PathSection]) -> Figure:
