@@ -38,6 +38,8 @@ from robustbench_cure.geometry.hessian import random_basis
 from robustbench_cure.studies import boundary as boundary_study
 from robustbench_cure.studies import detection as detection_study
 
+pytestmark = pytest.mark.usefixtures("svg_only")
+
 SHAPE = (1, 4, 5)
 SIZE = 20
 RADIUS = 0.5

@@ -35,6 +35,8 @@ from robustbench_cure.studies import connectivity as connectivity_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.zoo.models import load_model
 
+pytestmark = pytest.mark.usefixtures("svg_only")
+
 SHAPE = (1, 1, 2)
 
 

@@ -34,6 +34,8 @@ from robustbench_cure.geometry.shared import (
 from robustbench_cure.studies import shared as shared_study
 from robustbench_cure.studies.shared import LENGTHS, Unseen, changed_by_noise
 
+pytestmark = pytest.mark.usefixtures("svg_only")
+
 SHAPE = (1, 4, 5)
 SIZE = 20
 

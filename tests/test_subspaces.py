@@ -26,6 +26,8 @@ from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.models import load_model
 
+pytestmark = pytest.mark.usefixtures("svg_only")
+
 L2 = ThreatModel.parse("l2", "0")
 SHAPE = (3, 8, 8)
 SIZE = math.prod(SHAPE)

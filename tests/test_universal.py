@@ -27,6 +27,8 @@ from robustbench_cure.studies import universal as universal_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 
+pytestmark = pytest.mark.usefixtures("svg_only")
+
 SHAPE = (1, 4, 4)
 
 

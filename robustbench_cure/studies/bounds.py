@@ -83,7 +83,7 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
             ),
             study.figure(
                 "bounds-curvature",
-                _closed_form(),
+                closed_form(),
                 "Bounds against curvature",
                 "The bounds as functions of the largest curvature, for ||g|| = 1, c = 1 and g.u = 0.5.",
             ),
@@ -160,7 +160,7 @@ def _scatter(tables: dict[str, pd.DataFrame]) -> Figure:
         return figure
 
 
-def _closed_form() -> Figure:
+def closed_form() -> Figure:
     """The bounds over the curvature (CURE paper, figure 4)."""
     nu = np.linspace(0, 10, 201)
     one = torch.ones(len(nu))
