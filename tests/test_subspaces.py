@@ -273,7 +273,7 @@ def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
         assert f"{line['beta']:.3f}{'*' * (len(part) < 20)} " in run.output
     page = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
     assert "affine" in page
-    assert "to the first change of label on the way" in page
+    assert "to the first change of label" in page
     assert "data:image/svg+xml" in page
     # Lengths are those of cut perturbations of the very images, each in the subspace of its own stream.
     model, data = load_model("digits_cure", device="cpu", precision="fp32"), load_dataset("digits").subset(20)

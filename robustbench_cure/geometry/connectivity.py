@@ -12,11 +12,11 @@ lie in the region, not what is between them. Points are not cut to [0, 1].
 
 Deviations. (1) The segment between the ends is tried first, as in the text. (2) Only the half that is not
 inside is divided further, at most `DEPTH` times. (3) Samples are taken from coarse to fine, and a segment
-is dropped at the first one outside: the result is that of all samples. (4) An anchor is
-moved on into the region as far again as it was moved to get there. On the boundary itself, or a fiftieth
+is dropped at the first one outside: the result is that of all samples. (4) An anchor is moved on into the
+region as far again as it was moved to get there. On the boundary itself, or a fiftieth
 beyond it, anchors lie closer to it than the next chord cuts into it wherever the boundary bends away, and
-bisection ends only where samples no longer tell: after hundreds of anchors, or not at all. Half as far is not
-enough for some ends that lie on such a boundary themselves. D - 1 grows by a factor of 4 at most.
+bisection ends only where samples no longer resolve it: after hundreds of anchors, or not at all. Half as far
+is not enough for some ends that lie on such a boundary themselves. D - 1 grows by a factor of 4 at most.
 
 Pairs of points: one end is an image, and its predicted label names the region. The other end is
 

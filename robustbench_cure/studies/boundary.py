@@ -54,17 +54,17 @@ near zero, and more bending away than towards.
 
 Finite differences whose step is the distance of the boundary, unless the settings say otherwise: the
 boundary of a piecewise linear network is curved at that scale only. "Curvature" is the mean over all
-directions, "largest" and "smallest" are the ends of the principal curvatures, all of them averaged over the
+directions, "largest" and "smallest" are the extreme principal curvatures, all of them averaged over the
 images. "Away" counts the images whose boundary bends away from them on average; "towards" the minimally
 perturbed images whose nearest boundary bends towards them: mostly the same boundary seen from its other side.
 Both are out of the boundaries with a known curvature.
 
 Each is the boundary near the point where DeepFool ends, which need not be the nearest one of all: "cosine" in
-the files is that between its way and the normal of the boundary, 1 at the nearest point.
+the files is that between its perturbation and the normal of the boundary, 1 at the nearest point.
 """)
 NOTE = """\
 away: boundaries that bend away from their image (mean curvature below 0);
-towards: those that bend towards an image carried just past them."""
+towards: those that bend towards an image moved just past them."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,6 @@ def _draw_means(study: Study, samples: dict[str, pd.DataFrame]) -> Shown:
         "mean",
         figure,
         "Mean curvature of the boundary",
-        "Mean curvature of the boundary nearest to the images, and of the one nearest to the images carried "
+        "Mean curvature of the boundary nearest to the images, and of the one nearest to the images moved "
         "past it. The thesis finds the first left of zero and the second right of it.",
     )

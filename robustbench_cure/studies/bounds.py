@@ -26,11 +26,11 @@ from robustbench_cure.studies.engine import Columns, Study, counter, open_study,
 LEAD = paragraphs("""
 If the loss were quadratic around an image, its distance to the threshold would lie between two bounds
 that fall as the curvature nu grows. Here they are computed for the log-loss of the label against the
-best other class, whose threshold log 2 is exactly the change of label, and set beside the distance
-DeepFool finds in the same normalised inputs, without its 2 % overshoot. "Quadratic" is the exact distance of
-the quadratic model.
+best other class, whose threshold log 2 is exactly the change of label, and compared with the distance
+that DeepFool finds in the same normalised inputs, without its 2 % overshoot. "Quadratic" is the exact
+distance of the quadratic model.
 
-Networks are not quadratic: the last column says how often the found distance lies inside. The model
+Networks are not quadratic: the last column says how often DeepFool's distance lies inside. The model
 depends on the step: where it is longer than the distance it sees past the boundary. Images that
 are misclassified, or along which the loss does not curve upwards, are left out.
 """)
@@ -72,7 +72,7 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
             for name, table in known.items()
         ],
         COLUMNS,
-        title="Bounds of Theorem 1 beside DeepFool",
+        title="Bounds of Theorem 1 and distances by DeepFool",
         lead=LEAD,
         figures=[
             study.figure(

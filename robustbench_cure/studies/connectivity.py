@@ -57,16 +57,16 @@ NO_END, NOT_FOUND, BENT, STRAIGHT = range(4)
 
 LEAD = paragraphs("""
 Is a classification region connected? Two points with the same predicted label are joined by a polyline that
-does not leave their region: two images; an image and one of another region, carried into the first one's by
-the smallest perturbation; an image and a random point of an image's norm, carried likewise. Pairs whose
-second point cannot be carried there, or lies on a tie of two labels, are left out.
+does not leave their region: two images; an image and one of another region, moved into the first one's by
+the smallest perturbation ("carried"); an image and a random point of an image's norm, moved likewise. Pairs
+whose second point cannot be moved there, or lies on a tie of two labels, are left out.
 
 "Straight" are the pairs that a segment joins. "Anchors" is the mean number of points between the ends, D the
-length of the path over the distance of its ends: first over all paths found, segments among them, as in the
+length of the path over the distance of its ends: first over all paths, segments among them, as in the
 thesis, then over those where a segment is not enough. "Outside" is the share of anchors with a pixel outside
 [0, 1]; a dash: there is no such path. The thesis finds a path for all pairs, with about 10 anchors and
-D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples only, and where none is
-found there may still be one.
+D = 1 + 1e-4: regions are connected though not convex. A path is known at its samples only, and where the
+search fails there may still be one.
 
 A region is convex if every convex combination of its images stays in it; for two images the thesis finds
 that with probability about 0.8, and less for more.
@@ -382,7 +382,7 @@ def _draw_paths(study: Study, labels: dict[str, Tensor], rows: pd.DataFrame, spa
         study.figure(
             "path",
             _path_figure(sections),
-            "A segment that leaves the region, and the path found instead",
+            "A segment that leaves the region, and the path that does not",
             "Green: the region of both ends. The line in the middle of a panel is the segment (left) or the "
             "path with its anchors (right); across it the normal r of the boundary nearest to the first end.",
         )
@@ -417,7 +417,7 @@ def _path_figure(sections: dict[str, PathSection]) -> Figure:
         grid[0][0].set_title("segment")
         grid[0][1].set_title("path")
         for axes in grid[-1]:
-            axes.set_xlabel("share of the way")
+            axes.set_xlabel("share of the length")
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
         return figure
 

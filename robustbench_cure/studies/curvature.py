@@ -140,10 +140,10 @@ def _samples(
     starts = Noise.for_samples(study.seed, "lanczos", study.data.ids, u.device)
     noise = Noise.for_samples(study.seed, "frobenius", study.data.ids, u.device)
 
-    def columns(rows: range) -> Mapping[str, Values]:
+    def measured(rows: range) -> Mapping[str, Values]:
         part = torch.arange(rows.start, rows.stop, device=u.device)
         at, labels = u[part], y[part]
-        found = {
+        columns = {
             "loss": space.losses(at, labels),
             "gradient_norm": gradients(space, at, labels).flatten(1).norm(dim=1),
             "frobenius": frobenius(
@@ -155,11 +155,11 @@ def _samples(
             extremes = lanczos(
                 space, at, labels, h=h, iterations=iterations, noise=starts[part], advance=advance
             )
-            found |= {key: getattr(extremes, key) for key in ("largest", "smallest", "alignment")}
-        return {key: value.detach().cpu().double().numpy() for key, value in found.items()}
+            columns |= {key: getattr(extremes, key) for key in ("largest", "smallest", "alignment")}
+        return {key: value.detach().cpu().double().numpy() for key, value in columns.items()}
 
     size = space.network.batch_size
-    rows = study.by_image(cache, columns, size=size, advance=advance, cost=iterations + directions)
+    rows = study.by_image(cache, measured, size=size, advance=advance, cost=iterations + directions)
     return {key: column.astype(np.float64) for key, column in rows.items()}
 
 

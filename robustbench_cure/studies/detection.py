@@ -40,29 +40,28 @@ from robustbench_cure.studies.plots import Curve
 CHOSEN = "chosen r"
 
 LEAD = paragraphs("""
-Can perturbed images be told from natural ones by how the boundaries around them bend? The score of an image
-is the mean curvature of the level sets through it, over random directions and all other classes. The thesis
-finds it negative for natural images and positive for images carried just past a boundary, which then bends
-towards them.
+Can perturbed images be detected by the curvature of the boundaries around them? The score of an image is the
+mean curvature of the level sets through it, over random directions and all other classes. The thesis finds it
+negative for natural images and positive for images moved just past a boundary, which then bends towards them.
 
-AUC is the probability that a perturbed image scores higher than a natural one: 0.5 is guessing, less says
+AUC is the probability that a perturbed image scores higher than a natural one: 0.5 is guessing, less means
 that the sign is the other one. "a r" is DeepFool's smallest perturbation times a; "noise" has its length
-and no direction, and should not be told; "chosen r" is an attacker who knows the detector and takes for
+and no direction, and should not be detected; "chosen r" is an attacker who knows the detector and takes for
 each image the scale of lowest score. "Flagged" is the share with a score of 0 or more: of natural images,
 false alarms. "Accuracy" counts natural and perturbed images at the best threshold, which is chosen on one
-half of the images and judged on the other, both ways. "Restored" is the share of flagged images, among those
-whose label was changed, that are given it back.
+half of the images and evaluated on the other, and the reverse. "Restored" is the share of flagged images,
+among those whose label was changed, that get their label back.
 
 With "--at boundary" the curvature is that of the nearest boundary, and the label beyond it the one that is
-given back.
+restored.
 
-A detector is a defence only against attackers who do not know it: this page says what curvature tells, not
+A detector is a defence only against attackers who do not know it: this page shows what curvature reveals, not
 that a model is robust.
 """)
 NOTE = """\
 a r: the smallest perturbation times a; chosen r: the least suspicious of these.
 flagged: called perturbed, natural images by mistake; accuracy: at the threshold
-best for other images; restored: changed labels found again, where flagged."""
+best for other images; restored: labels before the change, where flagged."""
 
 
 @dataclass(frozen=True)

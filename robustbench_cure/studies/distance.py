@@ -113,10 +113,10 @@ def _distances(study: Study, name: str, norms: tuple[Norm, ...]) -> dict[Norm, A
         return {norm: measure_in(norm) for norm in norms}
 
 
-def _images(study: Study, name: str, norm: Norm, found: Arrays, step: OneStep) -> pd.DataFrame:
+def _images(study: Study, name: str, norm: Norm, rows: Arrays, step: OneStep) -> pd.DataFrame:
     """One row an image: the distance, the image's own norm, and their ratio."""
     size = distance_between(norm, torch.zeros_like(study.images).double(), study.images.double()).numpy()
-    length = found["length"].astype(np.float64)
+    length = rows["length"].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         rho, rho_fgsm = (
             np.where(size > 0, values / size, np.nan) for values in (length, step.lengths(norm).numpy())
@@ -129,7 +129,7 @@ def _images(study: Study, name: str, norm: Norm, found: Arrays, step: OneStep) -
             "distance": length,
             "image_norm": size,
             "rho": rho,
-            "steps": found["steps"].astype(np.int64),
+            "steps": rows["steps"].astype(np.int64),
             "rho_fgsm": rho_fgsm,
         }
     )

@@ -69,8 +69,8 @@ PICTURES = 6
 LEAD = paragraphs("""
 Do boundaries near different images have something in common? From the boundaries near some of the images
 come three subspaces: S_f of their normals, S_c of the directions along which they bend towards the images
-on average, and the u_i, the directions along which they bend most, either way. All are judged on the
-others.
+on average, and the u_i, the directions along which they bend most, of either sign. All are evaluated on
+the others.
 
 "Attack", "difference" and "shift" are the shares of their length that adversarial perturbations, differences
 of two images and the shift of an image by a pixel have among the first m directions u_i; a random vector has
@@ -136,12 +136,12 @@ class Unseen:
 
 @dataclass(frozen=True)
 class _Findings:
-    """One model's subspaces, what they are worth on unseen images, and the model's row of the table.
+    """One model's subspaces, their evaluation on unseen images, and the model's row of the table.
 
     Attributes:
         subspaces: learned.
         rho: relative curvature along every u_i, (m,).
-        bending: curvature along random vectors of the subspaces, by dimension.
+        curvature: along random vectors of the subspaces, by dimension.
         fooling: unseen images fooled by such vectors, by dimension.
         noise: labels changed by noise inside and outside the u_i, by length.
         row: of the table.
@@ -149,7 +149,7 @@ class _Findings:
 
     subspaces: SharedSubspaces
     rho: Values
-    bending: pd.DataFrame
+    curvature: pd.DataFrame
     fooling: pd.DataFrame
     noise: pd.DataFrame
     row: dict[str, Any]
@@ -229,10 +229,10 @@ def _measure_model(
     length = usual if settings.xi is None else float(settings.xi)
     subspaces = _learn(study, name, learn, m, step)
     rho = _relative(unseen, subspaces, step, settings.directions)
-    bending = bending_by_dimension(unseen, subspaces, step, draws)
+    curvature = curvature_by_dimension(unseen, subspaces, step, draws)
     fooling = fooling_by_dimension(unseen, subspaces, length, draws)
-    row = _row(name, unseen, subspaces, rho, fooling, bending) | {"length": length}
-    return _Findings(subspaces, rho, bending, fooling, changed_by_noise(unseen, subspaces), row)
+    row = _row(name, unseen, subspaces, rho, fooling, curvature) | {"length": length}
+    return _Findings(subspaces, rho, curvature, fooling, changed_by_noise(unseen, subspaces), row)
 
 
 # --- learning --------------------------------------------------------------------------------------------
@@ -278,15 +278,15 @@ def _boundaries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normals r/||r|| (k, d), extreme eigenvectors (any, d) and the mean projected Hessian (d, d)."""
     classifier, d, n = study.models[name], study.inputs, len(images)
-    x, found = images.images, cache.rows
+    x, rows = images.images, cache.rows
     near = nearest_of(name, classifier, x)
     _refuse_few(name, int(near.exists.sum()), images, m)  # before the gradients, not after
     h = steps_of(near, step)
     rotation = random_basis(d - 1, study.seed, classifier.device)
-    done = int(found["done"]) if found else 0
-    normals = list(found["normals"]) if found else []
-    curvatures = list(found["curvatures"]) if found else []
-    total = torch.from_numpy(found["total"]) if found else torch.zeros((d, d), dtype=torch.float64)
+    done = int(rows["done"]) if rows else 0
+    normals = list(rows["normals"]) if rows else []
+    curvatures = list(rows["curvatures"]) if rows else []
+    total = torch.from_numpy(rows["total"]) if rows else torch.zeros((d, d), dtype=torch.float64)
     cost = 2 * (d - 1)
     with counter(name, "gradients", n * cost, "curvature") as advance:
         advance.done = done * cost
@@ -354,7 +354,7 @@ def _dimensions(m: int, most: int) -> list[int]:
     return sorted({*powers, min(m, most), most})
 
 
-def bending_by_dimension(
+def curvature_by_dimension(
     unseen: Unseen, subspaces: SharedSubspaces, step: float | None, draws: int
 ) -> pd.DataFrame:
     """S(x): curvature of boundaries along random vectors of a subspace, by its dimension (thesis, Fig. 6.9a).
@@ -439,7 +439,7 @@ def _row(
     subspaces: SharedSubspaces,
     rho: Values,
     fooling: pd.DataFrame,
-    bending: pd.DataFrame,
+    curvature: pd.DataFrame,
 ) -> dict[str, Any]:
     """One model's row of the table: subspaces at the dimension asked for, or at all there are of fewer."""
     m, d = subspaces.curved.shape
@@ -456,13 +456,13 @@ def _row(
         "rho_1": float(rho[0]),
         "rho_mean": float(rho.mean()),
     }
-    fools, bends = (table.set_index(["subspace", "m"]) for table in (fooling, bending))
+    fools, curves = (table.set_index(["subspace", "m"]) for table in (fooling, curvature))
     for kind, at in dimensions.items():
         row[f"fooled_{kind}"] = fools.loc[(kind, at), "fooled"]
         for key in ("std", "ci_low", "ci_high"):
             row[f"fooled_{kind}_{key}"] = fools.loc[(kind, at), key]
-        row[f"curvature_{kind}"] = bends.loc[(kind, at), "mean"]
-        row[f"curvature_{kind}_std"] = bends.loc[(kind, at), "std"]
+        row[f"curvature_{kind}"] = curves.loc[(kind, at), "mean"]
+        row[f"curvature_{kind}_std"] = curves.loc[(kind, at), "std"]
     return row
 
 
@@ -485,7 +485,7 @@ COLUMNS: Columns = {
 def _figures(study: Study, findings: dict[str, _Findings], learn: EvalSet) -> list[Shown]:
     subspaces = {name: finding.subspaces for name, finding in findings.items()}
     return [
-        _draw_bending(study, {name: finding.bending for name, finding in findings.items()}),
+        _draw_curvature(study, {name: finding.curvature for name, finding in findings.items()}),
         _draw_fooling(study, {name: finding.fooling for name, finding in findings.items()}),
         _draw_noise(study, {name: finding.noise for name, finding in findings.items()}),
         _draw_relative(study, {name: finding.rho for name, finding in findings.items()}),
@@ -495,7 +495,7 @@ def _figures(study: Study, findings: dict[str, _Findings], learn: EvalSet) -> li
     ]
 
 
-def _draw_bending(study: Study, tables: dict[str, pd.DataFrame]) -> Shown:
+def _draw_curvature(study: Study, tables: dict[str, pd.DataFrame]) -> Shown:
     """S(x) by the dimension that the vectors are drawn from (thesis, Fig. 6.9a)."""
     study.tables("shared-bending", tables)
     figure = _by_dimension(tables, "mean", ylabel="S(x) (1/pixel)")

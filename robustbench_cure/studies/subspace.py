@@ -39,37 +39,38 @@ AFFINE_PROBABILITY = 0.9
 TITLES = {"random": "Perturbations in random subspaces", "dct": "Perturbations by frequency"}
 LEADS = {
     "random": paragraphs("""
-How much longer a perturbation must be when it may use a random subspace of m of the d inputs only: on the
-way from noise (m = 1) to the worst case (m = d). A subspace is drawn for every image anew. Lengths end where
-the label first changes on DeepFool's way, not where DeepFool ends; on a line (m = 1) both ways are looked
-along.
+How much longer a perturbation must be when it may use a random subspace of m of the d inputs only: between
+noise (m = 1) and the worst case (m = d). A subspace is drawn for every image anew. Lengths end where
+the label first changes along DeepFool's perturbation, not where DeepFool ends; on a line (m = 1) both
+directions are searched.
 
 beta = sqrt(m/d) x (shortest in the subspace) / (shortest of all), averaged over the images. Flat boundaries
 keep it in the interval named below, near 1 for all but few m, and the thesis finds real networks there, down
 to m = d/100. Where m is a few, some subspaces run along the nearest boundary and make the mean large, others
 meet the boundary of another class first: the median is then the better number, and neither tells curvature.
 
-In the median and the interval, images for which nothing was found in the subspace count as infinitely far; a
+In the median and the interval, images without a perturbation in the subspace count as infinitely far; a
 star marks means without them.
 """),
     "dct": paragraphs("""
 The shortest perturbation made of one band of frequencies alone (blocks along the diagonal of the discrete
-cosine transform), beside the shortest of all. Lengths end where the label first changes on DeepFool's way; in
-a band of one frequency both ways are looked along.
+cosine transform), and the shortest of all. Lengths end where the label first changes along DeepFool's
+perturbation; in a band of one frequency both directions are searched.
 
 beta = sqrt(m/d) x rho in the band / rho, where rho is the mean over the images of the perturbation's length
 divided by the image's own (thesis, Eq. 3.20): 1 is what a random subspace of the same dimension gives. Below
 1 the network reacts to this band more than to noise. Median and std are those of the ratios of single images.
 
-In the median, images for which nothing was found in the band count as infinitely far. A star marks numbers
+In the median, images without a perturbation in the band count as infinitely far. A star marks numbers
 without them: of the images easiest to move, and so too small.
 """),
 }
 BETAS = {"random": "mean of the ratios (thesis, Table 5.1)", "dct": "ratio of the means (thesis, Eq. 3.20)"}
 CAPTIONS = {
-    "random": "Mean over the images found. The grey band is where beta of a single image lies with "
-    f"probability {100 * AFFINE_PROBABILITY:.0f} % if the classifier is affine.",
-    "dct": "Of the images found; band 0 holds the lowest frequencies. 1: as sensitive as to noise.",
+    "random": "Mean over the images with such a perturbation. The grey band is where beta of a single image "
+    f"lies with probability {100 * AFFINE_PROBABILITY:.0f} % if the classifier is affine.",
+    "dct": "Of the images with such a perturbation; band 0 holds the lowest frequencies. 1: as sensitive as "
+    "to noise.",
 }
 
 
@@ -145,8 +146,8 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
         settings={
             "subspaces": kind,
             "dimensions": ", ".join(str(part.m) for part in chosen),
-            "attack": "DeepFool, l2, to the nearest boundary, not cut to the box; on lines both ways",
-            "lengths": "to the first change of label on the way",
+            "attack": "DeepFool, l2, to the nearest boundary, not cut to the box; on lines both directions",
+            "lengths": "to the first change of label",
             "beta": BETAS[kind],
         },
     )

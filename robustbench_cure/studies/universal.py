@@ -51,11 +51,11 @@ LENGTHS = np.linspace(0, 2, 11)
 PICTURES = 6
 
 LEAD = paragraphs("""
-One perturbation added to every image, sought on half of the images (by DeepFool on one after the other, or by
-the gradient of batches; kept short) and judged on the other half, on both with the sum cut to [0, 1]: what
-counts is an image. "Sought" and "fooled" are the shares of images, in per cent, whose predicted label changes
-on the one and on the other; "random" is that of noise of the largest length allowed, on average over several
-vectors.
+One perturbation added to every image, computed on half of the images (by DeepFool on one after the other, or
+by the gradient of batches; kept short) and evaluated on the other half, on both with the sum cut to [0, 1]:
+what counts is an image. "Sought" and "fooled" are the shares of images, in per cent, whose predicted label
+changes on the one and on the other; "random" is that of noise of the largest length allowed, on average over
+several vectors.
 
 The thesis finds such perturbations for all networks it looks at; they carry over to other networks, and most
 images end at the same few labels. Below the pictures: for how many labels some images change, which labels
@@ -108,8 +108,8 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
         raise UsageError(f"--n {len(study.data)}: a universal perturbation needs at least 4 images")
     threat = ThreatModel(settings.norm, settings.xi or default_length(study, settings.norm))
     half = len(study.data) // 2
-    seen, test = study.data.take(range(half)), study.data.take(range(half, len(study.data)))
-    perturbations = {name: _search(study, name, seen, threat, settings) for name in study.models}
+    first, test = study.data.take(range(half)), study.data.take(range(half, len(study.data)))
+    perturbations = {name: _search(study, name, first, threat, settings) for name in study.models}
     zero = torch.zeros(test.images.shape[1:])
     held_out = _HeldOut(
         test, {name: labels_with(model, test.images, zero) for name, model in study.models.items()}
@@ -117,7 +117,7 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
     curves, changes = {}, {}
     for name, classifier in study.models.items():
         v, clean = perturbations[name].v, held_out.clean[name]
-        others = baselines(classifier, seen.images, norm=settings.norm, seed=study.seed)
+        others = baselines(classifier, first.images, norm=settings.norm, seed=study.seed)
         curves[name] = by_length(classifier, test.images, clean, threat, {"universal": v[None], **others})
         changes[name] = label_changes(clean, labels_with(classifier, test.images, v), test.classes)
     table = pd.DataFrame(
@@ -280,7 +280,7 @@ def describe(changes: pd.DataFrame) -> str:
 
 
 def _row(
-    name: str, state: Universal, curve: pd.DataFrame, changes: pd.DataFrame, seen: int, n: int
+    name: str, state: Universal, curve: pd.DataFrame, changes: pd.DataFrame, searched: int, n: int
 ) -> dict[str, Any]:
     """Rates of one perturbation on the ``n`` held-out images, on its own model."""
     rate = Rate(int(changes["count"].sum()), n)
@@ -293,7 +293,7 @@ def _row(
         "l2": float(state.v.norm()),
         "linf": float(state.v.abs().max()),
         "fooled_sought": max(state.fooled),
-        "n_sought": seen,
+        "n_sought": searched,
         "fooled": rate.value,
         "n": rate.total,
         "ci_low": low,
