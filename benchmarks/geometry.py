@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.geometry.hessian import columns
+from robustbench_cure.geometry.hessian import columns, eigenvalues
 from robustbench_cure.geometry.lanczos import lanczos
-from robustbench_cure.geometry.profile import eigenvalues
 from robustbench_cure.geometry.space import Space, normalised_space
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and keeping what interrupted work has finished."""
+"""Writing files so that a reader never sees half of one, and a cache for interrupted work."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def refuse_files(out: Path) -> None:
             raise UsageError(f"--out {out}: {part} is a file, not a directory; choose another --out")
 
 
-class Kept:
-    """One .npz file of finished rows.
+class Cache:
+    """One .npz file of finished rows, from which interrupted work continues.
 
     Args:
         path: the file; read at once if it is there.
-        identity: what must agree for its rows to be gone on with.
+        identity: what must agree for its rows to be used.
 
     Attributes:
-        rows: what an earlier run left; empty: nothing.
+        rows: arrays by name that an earlier run finished; empty without one.
 
     Raises:
         UsageError: the file is damaged, or of another measurement.
@@ -81,8 +81,8 @@ class Kept:
         self.rows: dict[str, NDArray[np.generic]] = self._read() if path.exists() else {}
         self.last = time.monotonic()
 
-    def keep(self, rows: Arrays) -> None:
-        """Write the rows, if the last time is long enough ago."""
+    def update(self, rows: Arrays) -> None:
+        """Write the rows, unless the last time was less than `INTERVAL` ago."""
         if time.monotonic() - self.last >= INTERVAL:
             self.write(rows)
 
@@ -100,10 +100,10 @@ class Kept:
 
         try:
             with np.load(self.path, allow_pickle=False) as archive:
-                found = {name: archive[name] for name in archive.files}
-            same = str(found.pop("identity")) == self.identity
+                rows = {name: archive[name] for name in archive.files}
+            same = str(rows.pop("identity")) == self.identity
         except Exception:  # zipfile, NumPy and zlib each have their own
             raise UsageError(f"{self.path}: damaged: delete it to measure again") from None
         if not same:
             raise UsageError(f"{self.path}: of another measurement: choose another --out")
-        return found
+        return rows

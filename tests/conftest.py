@@ -137,6 +137,16 @@ def digits_test():
     return data.images, data.labels
 
 
+@pytest.fixture(scope="module")
+def svg_only():
+    """Studies write their figures as SVG alone: the other formats take most of a small run's time."""
+    from robustbench_cure.studies import plots  # imports matplotlib, which few tests need
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "FORMATS", {"svg": plots.FORMATS["svg"]})
+        yield
+
+
 @pytest.fixture
 def quiet():
     """Warnings of third-party attack libraries are theirs."""

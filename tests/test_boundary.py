@@ -16,19 +16,29 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import boundary_study, detection_study
 from robustbench_cure.geometry.boundary import (
+    SHORTEST_STEP,
     Nearest,
-    bending,
     cosine_to_normal,
+    mean_curvatures,
     nearest_boundary,
     principal_curvatures,
+    projected_hessian,
     tangent_frame,
 )
-from robustbench_cure.geometry.detection import detect
-from robustbench_cure.geometry.detection_scores import auc, auc_interval, best_threshold, cross_fitted
-from robustbench_cure.geometry.mean_curvature import mean_curvatures
-from robustbench_cure.geometry.profile import random_basis
+from robustbench_cure.geometry.detection import (
+    auc,
+    auc_interval,
+    best_threshold,
+    cross_fitted,
+    detect,
+    versions_of,
+)
+from robustbench_cure.geometry.hessian import random_basis
+from robustbench_cure.studies import boundary as boundary_study
+from robustbench_cure.studies import detection as detection_study
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE = (1, 4, 5)
 SIZE = 20
@@ -122,7 +132,7 @@ ZERO, ONE, TWO = torch.tensor(0), torch.tensor(1), torch.tensor(2)
 def test_the_nearest_point_of_a_sphere_is_found(radius, own, other):
     x = around(12, radius)
     near = nearest_boundary(sphere(batch_size=5), x)
-    assert near.found.all()
+    assert near.exists.all()
     assert (near.own == own).all()
     assert (near.other == other).all()
     np.testing.assert_allclose(near.distance.numpy(), abs(RADIUS - radius), atol=1e-4)
@@ -143,7 +153,7 @@ def test_of_two_boundaries_the_nearer_one_is_walked_to(affine):
 def test_where_there_is_no_boundary_none_is_found(affine):
     model = affine(np.zeros((2, SIZE)), [1.0, 0.0], SHAPE).classifier
     near = nearest_boundary(model, GREY)
-    assert not near.found.any()
+    assert not near.exists.any()
     assert near.distance.isnan().all()
     assert (near.other == near.own).all()
 
@@ -187,7 +197,7 @@ def test_products_of_directions_are_not_rounded():
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         with Watch():
-            bending(sphere(), around(1, RADIUS)[0], ZERO, ONE, h=0.3, rotation=rotation)
+            projected_hessian(sphere(), around(1, RADIUS)[0], ZERO, ONE, h=0.3, rotation=rotation)
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -328,7 +338,7 @@ def test_float32_is_enough_for_networks(digits_net, digits_test):
     exact = Classifier(digits_net, num_classes=10, input_shape=(1, 8, 8))
     exact.module.double()
     near = nearest_boundary(model, x)
-    h = near.distance.float().clamp_min(boundary_study.SHORTEST)
+    h = near.distance.float().clamp_min(SHORTEST_STEP)
     given = near.own, near.other[:, None]
 
     def means(classifier, seed):
@@ -411,9 +421,7 @@ def test_only_the_candidates_are_looked_at():
 
 def test_noise_is_as_long_as_the_perturbation_and_points_nowhere():
     x, r = around(4, 0.3), around(4, 0.2, seed=1) - 0.5
-    shown = detection_study.versions_of(
-        x, r * torch.arange(1, 5).view(-1, 1, 1, 1), [1, 2.5], Noise.for_rows(4)
-    )
+    shown = versions_of(x, r * torch.arange(1, 5).view(-1, 1, 1, 1), [1, 2.5], Noise.for_rows(4))
     assert list(shown) == ["natural", "noise", "1 r", "2.5 r"]
     added = {kind: (images - x).flatten(1) for kind, images in shown.items()}
     for kind, scale in {"natural": 0, "noise": 1, "1 r": 1, "2.5 r": 2.5}.items():
@@ -665,9 +673,7 @@ def test_boundary_writes_distances_and_curvatures(tmp_path):
         assert row["perturbed_expected"] == pytest.approx((part["perturbed"] > 0).mean())
         # Seen from the other side the boundary bends the other way.
         assert np.corrcoef(part["natural"], part["perturbed"])[0, 1] < -0.5
-        np.testing.assert_allclose(
-            part["step"], part["distance"].clip(lower=boundary_study.SHORTEST), rtol=1e-6
-        )
+        np.testing.assert_allclose(part["step"], part["distance"].clip(lower=SHORTEST_STEP), rtol=1e-6)
     assert max(map(len, shown(run.output))) <= 80 - len("resnet18s_deepfool") + len("digits_normal")
     assert max(len(line) for line in run.output.splitlines() if str(tmp_path) not in line) <= 80
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,21 +19,23 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli, main
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import connectivity, connectivity_study, connectivity_tables
+from robustbench_cure.geometry import connectivity
 from robustbench_cure.geometry.connectivity import (
     Path,
     coarse_to_fine,
+    draw_pairs,
     find_paths,
     inside,
-    labels_of,
     onto_region,
+    other_class_pairs,
 )
-from robustbench_cure.geometry.convexity import companions, mixtures
-from robustbench_cure.geometry.path_picture import cross
-from robustbench_cure.geometry.plane import normal_plane
-from robustbench_cure.geometry.region_pairs import draw_pairs, strangers
+from robustbench_cure.geometry.convexity import labels_of, mixtures, same_class_images
+from robustbench_cure.geometry.plane import normal_plane, path_section
+from robustbench_cure.studies import connectivity as connectivity_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.zoo.models import load_model
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE = (1, 1, 2)
 
@@ -119,7 +122,7 @@ def test_a_segment_is_given_up_at_its_first_sample_outside():
     model = region(lambda x, y: (x - 0.5).abs() - 0.1)
     before = model.forwards
     assert not inside(model, points([0, 0]), points([1, 0]), torch.tensor([1]), torch.tensor([1e-6]).double())
-    assert model.forwards - before <= connectivity.FIRST
+    assert model.forwards - before <= connectivity.FIRST_SAMPLES
 
 
 # --- carrying into a region --------------------------------------------------------------------------
@@ -332,7 +335,7 @@ def test_an_anchor_that_cannot_be_carried_ends_the_search():
 
 def test_anchors_outside_the_box_are_counted_on_both_sides():
     def facts(*rows):
-        return connectivity_tables.facts(Path(points([0.1, 0.2], *rows, [0.3, 0.9]), 3))
+        return connectivity_study._path_row(Path(points([0.1, 0.2], *rows, [0.3, 0.9]), 3))
 
     for rows, outside, excess in (
         ([[0.5, 0.5]], 0, 0),
@@ -342,7 +345,7 @@ def test_anchors_outside_the_box_are_counted_on_both_sides():
         found = facts(*rows)
         assert (found["outside"], found["anchors"]) == (outside, len(rows))
         assert found["excess"] == pytest.approx(excess)
-        assert connectivity_tables.OUTCOMES[found["outcome"]] == "bent"
+        assert connectivity_study.OUTCOMES[found["outcome"]] == "bent"
 
 
 def test_ends_of_different_labels_are_refused_and_equal_ends_are_joined():
@@ -369,7 +372,7 @@ def test_the_paths_of_a_network_keep_its_label(digits_net, digits_test):
     model = Classifier(digits_net, num_classes=10, input_shape=(1, 8, 8))
     x = digits_test[0][:200]
     labels = labels_of(model, x)
-    rows = companions(labels, 2, streams(12))
+    rows = same_class_images(labels, 2, streams(12))
     target = labels[rows[:, 0]]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((12, 1, 8, 8), generator=generator)
@@ -430,9 +433,9 @@ def test_combinations_are_of_one_region_only():
     assert float(stayed.mean()) == pytest.approx(1 - 4 / 7 * 2 / 3 * 1 / 3, abs=0.03)
 
 
-def test_companions_are_different_images_of_one_region_drawn_evenly():
+def test_same_class_images_are_different_images_of_one_region_drawn_evenly():
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 2, 5])
-    rows = companions(labels, 2, streams(6000))
+    rows = same_class_images(labels, 2, streams(6000))
     assert (labels[rows[:, 0]] == labels[rows[:, 1]]).all()
     assert (rows[:, 0] != rows[:, 1]).all()
     counts = np.bincount(rows[:, 0].numpy(), minlength=8) / 6000
@@ -441,18 +444,18 @@ def test_companions_are_different_images_of_one_region_drawn_evenly():
     np.testing.assert_allclose(
         np.bincount(among.numpy(), minlength=8) / len(among), [0, 0, 0, 0, *[1 / 3] * 3, 0], atol=0.08
     )
-    assert sorted(companions(labels, 4, streams(1))[0].tolist()) == [3, 4, 5, 6]
+    assert sorted(same_class_images(labels, 4, streams(1))[0].tolist()) == [3, 4, 5, 6]
     with pytest.raises(ValueError, match="no region holds 5"):
-        companions(labels, 5, streams(1))
+        same_class_images(labels, 5, streams(1))
 
 
-def test_strangers_lie_in_different_regions_and_are_drawn_evenly():
+def test_other_class_pairs_lie_in_different_regions_and_are_drawn_evenly():
     labels = torch.tensor([0, 1, 1, 1])
-    rows = strangers(labels, streams(4000))
+    rows = other_class_pairs(labels, streams(4000))
     assert (labels[rows[:, 0]] != labels[rows[:, 1]]).all()
     np.testing.assert_allclose(np.bincount(rows[:, 0].numpy()) / 4000, [0.25] * 4, atol=0.03)
     with pytest.raises(ValueError, match="one region"):
-        strangers(torch.zeros(4, dtype=torch.int64), streams(1))
+        other_class_pairs(torch.zeros(4, dtype=torch.int64), streams(1))
 
 
 def test_draws_belong_to_their_stream_not_to_the_batch():
@@ -472,7 +475,8 @@ def test_draws_belong_to_their_stream_not_to_the_batch():
 def test_the_picture_shows_the_labels_where_it_says():
     model = region(annulus)
     path = find_paths(model, *ENDS, spacing=1e-3)[0]
-    found = cross(model, path)
+    section = path_section(model, path.points)
+    found = SimpleNamespace(**{key: value.numpy() for key, value in vars(section).items()})
     assert (found.path[len(found.height) // 2] == 1).all()
     assert (found.straight[len(found.height) // 2] == 0).any()
     assert found.height[len(found.height) // 2] == pytest.approx(0, abs=1e-12)
@@ -500,8 +504,8 @@ def test_there_is_no_picture_of_a_segment_or_of_no_path():
     model = region(annulus)
     straight = find_paths(model, points([-1.5, 0.1]), points([-1.5, 0.2]), spacing=1e-2)[0]
     assert straight.deviation == 1
-    assert cross(model, straight) is None
-    assert cross(model, Path(None, 12)) is None
+    for path in (straight, Path(None, 12), None):
+        assert connectivity_study.section_of(model, path) is None
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -617,7 +621,7 @@ def test_the_curve_of_convexity_has_its_counts_and_intervals(whole):
 
 @pytest.mark.parametrize("stop", ["carried", "random"])
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, whole, stop):
-    real, calls = connectivity_study._block, []
+    real, calls = connectivity_study._join_block, []
 
     def stops(study, classifier, labels, scenario, block, *rest):
         calls.append((scenario, block.start))
@@ -625,7 +629,7 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, wh
             raise KeyboardInterrupt
         return real(study, classifier, labels, scenario, block, *rest)
 
-    monkeypatch.setattr(connectivity_study, "_block", stops)
+    monkeypatch.setattr(connectivity_study, "_join_block", stops)
     monkeypatch.setattr(kept, "INTERVAL", 0.0)
     CliRunner().invoke(cli, ["connectivity", *ONE, "--device", "cpu", "--out", str(tmp_path / "a")])
     assert not (tmp_path / "a" / "manifest.json").exists()
@@ -726,11 +730,10 @@ def test_bad_requests_are_one_line_before_any_work(tmp_path, capsys, arguments, 
 
 def test_a_model_with_one_label_only_is_refused(affine, tmp_path):
     constant = affine(np.zeros((10, 64)), [1.0] + [0.0] * 9, (1, 8, 8)).classifier
-    study = Study(
-        "connectivity", {"constant": constant}, load_dataset("digits").subset(9), tmp_path / "a", 1, 0, ""
-    )
+    data = load_dataset("digits").subset(9)
+    study = Study(verb="connectivity", models={"constant": constant}, data=data, out=tmp_path / "a")
     with pytest.raises(UsageError, match="constant: all 9 images have the same label"):
-        connectivity_study.connectivity(study, pairs=1, spacing=0.1, draws=1)
+        connectivity_study.measure(study, connectivity_study.Settings(1, 0.1, 1))
 
 
 def test_a_second_point_that_cannot_be_carried_is_left_out_of_the_count(tmp_path):
@@ -742,10 +745,10 @@ def test_a_second_point_that_cannot_be_carried_is_left_out_of_the_count(tmp_path
             return torch.stack((1 - bright, bright), 1)
 
     model = Classifier(Step(), num_classes=2, input_shape=(1, 8, 8))
-    study = Study(
-        "connectivity", {"step": model}, load_dataset("digits").subset(40), tmp_path / "a", 1, 0, ""
-    )
-    table = connectivity_study.connectivity(study, pairs=20, spacing=0.1, draws=10).set_index("scenario")
+    data = load_dataset("digits").subset(40)
+    study = Study(verb="connectivity", models={"step": model}, data=data, out=tmp_path / "a")
+    settings = connectivity_study.Settings(pairs=20, spacing=0.1, draws=10)
+    table = connectivity_study.measure(study, settings).set_index("scenario")
     assert table["pairs"].tolist() == [20, 20, 20]
     assert table.loc["image", COLUMNS].tolist() == [20, 20, 20, 20, 0]  # half-spaces are convex
     assert table.loc["carried", COLUMNS].tolist() == [20, 0, 0, 0, 0]

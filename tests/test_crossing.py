@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry import crossing
-from robustbench_cure.geometry.crossing import along_line, along_segment
-from robustbench_cure.geometry.distance import smallest
+from robustbench_cure.geometry import distance as module
+from robustbench_cure.geometry.distance import along_line, along_segment, smallest
 
 SHAPE, SIZE = (3, 8, 8), 192
 
@@ -56,7 +55,7 @@ def test_a_segment_is_cut_where_the_label_first_changes(place):
 
 def test_a_nearer_change_counts_though_the_label_comes_back():
     """Wide enough for a step of the scan; beyond it label 0 again, then the wall at the end."""
-    step = 0.6 / crossing.STEPS
+    step = 0.6 / module.SEGMENT_STEPS
     model, x = walls((0.4, 0.4 + 1.01 * step), (0.79, 9)), grey(0.2)
     assert float(along_segment(model, x, ZERO, grey(0.8) - x)) == pytest.approx(1 / 3, rel=1e-4)
 
@@ -88,7 +87,7 @@ def test_rows_do_not_touch_each_other_and_batches_do_not_count(monkeypatch):
     np.testing.assert_allclose(whole.numpy(), (0.6 - np.linspace(0.1, 0.59, 11)) * SIZE**0.5, rtol=1e-3)
     small = along_line(walls((0.6, 9), batch_size=3), x, labels, UP.expand_as(x))
     torch.testing.assert_close(small, whole, rtol=1e-6, atol=0)
-    monkeypatch.setattr(crossing, "LOOK", 3)
+    monkeypatch.setattr(module, "LENGTHS_PER_PASS", 3)
     torch.testing.assert_close(
         along_line(walls((0.6, 9)), x, labels, UP.expand_as(x)), whole, rtol=1e-6, atol=0
     )

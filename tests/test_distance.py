@@ -12,10 +12,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from robustbench_cure import load_dataset, load_model
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
-from robustbench_cure.geometry import distance_study
 from robustbench_cure.geometry.distance import FIRST, GRID, RATIO, SHARE, one_step, smallest
+from robustbench_cure.studies import distance as distance_study
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE, SIZE = (3, 8, 8), 192
 
@@ -165,6 +168,21 @@ def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path, coarse
     normal, cure = table[table["norm"] == "l2"]["rho"]
     assert cure > 1.2 * normal
     assert max(len(line) for line in run.output.splitlines() if not line.startswith("page")) <= 80
+
+
+def test_rho_divides_by_the_images_own_length_in_the_same_norm(tmp_path, coarse):
+    """Thesis, Eq. 3.10 and section 3.2: ||r||_p / ||x||_p, l-infinity over l-infinity."""
+    invoke("--model", "digits_normal", "--n", "10", "--out", str(tmp_path / "a"))
+    rows = pd.read_csv(tmp_path / "a" / "distance-images.csv").set_index("norm")
+    data = load_dataset("digits").subset(10)
+    model = load_model("digits_normal", device="cpu", precision="fp32")
+    x = data.images.flatten(1).double()
+    for norm, size in (("l2", x.square().sum(1).sqrt()), ("linf", x.abs().amax(1))):
+        part = rows.loc[norm]
+        assert part["sample_id"].tolist() == list(data.ids)
+        length = smallest(model, data.images, norm=norm).length
+        np.testing.assert_allclose(part["distance"], length, rtol=1e-5)
+        np.testing.assert_allclose(part["rho"], length / size, rtol=1e-5)
 
 
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch, coarse):

@@ -16,9 +16,17 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.geometry import lanczos as lanczos_module
 from robustbench_cure.geometry.bounds import bounds, exact_distance
-from robustbench_cure.geometry.hessian import alignment, along_sign, columns, frobenius
+from robustbench_cure.geometry.hessian import (
+    DENSE_EIGENVECTORS,
+    alignment,
+    along_sign,
+    columns,
+    eigenvalues,
+    frobenius,
+    random_basis,
+    spectrum,
+)
 from robustbench_cure.geometry.lanczos import lanczos
-from robustbench_cure.geometry.profile import FEW, eigenvalues, random_basis, spectrum
 from robustbench_cure.geometry.space import normalised_space
 
 
@@ -130,7 +138,7 @@ def test_the_largest_eigenvalue_is_not_the_one_of_largest_magnitude():
 
 
 @pytest.mark.parametrize("basis", [None, "random"])
-@pytest.mark.parametrize("d", [20, FEW + 10])
+@pytest.mark.parametrize("d", [20, DENSE_EIGENVECTORS + 10])
 def test_the_top_eigenvector_comes_from_the_whole_matrix(d, basis):
     space = Quadratic(d, batch_size=100, seed=3)
     vectors = torch.linalg.eigh(space.A)[1]

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from mpl_toolkits.mplot3d import Axes3D
 from torch import nn
 
 from robustbench_cure import files as kept
@@ -22,16 +23,22 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import charts
-from robustbench_cure.geometry import curvature as curvature_module
+from robustbench_cure.geometry.bounds import THRESHOLD, TwoClass, theorem
 from robustbench_cure.geometry.curve import robust_rows
-from robustbench_cure.geometry.hessian import alignment
+from robustbench_cure.geometry.hessian import alignment, eigenvalues, spectrum
 from robustbench_cure.geometry.lanczos import lanczos
-from robustbench_cure.geometry.plane import normal_plane, scan
-from robustbench_cure.geometry.profile import eigenvalues, spectrum
+from robustbench_cure.geometry.plane import Grid, normal_plane, scan
 from robustbench_cure.geometry.space import normalised_space
-from robustbench_cure.geometry.theorem import THRESHOLD, TwoClass, theorem
+from robustbench_cure.protocol.defaults import DEFAULTS, defaults_of
+from robustbench_cure.studies import bounds as bounds_study
+from robustbench_cure.studies import curvature as curvature_study
+from robustbench_cure.studies import curve as curve_study
+from robustbench_cure.studies import plots
+from robustbench_cure.studies import surface as surface_study
 from robustbench_cure.studies.engine import Study
+from robustbench_cure.studies.plots import FORMATS
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 
 def invoke(*arguments: str):
@@ -40,7 +47,9 @@ def invoke(*arguments: str):
 
 def refused(*arguments: str) -> str:
     with pytest.raises((UsageError, click.ClickException)) as caught:
-        invoke(*arguments)
+        CliRunner().invoke(
+            cli, [*arguments, "--device", "cpu"], standalone_mode=False, catch_exceptions=False
+        )
     return str(caught.value)
 
 
@@ -162,7 +171,7 @@ def test_curvature_writes_what_the_functions_give(tmp_path):
     assert mean["digits_cure"] < 0.2 * mean["digits_normal"]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["step_h"] == 1.2
-    assert {"profile.svg", "profile.pdf", "profile.png", "index.html"} <= set(manifest["files"])
+    assert {"profile.svg", "alignment.svg", "index.html"} <= set(manifest["files"])
     page = (out / "index.html").read_text()
     assert "data:image/svg+xml;base64," in page
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -181,7 +190,7 @@ def test_an_interrupted_profile_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         return spectrum(*arguments, **options)
 
     monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(curvature_module, "spectrum", stopping)
+    monkeypatch.setattr(curvature_study, "spectrum", stopping)
     stopped = CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")])
     assert stopped.exit_code != 0
     found = np.load(tmp_path / "parts" / "spectra-digits_pgd_at.npz")["eigenvalues"]
@@ -190,7 +199,7 @@ def test_an_interrupted_profile_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     invoke(*common, "--out", str(tmp_path / "parts"))
     assert len(calls) == 3 + 2  # the other two were there
     names = {path.name for path in (tmp_path / "whole").iterdir()} - {"manifest.json", "index.html"}
-    assert {"samples.csv", "profile.csv", "profile.svg", "alignment.pdf", "spectra-digits_pgd_at.npz"} < names
+    assert {"samples.csv", "profile.csv", "profile.svg", "alignment.svg", "spectra-digits_pgd_at.npz"} < names
     for name in names:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     other = refused(*common, "--out", str(tmp_path / "parts"))
@@ -214,7 +223,7 @@ def test_the_ends_alone_go_on_too(tmp_path, monkeypatch):
         return lanczos(*arguments, **options)
 
     monkeypatch.setattr(kept, "INTERVAL", 0.0)
-    monkeypatch.setattr(curvature_module, "lanczos", stopping)
+    monkeypatch.setattr(curvature_study, "lanczos", stopping)
     assert CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")]).exit_code != 0
     calls[:] = [1] * 3
     invoke(*common, "--out", str(tmp_path / "parts"))
@@ -246,12 +255,12 @@ def test_an_interrupted_curve_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         asked.append(len(known))
         return robust_rows(*arguments, known=known, **options)
 
-    monkeypatch.setattr(charts, "robust_rows", stopping)
+    monkeypatch.setattr(curve_study, "robust_rows", stopping)
     assert CliRunner().invoke(cli, [*common, "--out", str(tmp_path / "parts")]).exit_code != 0
-    monkeypatch.setattr(charts, "robust_rows", asking)
+    monkeypatch.setattr(curve_study, "robust_rows", asking)
     invoke(*common, "--out", str(tmp_path / "parts"))
     assert asked == [2]
-    for name in ("curve.csv", "curve.png", "curve-digits_cure.npz"):
+    for name in ("curve.csv", "curve.svg", "curve-digits_cure.npz"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -260,7 +269,7 @@ def test_the_curve_tells_how_far_it_is():
     classifier = load_model("digits_cure", device="cpu", batch_size=5)
     told = []
     eps = [Fraction(0), Fraction(1, 20), Fraction(1, 10)]
-    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, pulse=told.append)
+    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, advance=told.append)
     assert told == sorted(told)
     assert told[0] == 1
     assert told[-1] == 3
@@ -306,6 +315,37 @@ def test_bounds_are_written_for_every_image_classified_correctly(tmp_path):
     assert "inside" in done.output
 
 
+def test_the_bounds_are_drawn_for_the_values_of_figure_4():
+    """CURE paper, figure 4: ||g|| = 1, c = 1, g.u = 0.5, so that the upper bound begins at c / g.u = 2."""
+    (axes,) = bounds_study.closed_form().axes
+    curves = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert {nu: curves["upper"][nu] for nu in (0, 2, 4, 8, 10)} == pytest.approx(
+        {0: 2, 2: 0.7808, 4: 0.5931, 8: 0.4414, 10: 0.4}, abs=5e-5
+    )
+    assert {nu: curves["lower"][nu] for nu in (0, 2, 4, 8, 10)} == pytest.approx(
+        {0: 1, 2: 0.6180, 4: 0.5, 8: 0.3904, 10: 0.3583}, abs=5e-5
+    )
+
+
+def test_the_defaults_of_a_data_set_are_those_of_the_papers():
+    """A second transcription: CURE paper, section 4, figure 6; supplement, figure 4; thesis, section 4.2."""
+    found = {
+        name: (
+            [int(255 * radius) for radius in own.radii],
+            own.pgd_steps,
+            own.difference_step,
+            255 * own.universal_length,
+        )
+        for name, own in DEFAULTS.items()
+    }
+    assert found == {
+        "cifar10": ([0, 1, 2, 3, 4, 5, 6, 7, 8], 20, 1.5, 10),
+        "svhn": ([0, 2, 4, 6, 8, 10, 12], 10, 1.25, 10),
+        "digits": ([0, 10, 20, 30, 40, 51], 20, 1.2, 51),
+    }
+    assert defaults_of("folder") == DEFAULTS["cifar10"]
+
+
 def test_models_that_normalise_are_measured_behind_their_normalisation(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
@@ -324,10 +364,10 @@ def test_models_that_normalise_are_measured_behind_their_normalisation(tmp_path)
     )
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     top = logits.topk(2, dim=1).values
-    for verb, run in (("curvature", curvature_module.curvature), ("bounds", charts.bounds)):
-        study = Study(verb, {"own": classifier}, data, tmp_path / verb, 0.01, 0, "")
+    for verb in ("curvature", "bounds"):
+        study = Study(verb=verb, models={"own": classifier}, data=data, out=tmp_path / verb)
         if verb == "bounds":
-            table = run(study, iterations=4)
+            table = bounds_study.measure(study, bounds_study.Settings(step=0.01, iterations=4))
             expected = math.log(2) - (top[:, 1] - top[:, 0]).exp().log1p()
             assert np.allclose(table["c"], expected, atol=1e-5)
             # The nearest boundary of linear logits, in normalised units.
@@ -343,7 +383,8 @@ def test_models_that_normalise_are_measured_behind_their_normalisation(tmp_path)
             nearest[nearest.isnan()] = torch.inf
             assert np.allclose(table["deepfool"], nearest.amin(0), rtol=1e-3)
         else:
-            table = run(study, method="dense", basis="canonical", iterations=4, directions=2)
+            settings = curvature_study.Settings(step=0.01, spectrum="dense", iterations=4, directions=2)
+            table = curvature_study.measure(study, settings)
             assert np.allclose(table["loss"], losses, atol=1e-5)
 
 
@@ -384,10 +425,24 @@ def test_the_evolution_is_what_the_logs_say(tmp_path):
     assert done.output.splitlines()[1].split() == ["a", "4", "0.5", "0.25", "90.0", "20.0"]
     assert done.output.splitlines()[2].split() == ["b", "2", "3", "1.5", "90.0", "10.0"]
     names = {path.name for path in out.iterdir()}
-    assert names == {f"evolution.{kind}" for kind in ("csv", "svg", "pdf", "png")} | {
-        "index.html",
-        "manifest.json",
-    }
+    assert names == {"evolution.csv", "evolution.svg", "index.html", "manifest.json"}
+    assert json.loads((out / "manifest.json").read_text())["files"] == sorted(names - {"manifest.json"})
+
+
+def test_figures_are_written_in_every_format_and_equal_ones_have_equal_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FORMATS", FORMATS)
+    log = write_log(tmp_path / "a.csv", 3)
+    for name in ("one", "two"):
+        CliRunner().invoke(
+            cli, ["evolution", str(log), "--out", str(tmp_path / name)], catch_exceptions=False
+        )
+    start = {"svg": b"<?xml", "pdf": b"%PDF", "png": b"\x89PNG"}
+    files = json.loads((tmp_path / "one" / "manifest.json").read_text())["files"]
+    assert {f"evolution.{kind}" for kind in start} <= set(files)
+    for kind, magic in start.items():
+        one, two = ((tmp_path / name / f"evolution.{kind}").read_bytes() for name in ("one", "two"))
+        assert one == two
+        assert one.startswith(magic)
 
 
 @pytest.mark.parametrize(
@@ -422,9 +477,34 @@ def test_planes_are_drawn_around_the_image_that_the_seed_chooses(verb, tmp_path)
         assert archive["digits_cure.labels"].shape == (9, 9)
         assert archive["digits_cure.labels"][4, 4] == int(classifier.logits(data.images).argmax(1))
         assert archive["digits_cure.along"][4] == pytest.approx(0, abs=1e-6)
-        assert {path.suffix for path in out.glob(f"{verb}.*")} == {".svg", ".pdf", ".png", ".npz", ".csv"}
+        assert {path.suffix for path in out.glob(f"{verb}.*")} == {".svg", ".npz", ".csv"}
+        n, v = (archive[f"digits_cure.{key}"].ravel().astype(float) for key in "nv")
+        assert [n @ n, v @ v, n @ v] == pytest.approx([1, 1, 0], abs=1e-5)  # equal and orthogonal axes
+        files = json.loads((out / "manifest.json").read_text())["files"]
+        assert {f"{verb}.svg", f"{verb}.npz", f"{verb}.csv", "index.html"} == set(files)
     first, second = (np.load(tmp_path / seed / f"{verb}.npz")["digits_cure.loss"] for seed in "01")
     assert not np.array_equal(first, second)
+
+
+def test_the_height_of_a_surface_is_the_negative_loss(monkeypatch):
+    """CURE paper, figure 3: the image stands on top, and the loss falls away below it."""
+    heights, real = [], Axes3D.plot_surface
+
+    def draws(axes, x, y, z, **options):
+        heights.append((x, y, z))
+        return real(axes, x, y, z, **options)
+
+    monkeypatch.setattr(Axes3D, "plot_surface", draws)
+    along = torch.linspace(-1, 1, 5)
+    loss = 0.5 + (along[:, None] - 1).abs() * 2 + along[None].abs()  # rows along r, columns along v
+    figure = surface_study.surfaces({"a": Grid(along, torch.zeros(5, 5).long(), loss)}, 0)
+    (v, n, z) = heights[0]
+    np.testing.assert_allclose(z, -loss.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(v, np.broadcast_to(along.numpy(), (5, 5)))
+    np.testing.assert_allclose(n, np.broadcast_to(along.numpy()[:, None], (5, 5)))
+    (axes,) = figure.axes
+    assert axes.get_zlim() == pytest.approx((-float(loss.max()), 0))
+    assert [float(value[0]) for value in axes.lines[0].get_data_3d()] == pytest.approx([0, 0, -2.5])
 
 
 def test_the_image_is_one_that_all_models_classify_correctly(tmp_path):

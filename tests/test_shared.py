@@ -17,14 +17,13 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import shared_learn
 from robustbench_cure.geometry.boundary import Nearest, nearest_boundary, tangent_frame
 from robustbench_cure.geometry.shared import (
-    Learned,
+    SharedSubspaces,
     common,
     cosines,
     curvatures_along,
-    ends,
+    extreme_eigenvectors,
     in_inputs,
     most_curved,
     random_in,
@@ -32,7 +31,10 @@ from robustbench_cure.geometry.shared import (
     relative_curvatures,
     share_inside,
 )
-from robustbench_cure.geometry.shared_judge import LENGTHS, Unseen, changed_by_noise
+from robustbench_cure.studies import shared as shared_study
+from robustbench_cure.studies.shared import LENGTHS, Unseen, changed_by_noise
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE = (1, 4, 5)
 SIZE = 20
@@ -66,11 +68,14 @@ def test_the_ends_are_the_most_and_the_least_curved_directions():
     tangent = tangent_frame(normal)
     axes = frame(SIZE - 1, SIZE - 1, seed=1)
     curvatures = torch.linspace(-3, 5, SIZE - 1)
-    rows = ends(tangent, axes.T @ torch.diag(curvatures) @ axes, count=2)
+    rows = extreme_eigenvectors(tangent, axes.T @ torch.diag(curvatures) @ axes, count=2)
     expected = axes[[-1, -2, 0, 1]] @ tangent
     np.testing.assert_allclose((rows * expected).sum(1).abs().numpy(), 1, atol=1e-4)
     assert float((rows @ normal).abs().max()) < 1e-5
-    assert ends(tangent, torch.eye(SIZE - 1)).shape == (SIZE - 1, SIZE)  # fewer than twice ten
+    assert extreme_eigenvectors(tangent, torch.eye(SIZE - 1)).shape == (
+        SIZE - 1,
+        SIZE,
+    )  # fewer than twice ten
 
 
 def test_the_curved_subspace_is_that_of_the_largest_not_of_the_strongest_curvature():
@@ -115,7 +120,7 @@ def test_products_with_subspaces_are_not_rounded():
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         with Watch():
-            ends(tangent, matrix)
+            extreme_eigenvectors(tangent, matrix)
             in_inputs(tangent, matrix)
             random_in(frame(5), streams(3), 0)
             random_outside(frame(5), streams(3), 0)
@@ -255,7 +260,7 @@ def test_a_cylinder_gives_away_its_directions(tmp_path, monkeypatch):
     assert set(fooling["n"]) == {25}
 
 
-def test_normals_and_curved_directions_are_told_apart(tmp_path, monkeypatch):
+def test_normals_and_curved_directions_are_different_subspaces(tmp_path, monkeypatch):
     """All normals along the first pixel, all curvature along the next three."""
     given = bowl(tmp_path, monkeypatch, range(125, 137))
     invoke(*given, "--learn", "5", "--dimension", "3", "--out", str(tmp_path / "a"))
@@ -366,7 +371,9 @@ def test_labels_changed_are_those_of_unseen_images(pair, name):
 def test_noise_is_inside_or_outside_of_the_shared_directions_and_not_cut(pair):
     out, _ = pair
     with np.load(out / "shared-digits_normal.npz") as kept:
-        known = Learned(**{key: torch.from_numpy(kept[key]) for key in kept.files if key != "identity"})
+        known = SharedSubspaces(
+            **{key: torch.from_numpy(kept[key]) for key in kept.files if key != "identity"}
+        )
     data, model = load_dataset("digits").subset(500), load_model("digits_normal", precision="fp32")
     x, labels = data.images, model.logits(data.images).argmax(1)
     noise = Noise.for_samples(0, "shared/noise", data.ids)
@@ -402,13 +409,13 @@ def test_a_table_for_the_terminal_and_angles_of_two_models(pair):
 
 @pytest.mark.parametrize("step", [None, 0.7])
 def test_the_step_of_learning_is_the_distance_of_each_images_boundary(tmp_path, monkeypatch, step):
-    real, seen = shared_learn.bending, []
+    real, seen = shared_study.projected_hessian, []
 
     def looks(*given, h, **more):
         seen.append(h)
         return real(*given, h=h, **more)
 
-    monkeypatch.setattr(shared_learn, "bending", looks)
+    monkeypatch.setattr(shared_study, "projected_hessian", looks)
     given = ("--model", "digits_cure", "--n", "8", "--directions", "2", "--out", str(tmp_path / "a"))
     invoke(*given, *([] if step is None else ["--step", str(step)]))
     x = load_dataset("digits").subset(8).images[:4]
@@ -450,7 +457,7 @@ def test_unfinished_work_on_other_weights_is_refused(tmp_path, monkeypatch):
 def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("robustbench_cure.files.INTERVAL", 0.0)
     invoke(*PAIR, "--out", str(tmp_path / "whole"))
-    real, calls = shared_learn.bending, []
+    real, calls = shared_study.projected_hessian, []
 
     def stops(*given, **more):
         calls.append(1)
@@ -458,11 +465,11 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*given, **more)
 
-    monkeypatch.setattr(shared_learn, "bending", stops)
+    monkeypatch.setattr(shared_study, "projected_hessian", stops)
     CliRunner().invoke(cli, ["shared", *PAIR, "--device", "cpu", "--out", str(tmp_path / "parts")])
     assert not (tmp_path / "parts" / "manifest.json").exists()
     again = []
-    monkeypatch.setattr(shared_learn, "bending", lambda *g, **m: again.append(1) or real(*g, **m))
+    monkeypatch.setattr(shared_study, "projected_hessian", lambda *g, **m: again.append(1) or real(*g, **m))
     assert invoke(*PAIR, "--out", str(tmp_path / "parts")).exit_code == 0
     assert len(again) == 4
     for name in (

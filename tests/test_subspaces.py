@@ -19,12 +19,14 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import load_dataset
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import subspace_study
 from robustbench_cure.geometry.distance import smallest
 from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
+from robustbench_cure.studies import subspace as subspace_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.models import load_model
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 L2 = ThreatModel.parse("l2", "0")
 SHAPE = (3, 8, 8)
@@ -233,7 +235,7 @@ def test_beta_of_an_affine_model_is_one_and_keeps_to_its_interval(plane, m):
     )
     beta *= (m / SIZE) ** 0.5
     low, high = subspace_study._interval(m, 10)
-    assert float(((beta >= low) & (beta <= high)).double().mean()) >= subspace_study.SURE
+    assert float(((beta >= low) & (beta <= high)).double().mean()) >= subspace_study.AFFINE_PROBABILITY
     if m >= 12:  # for lines and planes the mean is larger than 1
         assert float(beta.mean()) == pytest.approx(1, abs=0.1)
 
@@ -271,7 +273,7 @@ def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):
         assert f"{line['beta']:.3f}{'*' * (len(part) < 20)} " in run.output
     page = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
     assert "affine" in page
-    assert "to the first change of label on the way" in page
+    assert "to the first change of label" in page
     assert "data:image/svg+xml" in page
     # Lengths are those of cut perturbations of the very images, each in the subspace of its own stream.
     model, data = load_model("digits_cure", device="cpu", precision="fp32"), load_dataset("digits").subset(20)
@@ -335,7 +337,7 @@ def test_images_without_a_perturbation_are_infinitely_far_in_the_median_and_mark
     assert row["beta"] == pytest.approx((1 + 2) / 2)
     assert math.isinf(row["median"])  # of 1, 2, inf, inf; the last has no shortest to compare with
     assert row["inside"] == 0.5
-    cells = subspace_study._cells(row, "random")
+    cells = [cell(row) for cell in subspace_study.COLUMNS.values()]
     assert cells[4:8] == ["1.500*", "inf", "0.707*", "2/5"]
     assert subspace_study._row(rows[:3], "random", 64, 10)["median"] == 2
     assert subspace_study._row(rows[:2], "random", 64, 10)["inside"] == 1
@@ -406,8 +408,8 @@ def test_the_band_that_a_classifier_looks_at_is_named(affine, tmp_path, sensitiv
     data = load_dataset("digits").subset(12)
     bias = -float(np.median(data.images.flatten(1).numpy() @ wave))
     model = affine(np.stack([np.zeros(64), wave]), [0.0, bias], (1, 8, 8)).classifier
-    study = Study("subspace", {"one": model}, data, tmp_path / "a", 1, 0, "")
-    table = subspace_study.subspace(study, kind="dct", dimensions=None, width=None).set_index("subspace")
+    study = Study(verb="subspace", models={"one": model}, data=data, out=tmp_path / "a")
+    table = subspace_study.measure(study, subspace_study.Settings("dct")).set_index("subspace")
     assert list(table.index) == [f"dct-{band}" for band in range(8)]
     for band in range(8):
         found = table.loc[f"dct-{band}"]

@@ -491,6 +491,16 @@ def test_the_monitor_measures_the_curvature_of_a_linear_network():
     assert measure(model, x, y, Scale(ThreatModel.parse("linf", "8/255"), h), 0) == figures
 
 
+def test_the_monitor_attacks_with_the_radius_of_the_published_table():
+    """A second transcription: CURE paper, table 2 (8/255); supplement (SVHN, 12/255)."""
+    found = {name: (scale.threat.norm, 255 * scale.threat.eps, scale.h) for name, scale in SCALES.items()}
+    assert found == {
+        "cifar10": ("linf", 8, 1.5),
+        "svhn": ("linf", 12, 1.25),
+        "digits": ("linf", 51, 1.2),
+    }
+
+
 def test_the_log_is_on_disk_as_csv_and_for_tensorboard(digits, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     path = tmp_path / "w.safetensors"

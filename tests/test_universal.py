@@ -20,12 +20,14 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.geometry import baselines, label_graph, universal_study
 from robustbench_cure.geometry import universal as module
 from robustbench_cure.geometry.universal import ITERATIONS, universal
 from robustbench_cure.geometry.universal import fooled as fooled_of
+from robustbench_cure.studies import universal as universal_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
+
+pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE = (1, 4, 4)
 
@@ -356,7 +358,7 @@ def test_labels_are_counted_where_they_go(judged):
         columns={"count": "count_"}).itertuples()}  # fmt: skip
     assert counted == Counter((i, j) for i, j in zip(before, after, strict=True) if i != j)
     assert table["images"].tolist() == [before.count(label) for label in table["before"]]
-    graph = label_graph.sentence(table.astype({"before": str, "after": str}))
+    graph = universal_study.describe(table.astype({"before": str, "after": str}))
     assert graph in (out / "index.html").read_text(encoding="utf-8")
 
 
@@ -393,8 +395,8 @@ def test_others_are_added_at_every_length(judged):
 def test_images_that_cannot_be_moved_are_no_baseline(monkeypatch):
     """Failed perturbations are not drawn and not summed, whatever DeepFool left of them."""
     model, x = load_model("digits_normal", device="cpu", precision="fp32"), load_dataset("digits").images[:12]
-    whole = baselines.baselines(model, x, norm="l2", seed=0)
-    seeds = [baselines.baselines(model, x, norm="l2", seed=seed)["one image's"] for seed in range(5)]
+    whole = module.baselines(model, x, norm="l2", seed=0)
+    seeds = [module.baselines(model, x, norm="l2", seed=seed)["one image's"] for seed in range(5)]
     assert any(not torch.equal(other, whole["one image's"]) for other in seeds)
 
     def fails(classifier, x, y, **options):
@@ -403,36 +405,38 @@ def test_images_that_cannot_be_moved_are_no_baseline(monkeypatch):
         found.converged[:11] = False
         return found
 
-    monkeypatch.setattr(baselines, "deepfool", fails)
-    few = baselines.baselines(model, x, norm="l2", seed=0)
+    monkeypatch.setattr(module, "deepfool", fails)
+    few = module.baselines(model, x, norm="l2", seed=0)
     assert float(few["sum of all images'"].norm()) < 10
     torch.testing.assert_close(few["one image's"], few["sum of all images'"])
 
 
 def test_the_graph_of_labels_by_hand():
     before, after = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 5]), torch.tensor([1, 1, 2, 0, 2, 3, 2, 4, 3, 5])
-    found = label_graph.moves(before, after, tuple("abcdef"))
+    found = universal_study.label_changes(before, after, tuple("abcdef"))
     assert found.to_numpy().tolist() == [
         ["a", "b", 2, 4], ["a", "c", 1, 4], ["b", "c", 1, 2], ["b", "d", 1, 2], ["d", "e", 1, 1],
         ["e", "d", 1, 1],
     ]  # fmt: skip
-    graph = label_graph.edges(found)
+    graph = universal_study.label_graph(found)
     assert graph == {"a": "b", "b": "c", "d": "e", "e": "d"}
-    assert sorted(map(sorted, label_graph.components(graph))) == [["a", "b", "c"], ["d", "e"]]
-    assert label_graph.components({"a": "b", "c": "d", "d": "a"}) == [{"a", "b", "c", "d"}]
-    assert "images of 4 labels" in label_graph.sentence(found)
-    assert label_graph.sentence(found).endswith("components: 2")
-    assert label_graph.sentence(found[:0]) == "no image is fooled"
+    assert sorted(map(sorted, universal_study.components(graph))) == [["a", "b", "c"], ["d", "e"]]
+    assert universal_study.components({"a": "b", "c": "d", "d": "a"}) == [{"a", "b", "c", "d"}]
+    assert "images of 4 labels" in universal_study.describe(found)
+    assert universal_study.describe(found).endswith("components: 2")
+    assert universal_study.describe(found[:0]) == "no image is fooled"
 
 
 def test_the_usual_radius_is_the_thesis_share_of_an_image():
     data = load_dataset("digits").subset(50)
-    study = Study("universal", {}, data, Path("nowhere"), 1, 0, "", "digits")
+    study = Study(verb="universal", models={}, data=data, out=Path("nowhere"), dataset="digits")
     mean = float(data.images.flatten(1).norm(dim=1).mean())
-    assert universal_study.radius_of(study, "l2") == f"{0.04 * mean:.2f}"  # 2,000 of 50,000
-    assert universal_study.radius_of(study, "linf") == "51/255"
+    assert float(universal_study.default_length(study, "l2")) == pytest.approx(
+        0.04 * mean, abs=0.005
+    )  # 2,000 of 50,000
+    assert universal_study.default_length(study, "linf") == Fraction(51, 255)
     study.dataset = "cifar10"
-    assert universal_study.radius_of(study, "linf") == "10/255"
+    assert universal_study.default_length(study, "linf") == Fraction(10, 255)
 
 
 @pytest.mark.parametrize(

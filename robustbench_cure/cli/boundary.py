@@ -1,23 +1,44 @@
-"""Verbs of `cure-bench` about boundaries and regions: options here, work in `robustbench_cure.geometry`."""
+"""Verbs of `cure-bench` about boundaries and regions: options here, work in `robustbench_cure.studies`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
-from robustbench_cure.cli.geometry import positive_step, study_of, study_options
-from robustbench_cure.cli.options import NumberRange
+from robustbench_cure.cli.options import STUDY, NumberRange, taking
 from robustbench_cure.errors import UsageError
+from robustbench_cure.protocol.request import Request
 from robustbench_cure.threat import parse_fraction
+
+if TYPE_CHECKING:
+    from robustbench_cure.threat import Norm
+
+N = TypeVar("N", int, float)
 
 #: Of the smallest perturbation: further than the box is wide.
 LARGEST_SCALE = 1000
+#: Lengths of perturbations whose squares float32 holds; exact, as the lengths given.
+LENGTHS = Fraction(1, 10**18), Fraction(10**18)
+
+STEP = click.option(
+    "--step",
+    type=float,
+    help="h of the differences, l2 in pixels; default: the distance of the boundary (detect: the median).",
+)
+DIRECTIONS = click.option(
+    "--directions",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Random ones, of the mean curvature.",
+)
 
 
 @click.command()
-@study_options
+@STUDY
 @click.option(
     "--norm",
     type=click.Choice(["both", "l2", "linf"]),
@@ -25,19 +46,19 @@ LARGEST_SCALE = 1000
     show_default=True,
     help="In which distances are measured.",
 )
-def distance(words: list[str] | None, /, **options: Any) -> None:
+@taking(Request)
+def distance(request: Request, norm: Literal["both", "l2", "linf"]) -> None:
     """How far the nearest boundaries are: average robustness rho.
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.distance_study import distances as run
+    from robustbench_cure.studies import distance as study
 
-    norm = options.pop("norm")
-    run(study_of("distance", words, options, 1000), norms=("l2", "linf") if norm == "both" else (norm,))
+    study.run(request, study.Settings(("l2", "linf") if norm == "both" else (norm,)))
 
 
 @click.command()
-@study_options
+@STUDY
 @click.option(
     "--subspaces", "kind", type=click.Choice(["random", "dct"]), default="random", show_default=True
 )
@@ -45,24 +66,26 @@ def distance(words: list[str] | None, /, **options: Any) -> None:
 @click.option(
     "--width", type=click.IntRange(1), help="Side of a band's block; default: an eighth of the image."
 )
-def subspace(words: list[str] | None, /, **options: Any) -> None:
+@taking(Request)
+def subspace(
+    request: Request, kind: Literal["random", "dct"], dimensions: str | None, width: int | None
+) -> None:
     """Smallest perturbations inside random or frequency subspaces.
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.subspace_study import subspace as run
-
-    kind, text, width = (options.pop(key) for key in ("kind", "dimensions", "width"))
     if kind == "random" and width is not None:
         raise UsageError("--width belongs to --subspaces dct")
-    if kind == "dct" and text is not None:
+    if kind == "dct" and dimensions is not None:
         raise UsageError("--dimensions belongs to --subspaces random")
-    dimensions = None if text is None else _dimensions(text)
-    run(study_of("subspace", words, options, 100), kind=kind, dimensions=dimensions, width=width)
+    wanted = None if dimensions is None else _dimensions(dimensions)
+    from robustbench_cure.studies import subspace as study
+
+    study.run(request, study.Settings(kind, wanted, width))
 
 
 @click.command()
-@study_options
+@STUDY
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
 @click.option("--xi", help="Largest length; default: 10/255, digits 51/255, l2: 4 % of an image's.")
 @click.option(
@@ -80,37 +103,30 @@ def subspace(words: list[str] | None, /, **options: Any) -> None:
     help="Share of images that may keep their label.",
 )
 @click.option("--passes", type=click.IntRange(1), default=10, show_default=True, help="Over the images.")
-def universal(words: list[str] | None, /, **options: Any) -> None:
+@taking(Request)
+def universal(
+    request: Request,
+    norm: Norm,
+    xi: str | None,
+    method: Literal["deepfool", "gradient"],
+    delta: float,
+    passes: int,
+) -> None:
     """One perturbation that changes the label of most images.
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.universal_study import universal_perturbations as run
+    length = _length(xi)
+    if length is not None and norm == "linf" and length > 1:
+        raise UsageError(f"--xi {xi}: pixels lie between 0 and 1; write grey levels as 10/255")
+    from robustbench_cure.studies import universal as study
 
-    own = {key: options.pop(key) for key in ("norm", "xi", "method", "delta", "passes")}
-    xi = _length(own["xi"])
-    if xi is not None and own["norm"] == "linf" and xi > 1:
-        raise UsageError(f"--xi {own['xi']}: pixels lie between 0 and 1; write grey levels as 10/255")
-    run(study_of("universal", words, options | {"precision": "auto"}, 1000), **own)
-
-
-PIXELS = click.option(
-    "--step",
-    type=float,
-    help="h of the differences, l2 in pixels; default: the distance of the boundary (detect: the median).",
-)
-DIRECTIONS = click.option(
-    "--directions",
-    type=click.IntRange(1),
-    default=100,
-    show_default=True,
-    help="Random ones, of the mean curvature.",
-)
+    study.run(request, study.Settings(norm, length, method, delta, passes))
 
 
 @click.command()
-@study_options
-@PIXELS
+@STUDY
+@STEP
 @DIRECTIONS
 @click.option(
     "--basis",
@@ -125,21 +141,26 @@ DIRECTIONS = click.option(
     show_default=True,
     help="All principal curvatures, up to 4,096 inputs.",
 )
-def boundary(words: list[str] | None, /, **options: Any) -> None:
-    """How the nearest boundaries bend: principal and mean curvatures.
+@taking(Request)
+def boundary(
+    request: Request,
+    step: float | None,
+    directions: int,
+    basis: Literal["random", "canonical"],
+    profile: bool,
+) -> None:
+    """Principal and mean curvatures of the nearest boundaries.
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.boundary_study import boundary as run
+    from robustbench_cure.studies import boundary as study
 
-    own = {key: options.pop(key) for key in ("directions", "basis", "profile", "step")}
-    positive_step(own["step"])
-    run(study_of("boundary", words, options, 100), **own)
+    study.run(request, study.Settings(step, directions, basis, profile))
 
 
 @click.command()
-@study_options
-@PIXELS
+@STUDY
+@STEP
 @DIRECTIONS
 @click.option(
     "--at",
@@ -154,22 +175,28 @@ def boundary(words: list[str] | None, /, **options: Any) -> None:
 @click.option(
     "--classes", "candidates", type=click.IntRange(2), default=10, show_default=True, help="Considered."
 )
-def detect(words: list[str] | None, /, **options: Any) -> None:
-    """Are perturbed images told from natural ones by curvature?
+@taking(Request)
+def detect(
+    request: Request,
+    step: float | None,
+    directions: int,
+    at: Literal["image", "boundary"],
+    scales: str,
+    candidates: int,
+) -> None:
+    """Are perturbed images detected by the curvature of boundaries?
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.detection_study import detection as run
+    multiples = _scales(scales)
+    from robustbench_cure.studies import detection as study
 
-    own = {key: options.pop(key) for key in ("at", "directions", "candidates", "step")}
-    positive_step(own["step"])
-    scales = _scales(options.pop("scales"))
-    run(study_of("detect", words, options, 100), scales=scales, **own)
+    study.run(request, study.Settings(step, directions, at, multiples, candidates))
 
 
 @click.command()
-@study_options
-@PIXELS
+@STUDY
+@STEP
 @DIRECTIONS
 @click.option("--learn", type=click.IntRange(2), help="Images to learn from; default: half of all.")
 @click.option(
@@ -179,21 +206,28 @@ def detect(words: list[str] | None, /, **options: Any) -> None:
 @click.option(
     "--draws", type=click.IntRange(1), default=10, show_default=True, help="Vectors of every subspace."
 )
-def shared(words: list[str] | None, /, **options: Any) -> None:
+@taking(Request)
+def shared(
+    request: Request,
+    step: float | None,
+    directions: int,
+    learn: int | None,
+    dimension: int | None,
+    xi: str | None,
+    draws: int,
+) -> None:
     """Directions that boundaries near many images share, on other images.
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.shared_study import shared as run
+    length = _length(xi)
+    from robustbench_cure.studies import shared as study
 
-    own = {key: options.pop(key) for key in ("directions", "learn", "dimension", "xi", "draws", "step")}
-    positive_step(own["step"])
-    xi = _length(own.pop("xi"))
-    run(study_of("shared", words, options, 100), xi=xi, **own)
+    study.run(request, study.Settings(step, directions, learn, dimension, length, draws))
 
 
 @click.command()
-@study_options
+@STUDY
 @click.option("--pairs", type=click.IntRange(1), default=100, show_default=True, help="Of each of 3 kinds.")
 @click.option(
     "--spacing",
@@ -205,21 +239,15 @@ def shared(words: list[str] | None, /, **options: Any) -> None:
 @click.option(
     "--draws", type=click.IntRange(1), default=1000, show_default=True, help="Of convex combinations."
 )
-def connectivity(words: list[str] | None, /, **options: Any) -> None:
+@taking(Request)
+def connectivity(request: Request, pairs: int, spacing: float, draws: int) -> None:
     """Are the regions of the labels connected, and how far from convex?
 
     The same command with the same --out goes on where it was stopped.
     """
-    from robustbench_cure.geometry.connectivity_study import connectivity as run
+    from robustbench_cure.studies import connectivity as study
 
-    own = {key: options.pop(key) for key in ("pairs", "spacing", "draws")}
-    if not 1e-6 <= own["spacing"] <= 0.1:  # a range of click's would let "nan" pass
-        raise UsageError(f"--spacing {own['spacing']:g}: must lie between 1e-6 and 0.1")
-    run(study_of("connectivity", words, options, 1000), **own)
-
-
-#: Lengths of perturbations whose squares float32 holds; exact, as the lengths given.
-LENGTHS = Fraction(1, 10**18), Fraction(10**18)
+    study.run(request, study.Settings(pairs, spacing, draws))
 
 
 def _length(xi: str | None) -> Fraction | None:
@@ -234,24 +262,26 @@ def _length(xi: str | None) -> Fraction | None:
     return length
 
 
-def _scales(text: str) -> list[float]:
+def _list(option: str, text: str, kind: Callable[[str], N], words: str) -> tuple[N, ...]:
+    """Numbers separated by commas; `words`: what they are."""
     try:
-        found = [float(part) for part in text.split(",")]
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--scales {text}: numbers, separated by commas") from None
-    if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= LARGEST_SCALE:
+        raise UsageError(f"{option} {text}: {words}, separated by commas") from None
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    scales = _list("--scales", text, float, "numbers")
+    if list(scales) != sorted(set(scales)) or not 1 <= scales[0] <= scales[-1] <= LARGEST_SCALE:
         raise UsageError(f"--scales {text}: must ascend from 1 or more to {LARGEST_SCALE:,} at most")
-    return found
+    return scales
 
 
-def _dimensions(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--dimensions {text}: whole numbers, separated by commas") from None
-    if found != sorted(set(found)) or found[0] < 1:
+def _dimensions(text: str) -> tuple[int, ...]:
+    dimensions = _list("--dimensions", text, int, "whole numbers")
+    if list(dimensions) != sorted(set(dimensions)) or dimensions[0] < 1:
         raise UsageError(f"--dimensions {text}: must ascend from 1 or more")
-    return found
+    return dimensions
 
 
 VERBS = (distance, boundary, detect, shared, subspace, universal, connectivity)

@@ -90,7 +90,7 @@ def masking(
     from robustbench_cure.studies.engine import open_study
     from robustbench_cure.studies.masking import masking as run
 
-    study = open_study("masking", request, step=None, default_n=200, command=request.command)
+    study = open_study("masking", request, default_n=200, precision=None)
     other = None if surrogate is None else _surrogate(surrogate, request, study.data)
     settings = Settings(
         steps=steps,

@@ -1,4 +1,4 @@
-"""The boundary nearest to an image, and how it bends there.
+"""The boundary nearest to an image, and its curvatures there.
 
 Source: thesis, section 7.4, Eq. 7.2. At z = x + r(x), the nearest point of the boundary between the image's
 own label k and another j, with F = f_j - f_k and the unit normal n = grad F / ||grad F||, the principal
@@ -12,11 +12,15 @@ that bends towards the image, as the inside of a sphere does; a negative one ben
 Differences are central, of a step h that is finite on purpose: boundaries of piecewise linear networks have
 no curvature in the limit. h is the distance of the boundary unless a command says otherwise.
 
+The mean curvature (thesis, section 7.5, algorithm 6) needs no gradient but that at the point: it is the mean
+of second differences of F along random tangent directions. Exact in expectation for a quadratic F; for
+networks it and the mean of the principal curvatures are two estimates at one scale.
+
 At the nearest point r is parallel to grad F. DeepFool's r need not be: it ends on the boundary, near the
 nearest point. All curvature here is that of the point where it ends, with the normal of grad F there, and
-`cosine_to_normal` says how far r is from it.
+`cosine_to_normal` is that between r and this normal.
 
-Everything in pixels, not cut to [0, 1]: a cut way would end elsewhere.
+Everything in pixels, not cut to [0, 1]: a clipped path would end elsewhere.
 """
 
 from __future__ import annotations
@@ -28,12 +32,17 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier, full_precision
-from robustbench_cure.geometry.hessian import NO_GRADIENT
+from robustbench_cure.geometry.hessian import NO_GRADIENT, on_sphere
 from robustbench_cure.geometry.subspaces import L2
 
-#: Halvings of DeepFool's way to the boundary: 2^-16 of it is left.
-HALVINGS = 16
+#: Bisections of DeepFool's perturbation: 2^-16 of its length is left.
+BISECTIONS = 16
+#: How mean curvatures are estimated: unfinished work by another estimate is not continued.
+ESTIMATE = "tangent directions"
+#: Shortest step, l2 in pixels: below it second differences of float32 logits are rounding.
+SHORTEST_STEP = 0.02
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,10 @@ class Nearest:
 
     Attributes:
         own: label at the image, int64 (B,).
-        other: label beyond the boundary; the own one where none was found.
+        other: label beyond the boundary, int64 (B,); the own one where none was reached.
         point: z, on the boundary or just beyond, float32 (B,C,H,W).
         beyond: where DeepFool stopped, with its overshoot past the boundary; float32 (B,C,H,W).
-        distance: ||z - x||, float64 (B,); NaN where no boundary was found.
+        distance: ||z - x||, float64 (B,); NaN where no boundary was reached.
     """
 
     own: Tensor
@@ -55,8 +64,8 @@ class Nearest:
     distance: Tensor
 
     @property
-    def found(self) -> Tensor:
-        """Rows with a boundary, bool (B,)."""
+    def exists(self) -> Tensor:
+        """Rows whose boundary was reached, bool (B,)."""
         return ~self.distance.isnan()
 
     def __getitem__(self, rows: Tensor) -> Nearest:
@@ -67,7 +76,7 @@ class Nearest:
 
 
 def nearest_boundary(classifier: Classifier, x: Tensor) -> Nearest:
-    """Walk to the nearest boundary by DeepFool (l2), then halve the way until the point lies on it.
+    """The nearest boundary by DeepFool (l2), then by bisection along its perturbation.
 
     Args:
         classifier: the model.
@@ -78,7 +87,7 @@ def nearest_boundary(classifier: Classifier, x: Tensor) -> Nearest:
     reached = deepfool(classifier, x, own, threat=L2, mode="minimal", clip=False)
     step = reached.x_adv - x
     below, above = x.new_zeros(len(x)), x.new_ones(len(x))
-    for _ in range(HALVINGS):
+    for _ in range(BISECTIONS):
         middle = (below + above) / 2
         crossed = classifier.logits(x + middle.view(-1, 1, 1, 1) * step).argmax(1) != own
         above, below = torch.where(crossed, middle, above), torch.where(crossed, below, middle)
@@ -86,6 +95,17 @@ def nearest_boundary(classifier: Classifier, x: Tensor) -> Nearest:
     other = classifier.logits(point).argmax(1)
     distance = (point - x).flatten(1).double().norm(dim=1)
     return Nearest(own, other, point, reached.x_adv, torch.where(other != own, distance, torch.nan))
+
+
+def steps_of(near: Nearest, step: float | None) -> Tensor:
+    """Step of the differences at every row, float32 (B,), l2 in pixels; NaN where there is no boundary.
+
+    Args:
+        near: the boundaries.
+        step: the same for all; None: the distance of each boundary, at least `SHORTEST_STEP`.
+    """
+    own = near.distance.clamp_min(SHORTEST_STEP) if step is None else torch.full_like(near.distance, step)
+    return torch.where(near.exists, own, torch.nan).float()
 
 
 def cosine_to_normal(classifier: Classifier, x: Tensor, near: Nearest) -> Tensor:
@@ -99,11 +119,11 @@ def cosine_to_normal(classifier: Classifier, x: Tensor, near: Nearest) -> Tensor
     Returns:
         On the device of the points; NaN without a boundary or where F has no gradient.
     """
-    way = (near.point - x.to(near.point.device)).flatten(1).double()
+    r = (near.point - x.to(near.point.device)).flatten(1).double()
     normal = slopes_of(classifier, near.point, near.own, near.other[:, None])[:, 0].flatten(1).double()
-    lengths = way.norm(dim=1) * normal.norm(dim=1)
-    known = near.found & (normal.norm(dim=1) > NO_GRADIENT) & (lengths > 0)
-    return torch.where(known, (way * normal).sum(1) / lengths, torch.nan)
+    lengths = r.norm(dim=1) * normal.norm(dim=1)
+    known = near.exists & (normal.norm(dim=1) > NO_GRADIENT) & (lengths > 0)
+    return torch.where(known, (r * normal).sum(1) / lengths, torch.nan)
 
 
 def principal_curvatures(
@@ -116,20 +136,20 @@ def principal_curvatures(
     rotation: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """All principal curvatures at one point: the eigenvalues of `bending`, which takes the same arguments.
+    """All principal curvatures at one point: eigenvalues of `projected_hessian`; the same arguments.
 
     Returns:
         float32 (d - 1,), descending, on the CPU; NaN where F has no gradient. 1/pixel.
     """
-    _, inside = bending(classifier, point, own, other, h=h, rotation=rotation, advance=advance)
-    if bool(inside.isnan().any()):
-        return torch.full((len(inside),), torch.nan)
-    curvatures: Tensor = torch.linalg.eigvalsh(inside).flip(0).cpu()
+    _, matrix = projected_hessian(classifier, point, own, other, h=h, rotation=rotation, advance=advance)
+    if bool(matrix.isnan().any()):
+        return torch.full((len(matrix),), torch.nan)
+    curvatures: Tensor = torch.linalg.eigvalsh(matrix).flip(0).cpu()
     return curvatures
 
 
 @full_precision()
-def bending(
+def projected_hessian(
     classifier: Classifier,
     point: Tensor,
     own: Tensor,
@@ -149,7 +169,7 @@ def bending(
         h: step, l2 in pixels.
         rotation: of the tangent space, orthonormal rows (d - 1, d - 1): steps are taken along its rows; None:
             along single inputs, reflected onto the tangent space.
-        advance: told of gradients computed.
+        advance: called with the number of gradients computed.
 
     Returns:
         Orthonormal tangent directions as rows, float32 (d - 1, d), and the matrix in them, symmetric, float32
@@ -161,17 +181,17 @@ def bending(
     tangent = tangent_frame(gradient / slope if known else torch.eye(len(gradient), device=point.device)[0])
     if rotation is not None:
         tangent = rotation @ tangent
-    inside = tangent.new_full((len(tangent), len(tangent)), torch.nan)
+    matrix = tangent.new_full((len(tangent), len(tangent)), torch.nan)
     if not known:
-        return tangent, inside
+        return tangent, matrix
     for rows in torch.split(torch.arange(len(tangent), device=point.device), classifier.batch_size):
         step = h * tangent[rows].view(-1, *point.shape)
-        ahead = _gradients(classifier, point + step, own, other)
-        behind = _gradients(classifier, point - step, own, other)
-        inside[rows] = ((ahead - behind) / (2 * h)).flatten(1) @ tangent.T
+        forward = _gradients(classifier, point + step, own, other)
+        backward = _gradients(classifier, point - step, own, other)
+        matrix[rows] = ((forward - backward) / (2 * h)).flatten(1) @ tangent.T
         if advance is not None:
             advance(2 * len(rows))
-    return tangent, (inside + inside.T) / (2 * slope)
+    return tangent, (matrix + matrix.T) / (2 * slope)
 
 
 def tangent_frame(normal: Tensor) -> Tensor:
@@ -201,3 +221,102 @@ def _gradients(classifier: Classifier, x: Tensor, own: Tensor, other: Tensor) ->
     """Gradients of f_other - f_own, one pair for all rows; float32, shape of x; one pass."""
     pair = own.expand(len(x)), other.expand(len(x), 1)
     return classifier.value_and_jacobian(x, *pair, reference=True)[1][:, 0]
+
+
+def mean_curvatures(
+    classifier: Classifier,
+    x: Tensor,
+    own: Tensor,
+    others: Tensor,
+    *,
+    h: Tensor,
+    directions: int = 100,
+    noise: Noise | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Mean of P H_F P / ||grad F|| over the tangent space of F = f_j - f_own, for several j at once.
+
+    At a boundary point: the mean principal curvature. Elsewhere: that of the level set of F through x, which
+    is what the thesis' detector takes.
+
+    For one j the directions are projected onto its tangent space and made of length 1 before the step: the
+    second derivative of F along its normal is no curvature of the boundary. Several j have as many tangent
+    spaces, too many for directions in each: they share directions of the whole space, and the second
+    derivative along the normal is subtracted afterwards, by a step of h / sqrt(d), the part of h that such
+    directions have along it. The same for a quadratic F; else the difference is of higher order.
+
+    Args:
+        classifier: the model.
+        x: points, float32 (B,C,H,W).
+        own: int64 (B,).
+        others: the j of every row, int64 (B, m).
+        h: step, l2 in pixels, float (B,).
+        directions: random ones on the sphere, for each row; two forward passes each.
+        noise: of the directions, one stream a row; default: rows known by their place.
+        advance: called with the number of images passed forward, `passes` for each row.
+
+    Returns:
+        float64 (B, m), on the device of x, 1/pixel; NaN where F has no gradient.
+    """
+    noise = Noise.for_rows(len(x), device=x.device) if noise is None else noise
+    here = classifier.logits(x)
+    slopes = slopes_of(classifier, x, own, others).flatten(2)
+    length = slopes.norm(dim=2)  # (B, m)
+    normals = slopes / length.clamp_min(NO_GRADIENT)[:, :, None]
+
+    def along(unit: Tensor, step: Tensor) -> Tensor:
+        if advance is not None:
+            advance(2 * len(x))
+        return second_difference(classifier, x, here, own, others, unit.view_as(x), step)
+
+    drawn = (on_sphere(noise, tuple(x.shape[1:]), k).flatten(1) for k in range(directions))
+    if others.shape[1] == 1:
+        mean = torch.stack([along(tangent_part(v, normals[:, 0]), h) for v in drawn]).mean(0)
+    else:
+        d = normals.shape[2]
+        total = torch.stack([along(v, h) for v in drawn]).mean(0)
+        share = h / d**0.5
+        normal = torch.stack([along(normals[:, k], share)[:, k] for k in range(others.shape[1])], 1)
+        mean = (d * total - normal) / (d - 1)
+    return torch.where(length > NO_GRADIENT, mean / length.double().clamp_min(NO_GRADIENT), torch.nan)
+
+
+def passes(classes: int, directions: int) -> int:
+    """Forward passes of `mean_curvatures` for one point and this many j, besides those at the point."""
+    return 2 * (directions + (classes if classes > 1 else 0))
+
+
+def tangent_part(v: Tensor, normal: Tensor) -> Tensor:
+    """Part of each row of v orthogonal to the unit normal of the row, scaled to length 1; float32 (B, d)."""
+    tangent = v - (v * normal).sum(1, keepdim=True) * normal
+    unit: Tensor = tangent / tangent.norm(dim=1, keepdim=True).clamp_min(NO_GRADIENT)
+    return unit
+
+
+def second_difference(
+    classifier: Classifier,
+    x: Tensor,
+    here: Tensor,
+    own: Tensor,
+    others: Tensor,
+    unit: Tensor,
+    h: Tensor,
+) -> Tensor:
+    """(F(x + h v) + F(x - h v) - 2 F(x)) / h^2 for every F = f_j - f_own, along one direction v a row.
+
+    Args:
+        classifier: the model.
+        x: points, float32 (B,C,H,W).
+        here: logits at the points, (B, L).
+        own: int64 (B,).
+        others: the j of every row, int64 (B, m).
+        unit: directions of length 1, shape of x.
+        h: step, l2 in pixels, float (B,).
+
+    Returns:
+        float64 (B, m): v' H_F v where F is quadratic.
+    """
+    step = h.to(x).view(-1, 1, 1, 1) * unit
+    logits = classifier.logits(x + step).double() + classifier.logits(x - step).double() - 2 * here.double()
+    differences: Tensor = logits.gather(1, others) - logits.gather(1, own[:, None])
+    return differences / h.double().square()[:, None]

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.connectivity import labels_of
 
 
-def companions(labels: Tensor, k: int, noise: Noise) -> Tensor:
+def labels_of(classifier: Classifier, x: Tensor) -> Tensor:
+    """Predicted labels of the reference form, int64 (B,)."""
+    return classifier.logits(x).argmax(1)
+
+
+def same_class_images(labels: Tensor, k: int, noise: Noise) -> Tensor:
     """For each stream k different images of one region, int64 (B, k) on the CPU.
 
     The first is drawn evenly from all images whose region holds at least k, the others from its region.
@@ -51,7 +55,7 @@ def mixtures(classifier: Classifier, x: Tensor, labels: Tensor, k: int, noise: N
     Raises:
         ValueError: no region holds k images.
     """
-    chosen = companions(labels, k, noise)
+    chosen = same_class_images(labels, k, noise)
     weights = -torch.log1p(-noise.uniform((k,), 1).double())
     weights = (weights / weights.sum(1, keepdim=True)).float()
     stayed = []

@@ -19,15 +19,6 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.verify import judge
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
-#: Radii of a curve by data set, l-infinity: those of the paper's figures; on digits up to its table's radius.
-RADII = {
-    "cifar10": "0,1/255,2/255,3/255,4/255,5/255,6/255,7/255,8/255",
-    "svhn": "0,2/255,4/255,6/255,8/255,10/255,12/255",
-    "digits": "0,10/255,20/255,30/255,40/255,51/255",
-}
-#: Steps of PGD by data set (CURE paper, figure 6; supplement, figure 4).
-STEPS = {"cifar10": 20, "svhn": 10, "digits": 20}
-
 
 def robust_rows(
     classifier: Classifier,
@@ -42,7 +33,7 @@ def robust_rows(
     ids: Sequence[str] | None = None,
     known: Tensor | None = None,
     keep: Callable[[Tensor], None] | None = None,
-    pulse: Callable[[float], None] | None = None,
+    advance: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Which rows are classified correctly at each radius, under PGD with steps of a quarter of it.
 
@@ -56,9 +47,9 @@ def robust_rows(
         loss: of PGD.
         seed: of its random starts.
         ids: names of the rows, which their random numbers depend on; default: their place.
-        known: what an earlier call found at the first radii, bool (k, B), to go on from.
-        keep: given what is known so far, bool (k, B), after every radius.
-        pulse: told of radii done, with a fraction for the one under way.
+        known: result of an earlier call at the first radii, bool (k, B), to continue from.
+        keep: called with the result so far, bool (k, B), after every radius.
+        advance: called with the number of radii done, with a fraction for the one under way.
 
     Returns:
         bool (len(eps), B) on the CPU, every row non-increasing along the first axis; judged in float32.
@@ -75,41 +66,41 @@ def robust_rows(
         raise ValueError(f"known is of {len(out[0])} rows, there are {len(x)}")
     alive = out[-1].to(x.device).clone() if out else classifier.logits(x).argmax(1) == y
     for radius in eps[len(out) :]:
-        living = alive.nonzero().squeeze(1)
-        if radius > 0 and len(living):
+        remaining = alive.nonzero().squeeze(1)
+        if radius > 0 and len(remaining):
             threat = ThreatModel.parse(norm, format_eps(radius))
-            rows = [names[i] for i in living.tolist()]
-            with _pulse(classifier, pulse, len(out), len(living) * steps):
+            rows = [names[i] for i in remaining.tolist()]
+            with _reporting(classifier, advance, len(out), len(remaining) * steps):
                 proposal = pgd(
                     classifier,
-                    x[living],
-                    y[living],
+                    x[remaining],
+                    y[remaining],
                     threat=threat,
                     noise=Noise.for_samples(seed, "pgd", rows, x.device),
                     steps=steps,
                     step_size=threat.radius / 4,
                     loss=loss,
                 )
-            broken = judge(classifier, x[living], y[living], proposal, threat).broken.to(x.device)
-            alive[living[broken]] = False
+            broken = judge(classifier, x[remaining], y[remaining], proposal, threat).broken.to(x.device)
+            alive[remaining[broken]] = False
         out.append(alive.cpu().clone())
         if keep is not None:
             keep(torch.stack(out))
-        if pulse is not None:
-            pulse(len(out))
+        if advance is not None:
+            advance(len(out))
     return torch.stack(out)
 
 
 @contextmanager
-def _pulse(
-    classifier: Classifier, pulse: Callable[[float], None] | None, done: int, most: int
+def _reporting(
+    classifier: Classifier, advance: Callable[[float], None] | None, done: int, most: int
 ) -> Iterator[None]:
-    """Report a radius under way by its gradients, of which rows that break leave some out."""
+    """Report a radius under way by its gradients; rows that break need fewer."""
     before, listener = classifier.backwards, classifier.callback
 
     def beat() -> None:
-        if pulse is not None:
-            pulse(round(done + min(1.0, (classifier.backwards - before) / most), 2))
+        if advance is not None:
+            advance(round(done + min(1.0, (classifier.backwards - before) / most), 2))
 
     classifier.callback = beat
     try:

@@ -1,4 +1,4 @@
-"""How far the nearest boundary is: the distances DeepFool finds, and the length at which one step does.
+"""How far the nearest boundary is: the smallest perturbation by DeepFool, and the length that one step needs.
 
 Source: Moosavi-Dezfooli, Fawzi & Frossard 2016, arXiv 1511.04599; thesis, Eq. 3.10 and section 3.2.3, Tables
 3.1 and 3.2. The average robustness of a classifier is the mean over images of
@@ -8,9 +8,15 @@ Source: Moosavi-Dezfooli, Fawzi & Frossard 2016, arXiv 1511.04599; thesis, Eq. 3
 with r(x) the smallest perturbation that changes the predicted label. DeepFool's is an upper bound of it: it
 does change the label, and a smaller one may. Pixels, not cut to the box, as in the thesis.
 
-Beside it the fast gradient sign method: r = eps sign(grad), one eps for all images, the smallest at which
-`SHARE` of them change their label. Its success is not monotone in eps, and does not reach `SHARE` for every
-network: eps goes up a geometric grid, and what is not reached is said.
+DeepFool ends beyond the boundary, by its overshoot on flat ones and by more on others, and on a line takes
+the one direction its slopes point to. `along_segment` and `along_line` return where the label first changes
+instead (thesis, section 5.3: under random noise the perturbation is the smallest |t| at which the label of
+x + t v changes): lengths are tried in ascending order, and the first that changes the label is bisected. A
+stretch with another label that is shorter than a step can be missed: such a length is an upper bound too.
+
+For comparison the fast gradient sign method: r = eps sign(grad), one eps for all images, the smallest at
+which `SHARE` of them change their label. Its success is not monotone in eps, and does not reach `SHARE` for
+every network: eps goes up a geometric grid, and the result says whether `SHARE` was reached.
 
 Deviation. The step starts from the loss of the predicted label, not of the true one, so that both columns
 measure the same thing: how far the prediction is from changing.
@@ -29,9 +35,17 @@ from torch import Tensor
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.geometry.crossing import along_line, along_segment
 from robustbench_cure.threat import Norm, ThreatModel, distance
 
+#: Steps along a perturbation that is known to change the label at its end.
+SEGMENT_STEPS = 64
+#: Along a line: first length, l2 in pixels for each root of an input; ratio of a length to the one before;
+#: last length, a thousand times the range of pixels, farther than DeepFool gets on flat lines.
+LINE_FIRST, LINE_RATIO, LINE_LAST = 1e-3, 1.1, 1000.0
+#: Bisections of a step: far finer than 1e-3 of the length.
+BISECTIONS = 16
+#: Lengths tried in one pass, before the rows whose label has changed are dropped.
+LENGTHS_PER_PASS = 8
 #: Share of the images that one step must change (thesis, section 3.2.3).
 SHARE = 0.9
 #: Radii that are tried: from a tenth of a grey level to the whole range, each larger than the last by 5 %.
@@ -39,9 +53,74 @@ FIRST, RATIO = 0.1 / 255, 1.05
 GRID = tuple(min(1.0, FIRST * RATIO**k) for k in range(math.ceil(math.log(1 / FIRST, RATIO)) + 1))
 
 
+def along_segment(classifier: Classifier, x: Tensor, labels: Tensor, r: Tensor) -> Tensor:
+    """Share of each perturbation at which the label first changes, float64 (B,) in (0, 1].
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W), on its device.
+        labels: predicted for them, int64 (B,).
+        r: perturbations that change them, shape of ``x``. Where rounding hides the change: 1.
+    """
+    lengths = torch.arange(1, SEGMENT_STEPS + 1, dtype=torch.float64) / SEGMENT_STEPS
+    return _first_change(classifier, x, labels, r, lengths).nan_to_num(1.0)
+
+
+def along_line(classifier: Classifier, x: Tensor, labels: Tensor, v: Tensor) -> Tensor:
+    """Smallest |t| at which the label of x + t v changes, float64 (B,); NaN: not up to `LINE_LAST`.
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W), on its device.
+        labels: predicted for them, int64 (B,).
+        v: a direction of unit length for each, shape of ``x``.
+    """
+    count = math.ceil(math.log(LINE_LAST / LINE_FIRST, LINE_RATIO)) + 1
+    root = math.prod(x.shape[1:]) ** 0.5
+    lengths = LINE_FIRST * root * LINE_RATIO ** torch.arange(count, dtype=torch.float64)
+    both = [_first_change(classifier, x, labels, u, lengths).nan_to_num(torch.inf) for u in (v, -v)]
+    nearer = torch.minimum(*both)
+    return torch.where(nearer.isfinite(), nearer, torch.nan)
+
+
+def _first_change(classifier: Classifier, x: Tensor, labels: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Smallest t of ascending ``lengths`` at which x + t v has another label, bisected; NaN: none."""
+    low, high = torch.zeros(len(x)).double(), torch.full((len(x),), torch.nan).double()
+    for ts in torch.split(lengths, LENGTHS_PER_PASS):
+        rows = high.isnan().nonzero().flatten()
+        if not len(rows):
+            break
+        # Row after row all lengths of the pass.
+        pairs = rows.repeat_interleave(len(ts)), ts.repeat(len(rows))
+        changed = _changed(classifier, x, labels, v, *pairs).view(len(rows), len(ts))
+        hit, first = changed.any(1), changed.int().argmax(1)
+        before = torch.cat((torch.zeros(1).double(), ts))
+        low[rows] = torch.where(hit, torch.where(first > 0, before[first], low[rows]), ts[-1])
+        high[rows[hit]] = ts[first[hit]]
+    rows = (~high.isnan()).nonzero().flatten()
+    for _ in range(BISECTIONS):
+        middle = (low[rows] + high[rows]) / 2
+        changed = _changed(classifier, x, labels, v, rows, middle)
+        low[rows] = torch.where(changed, low[rows], middle)
+        high[rows] = torch.where(changed, middle, high[rows])
+    return high
+
+
+def _changed(classifier: Classifier, x: Tensor, labels: Tensor, v: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+    """Whether the label of x + t v of each of these rows is another one, bool on the CPU."""
+    out = []
+    for part, share in zip(
+        torch.split(rows, classifier.batch_size), torch.split(t, classifier.batch_size), strict=True
+    ):
+        here = part.to(x.device)
+        scale = share.to(x.device, torch.float32).view(-1, 1, 1, 1)
+        out.append((classifier.logits(x[here] + scale * v[here]).argmax(1) != labels[here]).cpu())
+    return torch.cat(out) if out else torch.zeros(0, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class Smallest:
-    """The smallest perturbation that DeepFool finds, row by row, on the CPU.
+    """Length of DeepFool's smallest perturbation, row by row, on the CPU.
 
     Attributes:
         length: ||r|| in the norm asked for, pixels, float64 (B,), DeepFool's overshoot of 2 % included unless
@@ -68,9 +147,8 @@ def smallest(
         x: images, float32 (B,C,H,W) in [0, 1].
         norm: that is to be small.
         basis: of the subspace that r lies in, as `deepfool` takes it; None: all inputs.
-        cut: end r where the label first changes on the way along it, instead of where DeepFool ends: at least
-            2 % beyond a boundary. In a subspace of one dimension, a line, look both ways instead: DeepFool
-            goes one only.
+        cut: end r where the label first changes along it, instead of where DeepFool ends: at least 2 % beyond
+            a boundary. In a subspace of one dimension, a line, both directions are tried: DeepFool takes one.
     """
     x = x.to(classifier.device)
     label = classifier.logits(x).argmax(1)
@@ -79,17 +157,17 @@ def smallest(
         nearer = along_line(classifier, x, label, basis[:, 0].expand_as(x))
         return Smallest(nearer, torch.zeros_like(label).cpu())
     threat = ThreatModel.parse(norm, "0")  # any radius: minimal DeepFool takes none
-    found = deepfool(classifier, x, label, threat=threat, mode="minimal", clip=False, basis=basis)
-    reached = found.converged if found.converged is not None else torch.ones_like(label, dtype=torch.bool)
-    length = torch.where(reached, distance(norm, x.double(), found.x_adv.double()), torch.nan).cpu()
+    result = deepfool(classifier, x, label, threat=threat, mode="minimal", clip=False, basis=basis)
+    reached = result.converged if result.converged is not None else torch.ones_like(label, dtype=torch.bool)
+    length = torch.where(reached, distance(norm, x.double(), result.x_adv.double()), torch.nan).cpu()
     if cut:
-        length *= along_segment(classifier, x, label, found.x_adv - x)
-    return Smallest(length, found.steps.cpu())
+        length *= along_segment(classifier, x, label, result.x_adv - x)
+    return Smallest(length, result.steps.cpu())
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """What one step of the gradient's sign needs to change the labels of most images.
+    """The length at which one step of the gradient's sign changes the labels of most images.
 
     Attributes:
         eps: its length, pixels, linf: the first of the grid that changes `SHARE` of the images; if none does,
@@ -120,7 +198,7 @@ def one_step(classifier: Classifier, x: Tensor, advance: Callable[[int], None] |
     Args:
         classifier: the model.
         x: images, float32 (B,C,H,W) in [0, 1]; the steps are not cut to the box.
-        advance: told of radii tried.
+        advance: called with the number of radii tried.
     """
     x = x.to(classifier.device)
     label = classifier.logits(x).argmax(1)

@@ -1,18 +1,27 @@
-"""Products of the Hessian of the loss with directions, by finite differences of step h.
+"""Hessian of the loss by finite differences of step h: products, norms, and the whole spectrum of an image.
 
 Source: CURE paper, Eq. 1:  Hz = (grad l(u + h z) - grad l(u)) / h.
 
 h is finite on purpose: it is the scale at which curvature is wanted, and the Hessian of a piecewise linear
 network's loss has rank L - 1 in the limit. Exact for every h where the loss is quadratic. Where it is not,
 Hz is not linear in z: the matrix that such products make up depends on the directions they were taken along.
+
+The spectrum (CURE paper, section 2 and figure 2; thesis figure 8.2): the d columns H q_i are finite
+differences along an orthonormal basis; the matrix is symmetrised, as finite differences are not symmetric,
+and its eigenvalues sorted descending. It costs d + 1 gradients an image. `lanczos` gives the extreme
+eigenvalues for far fewer: the same ones where the loss is quadratic within the step, others where it is not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
@@ -20,6 +29,10 @@ from robustbench_cure.geometry.space import Loss
 
 #: A gradient shorter than this is what float32 left of a loss of zero: it points nowhere.
 NO_GRADIENT = 1e-12
+#: Inputs up to which all eigenvectors are computed to have the first.
+DENSE_EIGENVECTORS = 256
+
+Basis = Literal["canonical", "random"]
 
 
 def products(space: Loss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: float) -> Tensor:
@@ -59,7 +72,7 @@ def columns(
         y: its label, int64 ().
         basis: directions as rows, (m, d).
         h: step.
-        advance: told of gradients computed.
+        advance: called with the number of gradients computed.
 
     Returns:
         float32 (m, d): row i is H q_i.
@@ -104,7 +117,7 @@ def frobenius(
         h: step.
         directions: how many z are drawn for each row.
         noise: of the draws, one stream a row; default: rows known by their place.
-        advance: told of gradients computed.
+        advance: called with the number of gradients computed.
 
     Returns:
         float32 (B,).
@@ -136,3 +149,85 @@ def along_sign(space: Loss, u: Tensor, y: Tensor, *, h: float) -> Tensor:
     length = sign.flatten(1).norm(dim=1).clamp_min(1.0).view(-1, *[1] * (u.dim() - 1))
     norms: Tensor = products(space, u, y, here, sign / length, h).flatten(1).norm(dim=1)
     return norms
+
+
+def random_basis(d: int, seed: int, device: torch.device) -> Tensor:
+    """A random rotation: orthonormal directions as rows, float32 (d, d).
+
+    Along a single input (the canonical basis) the whole step h falls on one value; a rotation spreads it.
+    """
+    matrix = torch.randn((d, d), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q, r = torch.linalg.qr(matrix)
+    # Signs fixed: uniform over all rotations.
+    rotation: Tensor = (q * r.diagonal().sign()).T.float().contiguous()
+    return rotation.to(device)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues and top eigenvector of one image.
+
+    Attributes:
+        values: all eigenvalues, float32 (d,), descending, on the CPU: differences of float32 gradients hold
+            no more digits.
+        vector: unit eigenvector of the first, float32 (C,H,W), on the CPU.
+    """
+
+    values: Tensor
+    vector: Tensor
+
+
+def spectrum(
+    space: Loss,
+    u: Tensor,
+    y: Tensor,
+    *,
+    h: float,
+    basis: Tensor | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Spectrum:
+    """All eigenvalues, and the top eigenvector, of the symmetrised finite-difference Hessian at one input.
+
+    Args:
+        space: the loss, see `Loss`.
+        u: one input (C,H,W), float32.
+        y: its true label, int64 ().
+        h: step, in units of ``u``.
+        basis: orthonormal directions as rows, (d, d); None: the canonical basis, one input each.
+        advance: called with the number of gradients computed.
+    """
+    d = math.prod(u.shape)
+    if basis is not None and tuple(basis.shape) != (d, d):
+        raise ValueError(f"the basis must be ({d}, {d}), got {tuple(basis.shape)}")
+    directions = torch.eye(d, device=u.device) if basis is None else basis
+    product = columns(space, u, y, directions, h, advance)  # row i is H q_i
+    matrix = product if basis is None else product @ basis.T  # q_i' H q_j: a rotation keeps the eigenvalues
+    symmetric = (matrix + matrix.T) / 2
+    values = torch.linalg.eigvalsh(symmetric).flip(0).cpu()
+    vector = _top(symmetric.cpu())
+    in_inputs = vector if basis is None else basis.T.cpu() @ vector
+    return Spectrum(values, in_inputs.view(u.shape))
+
+
+def eigenvalues(
+    space: Loss,
+    u: Tensor,
+    y: Tensor,
+    *,
+    h: float,
+    basis: Tensor | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The values of `spectrum`, float32 (d,), descending, on the CPU."""
+    return spectrum(space, u, y, h=h, basis=basis, advance=advance).values
+
+
+def _top(symmetric: Tensor) -> Tensor:
+    """Unit eigenvector of the largest eigenvalue; by Lanczos where all of them would take much longer."""
+    d = len(symmetric)
+    if d <= DENSE_EIGENVECTORS:
+        vector: Tensor = torch.linalg.eigh(symmetric)[1][:, -1]
+        return vector
+    start = np.ones(d) + np.arange(d) / d  # a fixed start: the same vector in every run
+    top = eigsh(symmetric.double().numpy(), k=1, which="LA", v0=start)[1][:, 0]
+    return torch.from_numpy(top).float()

@@ -1,4 +1,4 @@
-"""The ends of the Hessian's spectrum, and its top eigenvector, from a few products an image.
+"""The extreme eigenvalues of the Hessian, and its top eigenvector, from a few products an image.
 
 Source: Lanczos 1950; full re-orthogonalisation as in Golub & Van Loan, Matrix Computations, section 10.3.
 Images are worked on together: one pass gives one product for each. The finite-difference operator is not
@@ -19,15 +19,15 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.geometry.hessian import NO_GRADIENT, alignment, gradients, on_sphere, products
 from robustbench_cure.geometry.space import Loss
 
-#: A direction shorter than this, beside the products so far, adds nothing: the space is exhausted.
+#: A direction shorter than this, relative to the products so far, adds nothing: the space is exhausted.
 EXHAUSTED = 1e-5
 #: Bytes that directions and products may take; images beyond are worked on after the first ones.
 MEMORY = 1 << 30
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What `lanczos` found for every row.
+class Extremes:
+    """Extreme eigenvalues and the top eigenvector of every row.
 
     Attributes:
         largest: largest (algebraic) Ritz value, float64 (B,).
@@ -36,7 +36,7 @@ class Ends:
         gradient: gradient at the input, float32, shape of the input.
         alignment: |gradient . vector| / ||gradient||, float64 (B,); NaN where there is no gradient.
         projected: V'HV, symmetric, over the directions V; float64 (B, iterations, iterations), zero beyond
-            those that were found.
+            those that were taken.
     """
 
     largest: Tensor
@@ -57,7 +57,7 @@ def lanczos(
     start: Literal["random", "gradient"] = "random",
     noise: Noise | None = None,
     advance: Callable[[int], None] | None = None,
-) -> Ends:
+) -> Extremes:
     """Largest and smallest eigenvalues of the finite-difference Hessian at every row.
 
     Args:
@@ -69,7 +69,7 @@ def lanczos(
         start: first direction: random, which misses no eigenvector; or the gradient, whose Krylov space
             holds the solution of the quadratic model (the random one where there is no gradient).
         noise: of the random start, one stream a row; default: rows known by their place.
-        advance: told of gradients computed.
+        advance: called with the number of gradients computed.
 
     Returns:
         Everything on the CPU but the vectors and gradients.
@@ -81,7 +81,9 @@ def lanczos(
     for part in torch.split(torch.arange(len(u), device=u.device), rows):
         first = on_sphere(noise[part], tuple(u.shape[1:]), 0)
         parts.append(_lanczos(space, u[part], y[part], first, h, steps, start, advance))
-    return Ends(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Ends)})
+    return Extremes(
+        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Extremes)}
+    )
 
 
 def _lanczos(
@@ -93,7 +95,7 @@ def _lanczos(
     steps: int,
     start: str,
     advance: Callable[[int], None] | None,
-) -> Ends:
+) -> Extremes:
     n, d = len(u), u[0].numel()
     here = gradients(space, u, y)
     basis = torch.zeros((n, steps, d), dtype=torch.float64, device=u.device)
@@ -117,10 +119,10 @@ def _lanczos(
         scale = product[:, : k + 1].norm(dim=2).amax(1, keepdim=True)
         # An exhausted row keeps a zero direction: its products are zero and its matrix gains zero rows.
         direction = torch.where(length > EXHAUSTED * scale, rest / length.clamp_min(1e-300), 0.0)
-    return _ends(basis, product, here, u)
+    return _extremes(basis, product, here, u)
 
 
-def _ends(basis: Tensor, product: Tensor, here: Tensor, u: Tensor) -> Ends:
+def _extremes(basis: Tensor, product: Tensor, here: Tensor, u: Tensor) -> Extremes:
     projected = torch.einsum("nkd,nld->nkl", basis, product)
     symmetric = (projected + projected.transpose(1, 2)) / 2
     used = basis.norm(dim=2) > 0.5
@@ -134,7 +136,7 @@ def _ends(basis: Tensor, product: Tensor, here: Tensor, u: Tensor) -> Ends:
         vectors.append(full)
     top = torch.einsum("nk,nkd->nd", torch.stack(vectors), basis)
     top = top / top.norm(dim=1, keepdim=True)
-    return Ends(
+    return Extremes(
         largest=torch.stack([largest for largest, _ in values]).cpu(),
         smallest=torch.stack([smallest for _, smallest in values]).cpu(),
         vector=top.float().view_as(u),

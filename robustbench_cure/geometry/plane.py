@@ -1,8 +1,11 @@
-"""A plane through an image: regions of the labels, and the loss over it.
+"""A plane through an image, or along a path: regions of the labels, and the loss over it.
 
 Source: CURE paper, figures 1, 3 and 8 (thesis figures 5.5, 8.1, 8.3, 8.8). The plane is spanned by the normal
 n = r / ||r|| of the nearest boundary, r being DeepFool's l2 perturbation in pixels, and by a random direction
 v, made orthogonal to n. Planes leave the pixel box, as those of the paper do.
+
+Along a polyline (thesis, section 7.3, figure 7.2) every leg and the normal r of the boundary nearest to the
+first end span a section; the sections of its legs stand side by side.
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.threat import ThreatModel
+from robustbench_cure.geometry.convexity import labels_of
+from robustbench_cure.geometry.subspaces import L2
+
+#: Positions along a polyline and across it; odd, so that the polyline itself is a row.
+ALONG, ACROSS = 161, 61
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Plane:
     Attributes:
         x: the image, float32 (C,H,W).
         n: direction of the normal, shape of ``x``.
-        v: direction beside it, shape of ``x``.
+        v: random direction orthogonal to it, shape of ``x``.
         distance: ||r||, in pixels; the boundary along n lies there.
         reached: whether DeepFool changed the label.
     """
@@ -40,7 +48,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Grid:
-    """What the network says over a plane; rows follow n, columns v.
+    """Labels and losses over a plane; rows follow n, columns v.
 
     Attributes:
         along: coordinates of both axes, float32 (m,), in pixels.
@@ -63,12 +71,10 @@ def normal_plane(classifier: Classifier, x: Tensor, *, seed: int = 0) -> Plane:
     """
     image = x[None].to(classifier.device)
     label = classifier.logits(image).argmax(1)
-    found = deepfool(
-        classifier, image, label, threat=ThreatModel.parse("l2", "0"), mode="minimal", clip=False
-    )
-    r = (found.x_adv - image)[0]
+    result = deepfool(classifier, image, label, threat=L2, mode="minimal", clip=False)
+    r = (result.x_adv - image)[0]
     length = float(r.norm())
-    reached = bool(found.converged is not None and found.converged[0]) and length > 0
+    reached = bool(result.converged is not None and result.converged[0]) and length > 0
     generator = torch.Generator().manual_seed(seed)
     n = r / length if length else torch.randn(x.shape, generator=generator).to(r.device)
     n = n / n.norm()
@@ -94,7 +100,7 @@ def scan(
         label: true label of the image.
         reach: half the side of the square, in pixels.
         points: along each side; an odd number has the image itself in the middle.
-        advance: told of images passed forward.
+        advance: called with the number of images passed forward.
     """
     along = torch.linspace(-reach, reach, points, device=plane.x.device)
     a, b = torch.meshgrid(along, along, indexing="ij")
@@ -110,3 +116,62 @@ def scan(
             advance(len(part))
     shape = (points, points)
     return Grid(along.cpu(), torch.cat(labels).view(shape), torch.cat(losses).view(shape))
+
+
+@dataclass(frozen=True)
+class PathSection:
+    """Labels around a path, and around the segment between its ends; all on the CPU.
+
+    Attributes:
+        points: of the path, float32 (m,C,H,W).
+        height: distance from the path along the normal, in pixels, float64 (ACROSS,); 0 is the path.
+        straight: labels around the segment, int64 (ACROSS, ALONG).
+        path: labels around the path, int64 (ACROSS, ALONG).
+        anchors: positions of the anchors as shares of the path's length, float64 (m - 2,).
+    """
+
+    points: Tensor
+    height: Tensor
+    straight: Tensor
+    path: Tensor
+    anchors: Tensor
+
+
+def path_section(classifier: Classifier, points: Tensor) -> PathSection | None:
+    """Labels around a polyline, and around the segment between its ends.
+
+    Args:
+        classifier: the model.
+        points: of the polyline, float32 (m,C,H,W) on the CPU; its ends differ.
+
+    Returns:
+        None where DeepFool reaches no boundary from the first end.
+    """
+    plane = normal_plane(classifier, points[0])
+    if not plane.reached:
+        return None
+    height = torch.from_numpy(np.linspace(-plane.distance, plane.distance, ACROSS))
+    lengths = (points[1:] - points[:-1]).flatten(1).double().norm(dim=1)
+    positions = torch.cat((torch.zeros(1).double(), lengths.cumsum(0))) / lengths.sum()
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return PathSection(
+        points,
+        height,
+        _labels_along(classifier, points[[0, -1]], ends, plane.n, height),
+        _labels_along(classifier, points, positions, plane.n, height),
+        positions[1:-1],
+    )
+
+
+def _labels_along(
+    classifier: Classifier, points: Tensor, positions: Tensor, normal: Tensor, height: Tensor
+) -> Tensor:
+    """Labels at every height over `ALONG` positions of a polyline, int64 (ACROSS, ALONG)."""
+    points, up = points.to(classifier.device), height.float().to(classifier.device)
+    columns = []
+    for position in torch.from_numpy(np.linspace(0, 1, ALONG)):
+        leg = min(int(torch.searchsorted(positions, position, side="right")) - 1, len(positions) - 2)
+        share = float((position - positions[leg]) / (positions[leg + 1] - positions[leg]))
+        foot = (1 - share) * points[leg] + share * points[leg + 1]
+        columns.append(labels_of(classifier, foot + up.view(-1, 1, 1, 1) * normal).cpu())
+    return torch.stack(columns, 1)

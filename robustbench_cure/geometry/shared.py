@@ -1,7 +1,7 @@
 """Directions that the boundaries near many images share: normals, and directions of curvature.
 
-Source: thesis, sections 6.3 to 6.5 and 7.4. With n_i = r(x_i) / ||r(x_i)||, the way to the nearest boundary
-of some images, and the projected Hessians G_i there (`boundary`):
+Source: thesis, sections 6.3 to 6.5 and 7.4. With n_i = r(x_i) / ||r(x_i)||, the directions of the nearest
+boundaries of some images, and the projected Hessians G_i there (`boundary`):
 
     S_f   first left singular vectors of [n_1 ... n_n]                          (section 6.3.1)
     S_c   eigenvectors of the mean of G_i of largest positive eigenvalue        (section 6.4.1, Eq. 6.4)
@@ -11,8 +11,8 @@ A universal perturbation needs no more than such a subspace: random vectors of i
 that it was not made from. Readings of the thesis: S_c averages the projected, not the plain Hessians; of
 every G_i the ten most positive and the ten most negative directions enter the u_i, unweighted.
 
-The n_i are ways, as the thesis has them, not gradients: where DeepFool misses the nearest point, they are not
-quite the normals that G_i is projected with.
+The n_i are directions of perturbations, as in the thesis, not gradients: where DeepFool misses the nearest
+point, they are not quite the normals that G_i is projected with.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier, full_precision
-from robustbench_cure.geometry.boundary import Nearest, slopes_of
+from robustbench_cure.geometry.boundary import Nearest, second_difference, slopes_of
 from robustbench_cure.geometry.hessian import NO_GRADIENT, on_sphere
-from robustbench_cure.geometry.mean_curvature import second_difference
 
-#: Principal directions of either sign that every image lends to the u_i.
-ENDS = 10
+#: Extreme eigenvectors of either end that every image adds to the u_i.
+EXTREMES = 10
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What the boundaries near the images that were learned from share.
+class SharedSubspaces:
+    """Subspaces that the boundaries near some images share.
 
     Attributes:
         singular: singular values of the matrix of normals, float64 (k,).
@@ -65,11 +64,11 @@ def common(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @full_precision()
-def ends(frame: Tensor, matrix: Tensor, count: int = ENDS) -> Tensor:
+def extreme_eigenvectors(frame: Tensor, matrix: Tensor, count: int = EXTREMES) -> Tensor:
     """Principal directions of largest and of smallest curvature, as rows, float32 (2 count, d).
 
     Args:
-        frame: tangent directions as rows, (d - 1, d), as `bending` gives them.
+        frame: tangent directions as rows, (d - 1, d), as `projected_hessian` returns them.
         matrix: the curvature in them, (d - 1, d - 1).
         count: of either end; where there are fewer than twice as many directions, all.
     """
@@ -82,7 +81,7 @@ def ends(frame: Tensor, matrix: Tensor, count: int = ENDS) -> Tensor:
 
 @full_precision()
 def in_inputs(frame: Tensor, matrix: Tensor) -> Tensor:
-    """A matrix in tangent directions, arguments as those of `ends`, as one in the inputs, float32 (d, d)."""
+    """A matrix in tangent directions as one in the inputs, float32 (d, d); as for `extreme_eigenvectors`."""
     whole: Tensor = frame.T @ matrix @ frame
     return whole
 
@@ -93,12 +92,12 @@ def most_curved(mean: Tensor, m: int) -> Tensor:
     return rows
 
 
-class Bending:
-    """Boundaries at their points, asked how they bend along one direction after the other.
+class DirectionalCurvature:
+    """Second differences of boundaries at their points, along one direction after the other.
 
     Args:
         classifier: the model.
-        near: the boundary points, all found.
+        near: the boundary points, all of which exist.
         h: step, l2 in pixels, float (B,).
 
     Attributes:
@@ -122,9 +121,9 @@ class Bending:
         tangent = u - (u * self.normal).sum(1, keepdim=True) * self.normal
         size = tangent.norm(dim=1, keepdim=True)
         unit = (tangent / size.clamp_min(NO_GRADIENT)).view_as(self.near.point)
-        where = self.near.point, self.here, self.near.own, self.others
-        bent = second_difference(self.classifier, *where, unit, self.h)[:, 0]
-        return bent, size[:, 0].double()
+        at = self.near.point, self.here, self.near.own, self.others
+        second = second_difference(self.classifier, *at, unit, self.h)[:, 0]
+        return second, size[:, 0].double()
 
 
 def curvatures_along(classifier: Classifier, near: Nearest, directions: Tensor, *, h: Tensor) -> Tensor:
@@ -132,17 +131,17 @@ def curvatures_along(classifier: Classifier, near: Nearest, directions: Tensor, 
 
     Args:
         classifier: the model.
-        near: the boundary points, all found.
+        near: the boundary points, all of which exist.
         directions: v of length 1 as rows, float32 (k, d).
         h: step, l2 in pixels, float (B,).
 
     Returns:
         float64 (B, k), on the device of the points, 1/pixel; NaN where the boundary has no gradient.
     """
-    bending = Bending(classifier, near, h)
-    found = torch.stack([bending.along(v)[0] for v in directions.to(near.point.device)], 1)
-    slope = bending.slope.double()[:, None]
-    return torch.where(slope > NO_GRADIENT, found / slope.clamp_min(NO_GRADIENT), torch.nan)
+    curvature = DirectionalCurvature(classifier, near, h)
+    values = torch.stack([curvature.along(v)[0] for v in directions.to(near.point.device)], 1)
+    slope = curvature.slope.double()[:, None]
+    return torch.where(slope > NO_GRADIENT, values / slope.clamp_min(NO_GRADIENT), torch.nan)
 
 
 def relative_curvatures(
@@ -158,7 +157,7 @@ def relative_curvatures(
 
     Args:
         classifier: the model.
-        near: the boundary points, all found.
+        near: the boundary points, all of which exist.
         directions: u of length 1 as rows, float32 (m, d).
         h: step, l2 in pixels, float (B,).
         references: random directions that the mean is taken over.
@@ -168,18 +167,18 @@ def relative_curvatures(
         float64 (B, m), on the device of the points; about 1 for a direction like any other. NaN where the
         boundary has no gradient or is flat along all references.
     """
-    bending = Bending(classifier, near, h)
+    curvature = DirectionalCurvature(classifier, near, h)
 
-    def bent(u: Tensor) -> Tensor:
+    def absolute(u: Tensor) -> Tensor:
         """|u' G u| ||grad F||, float64 (B,)."""
-        along, size = bending.along(u)
+        along, size = curvature.along(u)
         return along.abs() * size.square()
 
     shape = tuple(near.point.shape[1:])
-    usual = torch.stack([bent(on_sphere(noise, shape, k).flatten(1)) for k in range(references)]).mean(0)
-    found = torch.stack([bent(u) for u in directions.to(near.point.device)], 1)
-    usable = (bending.slope > NO_GRADIENT) & (usual > 0)
-    return torch.where(usable[:, None], found / usual.clamp_min(1e-300)[:, None], torch.nan)
+    usual = torch.stack([absolute(on_sphere(noise, shape, k).flatten(1)) for k in range(references)]).mean(0)
+    values = torch.stack([absolute(u) for u in directions.to(near.point.device)], 1)
+    usable = (curvature.slope > NO_GRADIENT) & (usual > 0)
+    return torch.where(usable[:, None], values / usual.clamp_min(1e-300)[:, None], torch.nan)
 
 
 def share_inside(basis: Tensor, vectors: Tensor) -> Tensor:

@@ -17,9 +17,6 @@ from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Classifier
 
-#: Step of the finite differences by data set: that of CURE's training there (paper, section 4; supplement).
-STEPS = {"cifar10": 1.5, "svhn": 1.25, "digits": 1.2}
-
 
 class Loss(Protocol):
     """What curvature is taken of: a loss of inputs, with gradients. `Space` is one."""

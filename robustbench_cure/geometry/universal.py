@@ -18,22 +18,29 @@ box alone is then never visited again, and on black or white images the search s
 DeepFool cannot move within its iterations leaves v as it is, as in the authors' code. (3) Passes are limited.
 (4) Shares of fooled images go up and down with the passes: the perturbation of the best pass is kept, not
 that of the last.
+
+Baselines (thesis, section 4.4, Fig. 4.9): noise; the adversarial perturbation of one image, by DeepFool and
+by the fast gradient sign method; the sum of the adversarial perturbations of all images; the mean image.
+Images that DeepFool cannot move have no perturbation: they are not drawn, and add nothing to the sum. The
+image is drawn by the seed, and noise several times, since a single vector of it may be lucky.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.deepfool import deepfool
-from robustbench_cure.attacks.losses import cross_entropy
+from robustbench_cure.attacks.losses import cross_entropy, odds_against
+from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.geometry.subspaces import L2
-from robustbench_cure.threat import ThreatModel
+from robustbench_cure.threat import Norm, ThreatModel
 
 Method: TypeAlias = Literal["deepfool", "gradient"]
 
@@ -41,12 +48,14 @@ Method: TypeAlias = Literal["deepfool", "gradient"]
 ITERATIONS = 10
 #: Of the gradient method: largest loss of an image that still counts; images in a step; first step in radii
 #: at least, and all steps together about.
-CEILING, BATCH, FIRST_STEP, WAY = 9.0, 32, 0.1, 5.0
+CEILING, BATCH, FIRST_STEP, TOTAL_LENGTH = 9.0, 32, 0.1, 5.0
+#: Vectors of noise among the baselines.
+DRAWS = 10
 
 
 @dataclass(frozen=True)
 class Universal:
-    """Where a search stands after a number of passes.
+    """State of a search after a number of passes.
 
     Attributes:
         v: the perturbation that fooled most, float32 (C,H,W), in pixels of [0, 1].
@@ -89,7 +98,7 @@ def universal(
         seed: of their order in every pass; another order leads to another perturbation.
         known: what an earlier call with the same arguments reached, to go on from.
         keep: given the state after every pass.
-        advance: told of images visited.
+        advance: called with the number of images visited.
 
     Returns:
         The best perturbation, and the share of images fooled after every pass.
@@ -128,40 +137,34 @@ def _deepfool_pass(
 ) -> Tensor:
     """One visit of every image in order.
 
-    Images are looked at ahead in windows that grow while all in them are fooled: v does not change before
+    Labels are predicted in windows that grow while all images in them are fooled: v does not change before
     the first that is not, so that the outcome is that of one image after the other.
     """
     place, window = 0, 1
     while place < len(x):
         moved = (x[place : place + window] + v).clamp(0, 1)
-        ahead = labels[place : place + window]
-        standing = (classifier.logits(moved).argmax(1) == ahead).nonzero().flatten().tolist()
-        seen = len(moved)
-        if standing:
-            row = slice(standing[0], standing[0] + 1)
-            found = deepfool(
-                classifier,
-                moved[row],
-                ahead[row],
-                threat=L2,
-                mode="minimal",
-                clip=True,
-                steps=ITERATIONS,
+        own = labels[place : place + window]
+        unfooled = (classifier.logits(moved).argmax(1) == own).nonzero().flatten().tolist()
+        visited = len(moved)
+        if unfooled:
+            row = slice(unfooled[0], unfooled[0] + 1)
+            result = deepfool(
+                classifier, moved[row], own[row], threat=L2, mode="minimal", clip=True, steps=ITERATIONS
             )
-            if bool(found.converged):
-                v = threat.shorten(v + found.x_adv - moved[row])[0]
-            seen = standing[0] + 1
-        window = 1 if standing else min(2 * window, classifier.batch_size)
-        place += seen
+            if bool(result.converged):
+                v = threat.shorten(v + result.x_adv - moved[row])[0]
+            visited = unfooled[0] + 1
+        window = 1 if unfooled else min(2 * window, classifier.batch_size)
+        place += visited
         if advance is not None:
-            advance(seen)
+            advance(visited)
     return v
 
 
 def _first_step(images: int, passes: int) -> float:
     """In radii: steps shrink to nothing, and few of them must still reach every place of the ball."""
     steps = passes * -(-images // BATCH)
-    return min(1.0, max(FIRST_STEP, 2 * WAY / steps))
+    return min(1.0, max(FIRST_STEP, 2 * TOTAL_LENGTH / steps))
 
 
 def _gradient_pass(
@@ -205,3 +208,34 @@ def labels_with(classifier: Classifier, x: Tensor, v: Tensor) -> Tensor:
     """Labels predicted for x + v, cut to [0, 1]; int64 (B,), arguments as those of `fooled`."""
     x = x.to(classifier.device)
     return classifier.logits((x + v.to(x.device)).clamp(0, 1)).argmax(1)
+
+
+def baselines(classifier: Classifier, x: Tensor, *, norm: Norm, seed: int) -> dict[str, Tensor]:
+    """Directions by name, float32 (k,C,H,W) on the CPU: k is `DRAWS` for noise, 1 for all others.
+
+    Args:
+        classifier: the model.
+        x: images, float32 (B,C,H,W) in [0, 1].
+        norm: noise is drawn from the surface of its ball; in linf from the corners.
+        seed: of noise, and of the one image.
+    """
+    images, x = x.cpu(), x.to(classifier.device)
+    label = classifier.logits(x).argmax(1)
+    result = deepfool(classifier, x, label, threat=L2, mode="minimal", clip=False)
+    moved = torch.ones_like(label, dtype=torch.bool) if result.converged is None else result.converged
+    r = torch.where(moved.view(-1, 1, 1, 1), result.x_adv - x, torch.zeros_like(x)).cpu()
+    order = Noise.for_samples(seed, "universal", ["image"]).uniform((len(x),), 0)[0]
+    one = int(torch.where(moved.cpu(), order, -1.0).argmax())
+    row = slice(one, one + 1)
+    # Steepest where cross-entropy is, also where that is zero in float32.
+    loss = partial(odds_against, labels=label[row])
+    gradient = classifier.value_and_gradient(x[row], loss, reference=True)[1]
+    noise = Noise.for_samples(seed, "universal", [f"random/{draw}" for draw in range(DRAWS)])
+    draw = noise.normal if norm == "l2" else noise.signs
+    return {
+        "random": draw(tuple(x.shape[1:]), 0),
+        "one image's": r[row],
+        "one image's FGSM": gradient.sign().cpu(),
+        "sum of all images'": r.sum(0, keepdim=True),
+        "mean image": images.mean(0, keepdim=True),
+    }

@@ -9,7 +9,7 @@ from typing import Literal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.evaluation.preflight import preflight
-from robustbench_cure.files import Kept
+from robustbench_cure.files import Cache
 from robustbench_cure.masking.checks import CHECKS, OF_FLAGS, Finding
 from robustbench_cure.masking.evidence import Measurements, Progress, Settings, no_progress
 from robustbench_cure.masking.power import controlled, powers
@@ -99,7 +99,7 @@ def diagnose(
     settings: Settings | None = None,
     *,
     progress: Progress = no_progress,
-    cache: Kept | None = None,
+    cache: Cache | None = None,
     surrogate: Classifier | None = None,
 ) -> Diagnosis:
     """Run every check on a model.

@@ -19,7 +19,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.verify import judge
-from robustbench_cure.files import Kept
+from robustbench_cure.files import Cache
 from robustbench_cure.interop.square import square
 from robustbench_cure.threat import ThreatModel
 
@@ -167,7 +167,7 @@ class Measurements:
         *,
         flags: Sequence[Flag],
         progress: Progress = no_progress,
-        cache: Kept | None = None,
+        cache: Cache | None = None,
         surrogate: Classifier | None = None,
     ) -> None:
         self.classifier, self.threat, self.settings, self.surrogate = classifier, threat, settings, surrogate

@@ -125,3 +125,18 @@ class TrainRequest:
     half: bool = False
     device: str = "auto"
     cards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvolutionRequest:
+    """`cure-bench evolution`.
+
+    Attributes:
+        logs: CSV files that `cure-bench train` writes with the weights; the name of a run is its file's.
+        out: directory of the results; None: named by time, below ``runs``.
+        command: the command line, for the provenance.
+    """
+
+    logs: tuple[Path, ...] = ()
+    out: Path | None = None
+    command: str = ""

@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.files import Kept
+from robustbench_cure.files import Cache
 from robustbench_cure.masking.checks import CHECKS, LEVEL, MORE_POWER, Finding, statistics, to_json
 from robustbench_cure.masking.conclusions import Conclusion, Diagnosis, conclude, diagnose
 from robustbench_cure.masking.evidence import Measurements, PairedMargins, Settings
@@ -102,7 +102,7 @@ def _diagnose(
 ) -> Diagnosis:
     other = "" if surrogate is None else surrogate.model_info().weights_sha256
     identity = study.identity(name, threat=threat, surrogate=other, **asdict(settings))
-    cache = Kept(study.out / f"outcomes-{name}.npz", identity)
+    cache = Cache(study.out / f"outcomes-{name}.npz", identity)
     with ProgressLine(name, "%") as line:
 
         def progress(done: float, total: float, attack: str) -> None:

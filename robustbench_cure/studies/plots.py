@@ -1,4 +1,4 @@
-"""Figures of the geometry commands: matplotlib, one style, as SVG, PDF and PNG."""
+"""Figures of the studies: matplotlib, one style, as SVG, PDF and PNG; the kinds that several studies draw."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -13,18 +14,29 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from torch import Tensor
 
 from robustbench_cure.files import write_atomically
 
-#: Told apart without colour vision (Okabe and Ito 2008), with a line style each for print.
+Values: TypeAlias = NDArray[np.float64]
+#: Horizontal and vertical values of a curve.
+Curve: TypeAlias = tuple[Values, Values]
+
+#: Distinguishable without colour vision (Okabe and Ito 2008), with a line style each for print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+GREY = "#999999"
+#: The dot at an image, and paths between images.
+IMAGE = "#14357a"
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 #: Regions of a section, as in the paper: the label's own green, all others between orange and red.
 OWN, OTHERS = "#8fc98f", ("#f4a582", "#e0715a", "#d6604d", "#ef9a7a", "#c94c3c", "#f7b799", "#da8a6d")
-#: Bytes that would differ between two equal runs are left out of the files.
-METADATA = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+#: Formats of every figure, the first for the page, and metadata that would differ between two equal runs.
+FORMATS: dict[str, dict[str, str | None]] = {
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+    "png": {"Software": None},
+}
 
 
 @contextmanager
@@ -47,10 +59,10 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write ``<stem>.svg``, ``.pdf`` and ``.png``, each whole or not at all; equal figures, equal bytes."""
+    """Write ``<stem>.svg`` and so on for `FORMATS`, each whole or not at all; equal figures, equal bytes."""
     FigureCanvasAgg(figure)
     files = []
-    for kind, metadata in METADATA.items():
+    for kind, metadata in FORMATS.items():
         buffer = io.BytesIO()
         with style():
             figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
@@ -61,12 +73,34 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
+def line_style(index: int, size: float | None = None) -> dict[str, Any]:
+    """Colour and dashes of the curve with this number, and markers of a size in points; None: no markers."""
+    look: dict[str, Any] = {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": STYLES[index % len(STYLES)],
+    }
+    return look if size is None else look | {"marker": "osD^v<>"[index % 7], "markersize": size}
+
+
+def stretched(x: Tensor) -> NDArray[np.float32]:
+    """Perturbations (B,C,H,W) as images: each stretched to all grey levels, 0 being the middle one."""
+    largest = x.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    image: NDArray[np.float32] = (0.5 + x / (2 * largest)).numpy()
+    return image
+
+
+def reference(axes: Axes, level: float = 0, *, vertical: bool = False) -> None:
+    """A thin grey line behind the curves, at a level."""
+    draw = axes.axvline if vertical else axes.axhline
+    draw(level, color=GREY, linewidth=0.6, zorder=0)
+
+
 def lines(
-    series: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+    series: dict[str, Curve],
     *,
     xlabel: str,
     ylabel: str,
-    bands: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] | None = None,
+    bands: dict[str, Curve] | None = None,
     marks: bool = False,
     ylim: tuple[float, float] | None = None,
 ) -> Figure:
@@ -75,13 +109,11 @@ def lines(
         figure = Figure(figsize=(5.4, 3.4))
         axes = figure.subplots()
         for index, (name, (x, y)) in enumerate(series.items()):
-            colour = COLOURS[index % len(COLOURS)]
-            shape = "osD^v<>"[index % 7] if marks else None
-            line = STYLES[index % len(STYLES)]
-            axes.plot(x, y, color=colour, linestyle=line, label=name, marker=shape, markersize=3.5)
+            look = line_style(index, 3.5 if marks else None)
+            axes.plot(x, y, label=name, **look)
             if bands and name in bands:
-                axes.fill_between(x, *bands[name], color=colour, alpha=0.15, linewidth=0)
-        axes.axhline(0, color="#999999", linewidth=0.6, zorder=0)
+                axes.fill_between(x, *bands[name], color=look["color"], alpha=0.15, linewidth=0)
+        reference(axes)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if ylim:
@@ -91,31 +123,8 @@ def lines(
         return figure
 
 
-def evolution(
-    panels: Sequence[tuple[str, dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]],
-) -> Figure:
-    """Curves over epochs, one panel a measure, the runs in the same colours; vertical axes from zero.
-
-    Args:
-        panels: label of the vertical axis, and for each run its epochs and values.
-    """
-    with style():
-        figure = Figure(figsize=(3.0 * len(panels), 2.9), layout="constrained")
-        for axes, (label, series) in zip(_row(figure, len(panels)), panels, strict=True):
-            for index, (name, (x, y)) in enumerate(series.items()):
-                colour, line = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-                shape = "osD^v<>"[index % 7]
-                axes.plot(x, y, color=colour, linestyle=line, label=name, marker=shape, markersize=3)
-            axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-        figure.axes[0].legend()
-        return figure
-
-
 def panels(
-    series: dict[str, dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]],
+    series: dict[str, dict[str, Curve]],
     *,
     xlabel: str,
     ylabel: str,
@@ -131,12 +140,10 @@ def panels(
     """
     with style():
         figure = Figure(figsize=(max(4.4, 2.6 * len(series)), 3.1), layout="constrained")
-        row = list(figure.subplots(1, len(series), squeeze=False, sharey=True)[0])
+        row = row_of_axes(figure, len(series), sharey=True)
         for axes, (title, curves) in zip(row, series.items(), strict=True):
             for index, (name, (x, y)) in enumerate(curves.items()):
-                colour, line = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-                shape = "osD^v<>"[index % 7] if marks else None
-                axes.plot(x, y, color=colour, linestyle=line, label=name, marker=shape, markersize=3)
+                axes.plot(x, y, label=name, **line_style(index, 3 if marks else None))
             axes.set_title(title)
             axes.set_xlabel(xlabel)
         row[0].set_ylim(bottom=0)
@@ -146,27 +153,7 @@ def panels(
         return figure
 
 
-def sections(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.int64], int]]) -> Figure:
-    """Regions of the labels over planes, one panel a model; equal scales, a dot at the image.
-
-    Args:
-        panels: title, coordinates (m,), labels (m, m) with rows along the normal, and the true label.
-    """
-    with style():
-        figure = Figure(figsize=(2.9 * len(panels), 3.1), layout="constrained")
-        for axes, (title, along, labels, own) in zip(_row(figure, len(panels)), panels, strict=True):
-            regions(axes, along, along, labels, own)
-            axes.plot(0, 0, "o", color="#14357a", markersize=4)
-            axes.set_aspect("equal")
-            axes.set_title(title)
-            axes.set_xlabel("along v (random), l2 in pixels")
-        figure.axes[0].set_ylabel("along r (normal), l2 in pixels")
-        return figure
-
-
-def regions(
-    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], labels: NDArray[np.int64], own: int
-) -> None:
+def regions(axes: Axes, x: Values, y: Values, labels: NDArray[np.int64], own: int) -> None:
     """Fill axes with the regions of labels (len(y), len(x)): ``own`` green, others between orange and red."""
     classes = [own, *sorted(set(np.unique(labels).tolist()) - {own})]
     rank = np.zeros_like(labels)
@@ -178,46 +165,6 @@ def regions(
     axes.pcolormesh(x, y, rank, cmap=colours, norm=norm, shading="nearest", rasterized=True)
     for k in range(1, len(classes)):
         axes.contour(x, y, rank == k, levels=[0.5], colors="black", linewidths=0.7)
-
-
-def surfaces(panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]]) -> Figure:
-    """Negative loss over planes, one panel a model, on one vertical scale.
-
-    Args:
-        panels: title, coordinates (m,), loss (m, m) with rows along the normal.
-    """
-    low = min(float(-loss.max()) for _, _, loss in panels)
-    with style():
-        figure = Figure(figsize=(3.3 * len(panels), 3.2))
-        for place, (title, along, loss) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), place + 1, projection="3d")
-            v, n = np.meshgrid(along, along)
-            axes.plot_surface(
-                v,
-                n,
-                -loss,
-                cmap="RdYlBu",
-                vmin=low,
-                vmax=0,
-                linewidth=0,
-                antialiased=True,
-                rasterized=True,
-                rcount=80,
-                ccount=80,
-            )
-            middle = len(along) // 2
-            axes.plot([0], [0], [float(-loss[middle, middle])], "o", color="#14357a", markersize=4, zorder=9)
-            axes.set_zlim(low, 0)
-            axes.set_title(title)
-            axes.set_xlabel("v")
-            axes.set_ylabel("r")
-            axes.set_box_aspect((1, 1, 0.8), zoom=0.86)
-            if place == len(panels) - 1:
-                axes.set_zlabel("negative loss", labelpad=6)
-            axes.view_init(elev=28, azim=-58)
-            axes.tick_params(labelsize=7)
-            axes.locator_params(nbins=5)
-        return figure
 
 
 def gallery(rows: Sequence[tuple[str, NDArray[np.float32], Sequence[str]]], titles: Sequence[str]) -> Figure:
@@ -247,57 +194,6 @@ def gallery(rows: Sequence[tuple[str, NDArray[np.float32], Sequence[str]]], titl
         return figure
 
 
-def matrix(values: NDArray[np.float64], names: Sequence[str], *, xlabel: str, ylabel: str) -> Figure:
-    """A square of numbers in [0, 100], each written in its field.
-
-    Args:
-        values: (k, k), rows downward.
-        names: of rows and columns.
-        xlabel: what the columns are.
-        ylabel: what the rows are.
-    """
-    with style():
-        side = 1.6 + 0.75 * len(names)
-        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(values, cmap="Blues", vmin=0, vmax=100)
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                ink = "white" if value > 60 else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        return figure
-
-
-def scatter_bounds(
-    panels: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]],
-) -> Figure:
-    """Theorem 1 against DeepFool: each image's interval over the distance found, one panel a model.
-
-    Args:
-        panels: title, DeepFool distances, lower bounds, upper bounds, each (n,).
-    """
-    with style():
-        figure = Figure(figsize=(3.1 * len(panels), 3.2), layout="constrained")
-        for axes, (title, found, lower, upper) in zip(_row(figure, len(panels)), panels, strict=True):
-            top = float(np.nanmax(np.concatenate([found, [1e-9]]))) * 1.1
-            axes.plot([0, top], [0, top], color="#999999", linewidth=0.8)
-            axes.vlines(found, lower, np.minimum(upper, 3 * top), color=COLOURS[0], alpha=0.35, linewidth=1)
-            axes.plot(found, lower, ".", color=COLOURS[0], markersize=3, label="lower")
-            axes.plot(found, np.minimum(upper, 3 * top), ".", color=COLOURS[1], markersize=3, label="upper")
-            axes.set_xlim(0, top)
-            axes.set_ylim(0, 2 * top)
-            axes.set_title(title)
-            axes.set_xlabel("DeepFool distance")
-        figure.axes[0].set_ylabel("bounds of Theorem 1")
-        figure.axes[0].legend()
-        return figure
-
-
-def _row(figure: Figure, count: int) -> list[Axes]:
-    return list(figure.subplots(1, count, squeeze=False)[0])
+def row_of_axes(figure: Figure, count: int, *, sharey: bool = False) -> list[Axes]:
+    """Axes next to each other in a figure, with or without a common vertical axis."""
+    return list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])

@@ -18,6 +18,7 @@ from torch import Tensor
 from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import full_precision
+from robustbench_cure.protocol.defaults import DEFAULTS
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.training.cure import curvature_penalty, in_space
 from robustbench_cure.training.pgd_at import last_iterate
@@ -45,11 +46,7 @@ class Scale:
 
 
 #: Data set -> the radius of its published robustness table, and the step of its curvature profiles.
-SCALES: dict[str, Scale] = {
-    "digits": Scale(ThreatModel.parse("linf", "51/255"), 1.2),
-    "cifar10": Scale(ThreatModel.parse("linf", "8/255"), 1.5),
-    "svhn": Scale(ThreatModel.parse("linf", "12/255"), 1.25),
-}
+SCALES = {name: Scale(ThreatModel("linf", own.eps), own.difference_step) for name, own in DEFAULTS.items()}
 
 
 @dataclass(frozen=True)
