@@ -50,12 +50,12 @@ def cell(name: str, images, labels, eps: str, patience: int) -> str:  # type: ig
     right = margins(classifier.logits(images), labels) >= 0
     deepfool.PATIENCE = patience
     start = time.perf_counter()
-    proposal = deepfool.deepfool(
+    candidates = deepfool.deepfool(
         classifier, images[right], labels[right], threat=ThreatModel.parse("linf", eps), mode="bounded",
         steps=STEPS,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    return f"{int((~proposal.converged).sum())} ({seconds:.1f})"
+    return f"{int((~candidates.converged).sum())} ({seconds:.1f})"
 
 
 if __name__ == "__main__":

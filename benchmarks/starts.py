@@ -44,10 +44,10 @@ def main() -> None:
             standing: dict[str, list[int]] = {"here": [], "torchattacks": []}
             for start in range(options.starts):
                 noise = Noise.for_rows(len(x), seed=start)
-                proposal = pgd(classifier, x, y, threat=threat, noise=noise, steps=steps, step_size=2 / 255)
+                candidates = pgd(classifier, x, y, threat=threat, noise=noise, steps=steps, step_size=2 / 255)
                 torch.manual_seed(start)
                 peer = torchattacks.PGD(classifier.module, eps=threat.radius, alpha=2 / 255, steps=steps)
-                for who, x_adv in (("here", proposal.x_adv), ("torchattacks", peer(x, y))):
+                for who, x_adv in (("here", candidates.x_adv), ("torchattacks", peer(x, y))):
                     standing[who].append(int((margins(classifier.logits(x_adv), y) >= 0).sum()))
             cells = " | ".join(told(counts) for counts in standing.values())
             print(f"| {name}, PGD({steps}), of {len(x)} | {cells} |", flush=True)

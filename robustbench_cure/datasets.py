@@ -43,7 +43,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Labelled images, ready to be judged on.
+    """Labelled images to evaluate on, with a name for each.
 
     Attributes:
         name: data set as reports print it.

@@ -127,7 +127,7 @@ class DiscordantPairs:
         return self.gained - self.lost > tolerance * self.n
 
     def decides_at(self, tolerance: Fraction, level: float) -> int | None:
-        """Samples with which flips at these rates would be judged, and not be called inconclusive.
+        """Samples with which these rates of discordant pairs are decided, not inconclusive.
 
         Args:
             tolerance: of the accuracy, a share.

@@ -86,8 +86,8 @@ def labelled(model, x):
     return torch.from_numpy(model.logits(x).argmax(1))
 
 
-def is_broken(judge, model, x, y, proposal, threat) -> np.ndarray:
-    return judge(model.classifier.module, x, y, proposal.x_adv, threat.norm, threat.radius)
+def is_broken(judge, model, x, y, candidates, threat) -> np.ndarray:
+    return judge(model.classifier.module, x, y, candidates.x_adv, threat.norm, threat.radius)
 
 
 # --- affine models: both sides of the exact radius ---------------------------------------------------
@@ -170,14 +170,14 @@ def test_pgd_reaches_the_lowest_margin_of_the_ball(affine, norm, loss, random_st
     threat = ball(norm, 0.9 * radii.min())
     slope = model.weight[1] - model.weight[0]
     dual = np.abs(slope).sum() if norm == "linf" else np.linalg.norm(slope)
-    proposal = pgd(
+    candidates = pgd(
         model.classifier, x, y, threat=threat, steps=20, step_size=threat.radius / 4, loss=loss,
         random_start=random_start,
     )  # fmt: skip
-    reached = margins(model.classifier.logits(proposal.x_adv), y).numpy()
+    reached = margins(model.classifier.logits(candidates.x_adv), y).numpy()
     expected = dual * (radii - threat.radius)
     np.testing.assert_allclose(reached, expected, rtol=0, atol=2e-5 if norm == "linf" else 1e-3 * dual)
-    assert (proposal.steps == 20).all()
+    assert (candidates.steps == 20).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -185,12 +185,12 @@ def test_one_fgsm_step_goes_exactly_to_the_radius(affine, norm):
     model, x = duel(affine, 2, 6), interior_images(8, 6)
     y = labelled(model, x)
     threat = ball(norm, 0.05)
-    proposal = fgsm(model.classifier, x, y, threat=threat)
+    candidates = fgsm(model.classifier, x, y, threat=threat)
     slope = torch.from_numpy(model.weight[1] - model.weight[0]).float().view(SHAPE)
     step = slope.sign() if norm == "linf" else slope / slope.norm()
     away = torch.where(y == 0, 1.0, -1.0).view(-1, 1, 1, 1)
-    torch.testing.assert_close(proposal.x_adv, x + 0.05 * away * step)
-    for counted in (proposal.steps, proposal.forwards, proposal.backwards):
+    torch.testing.assert_close(candidates.x_adv, x + 0.05 * away * step)
+    for counted in (candidates.steps, candidates.forwards, candidates.backwards):
         assert counted.tolist() == [1] * 8
 
 
@@ -241,11 +241,11 @@ def test_every_loss_sees_past_huge_logits(affine, judge):
     radii = model.radii(x, y, "linf").min(1)
     threat = ball("linf", radii.max() * 1.05)
     for loss in ("ce", "margin", "dlr"):
-        proposal = pgd(
+        candidates = pgd(
             model.classifier, x, y, threat=threat, steps=20, step_size=threat.radius / 4, loss=loss,
             random_start=False,
         )  # fmt: skip
-        assert is_broken(judge, model, x, y, proposal, threat).all(), loss
+        assert is_broken(judge, model, x, y, candidates, threat).all(), loss
 
 
 # --- minimal DeepFool --------------------------------------------------------------------------------
@@ -258,14 +258,14 @@ def test_minimal_deepfool_is_exact_on_affine_models(affine, classes, norm, clip)
     model, x = random_affine(affine, classes, 8), interior_images(32, 8)
     y = labelled(model, x)
     faces = model.radii(x, y, norm)
-    proposal = deepfool(model.classifier, x, y, threat=ball(norm, 0.1), clip=clip)
+    candidates = deepfool(model.classifier, x, y, threat=ball(norm, 0.1), clip=clip)
     # Leaving the nearest face by 2 % may enter a third class's region, never stay in the first.
-    assert proposal.converged.all()
-    assert (proposal.steps == 1).all()
-    distance = ThreatModel.parse(norm, "1").distance(x, proposal.x_adv).numpy()
+    assert candidates.converged.all()
+    assert (candidates.steps == 1).all()
+    distance = ThreatModel.parse(norm, "1").distance(x, candidates.x_adv).numpy()
     np.testing.assert_allclose(distance, 1.02 * faces.min(1), rtol=1e-4, atol=3e-7)
     # The step ends beyond the nearest face and, had it not been overshot, on it.
-    inner = (x + (proposal.x_adv - x) / 1.02).flatten(1).double().numpy()
+    inner = (x + (candidates.x_adv - x) / 1.02).flatten(1).double().numpy()
     logits = inner @ model.weight.T + model.bias
     rows = np.arange(len(y))
     gap = logits[rows, y.numpy()] - logits[rows, faces.argmin(1)]
@@ -283,9 +283,9 @@ def test_deepfool_weighs_gaps_by_slopes(affine, norm):
     y = torch.zeros(1, dtype=torch.int64)
     assert labelled(model, x).item() == 0
     assert model.logits(x)[0, 1] > model.logits(x)[0, 2]
-    proposal = deepfool(model.classifier, x, y, threat=ball(norm, 0.2))
-    assert model.logits(proposal.x_adv).argmax(1) == [2]
-    assert ThreatModel.parse(norm, "1").distance(x, proposal.x_adv).item() == pytest.approx(
+    candidates = deepfool(model.classifier, x, y, threat=ball(norm, 0.2))
+    assert model.logits(candidates.x_adv).argmax(1) == [2]
+    assert ThreatModel.parse(norm, "1").distance(x, candidates.x_adv).item() == pytest.approx(
         1.02 * 0.05, rel=1e-4
     )
 
@@ -297,17 +297,17 @@ def test_deepfool_considers_only_the_candidates_ranked_at_x(affine):
     model = affine(weight, [0.0, -0.25 - 0.1, -5.0 - 0.5], SHAPE)
     x = torch.full((1, *SHAPE), 0.5)
     y = torch.zeros(1, dtype=torch.int64)
-    proposal = deepfool(model.classifier, x, y, threat=ball("l2", 1), candidates=2)  # the label and class 1
-    assert model.logits(proposal.x_adv).argmax(1) == [1]
-    assert proposal.backwards.item() == proposal.steps.item()  # one other class, and none once across
+    candidates = deepfool(model.classifier, x, y, threat=ball("l2", 1), candidates=2)  # the label and class 1
+    assert model.logits(candidates.x_adv).argmax(1) == [1]
+    assert candidates.backwards.item() == candidates.steps.item()  # one other class, and none once across
 
 
 @pytest.mark.parametrize("overshoot", [0.02, 0.5])
 def test_overshoot_lengthens_the_whole_perturbation_once(affine, overshoot):
     model, x = random_affine(affine, 2, 9), interior_images(6, 9)
     y = labelled(model, x)
-    proposal = deepfool(model.classifier, x, y, threat=ball("l2", 1), overshoot=overshoot)
-    distance = ThreatModel.parse("l2", "1").distance(x, proposal.x_adv).numpy()
+    candidates = deepfool(model.classifier, x, y, threat=ball("l2", 1), overshoot=overshoot)
+    distance = ThreatModel.parse("l2", "1").distance(x, candidates.x_adv).numpy()
     np.testing.assert_allclose(distance, (1 + overshoot) * model.radii(x, y, "l2").min(1), rtol=1e-4)
 
 
@@ -315,10 +315,10 @@ def test_overshoot_lengthens_the_whole_perturbation_once(affine, overshoot):
 def test_images_already_past_the_boundary_are_left_alone(affine, mode):
     model, x = random_affine(affine, 3, 10), interior_images(10, 10)
     wrong = (labelled(model, x) + 1) % 3
-    proposal = deepfool(model.classifier, x, wrong, threat=ball("linf", 0.1), mode=mode)
-    assert torch.equal(proposal.x_adv, x)
-    assert proposal.converged.all()
-    assert (proposal.steps == 0).all()
+    candidates = deepfool(model.classifier, x, wrong, threat=ball("linf", 0.1), mode=mode)
+    assert torch.equal(candidates.x_adv, x)
+    assert candidates.converged.all()
+    assert (candidates.steps == 0).all()
 
 
 def test_deepfool_says_when_it_did_not_get_there(affine):
@@ -326,8 +326,8 @@ def test_deepfool_says_when_it_did_not_get_there(affine):
     y = labelled(model, x)
     radii = model.radii(x, y, "linf").min(1)
     threat = ball("linf", np.median(radii))
-    proposal = deepfool(model.classifier, x, y, threat=threat, mode="bounded")
-    np.testing.assert_array_equal(proposal.converged.numpy(), radii < threat.radius)
+    candidates = deepfool(model.classifier, x, y, threat=threat, mode="bounded")
+    np.testing.assert_array_equal(candidates.converged.numpy(), radii < threat.radius)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -542,11 +542,11 @@ def test_l2_pgd_brackets_the_distance_to_a_sphere(judge, loss, random_start):
         for factor, expected in [(1.003, True), (0.997, False)]:
             threat = ball("l2", (RADIUS - length) * factor)
             one = x[row : row + 1]
-            proposal = pgd(
+            candidates = pgd(
                 sphere(), one, y, threat=threat, steps=40, step_size=threat.radius / 4, loss=loss,
                 random_start=random_start,
             )  # fmt: skip
-            broken = judge(Sphere(), one, y, proposal.x_adv, "l2", threat.radius)
+            broken = judge(Sphere(), one, y, candidates.x_adv, "l2", threat.radius)
             assert bool(broken[0]) is expected, (length, factor)
 
 
@@ -554,22 +554,22 @@ def test_deepfool_from_inside_a_sphere_is_newtons_step():
     """One step of (R^2 - rho^2) / (2 rho) crosses from inside: the tangent's zero lies beyond the sphere."""
     lengths = np.array([0.2, 0.25, 0.3, 0.35, 0.39])
     x, y = at_distance_from_centre(lengths, 1).float(), torch.zeros(5, dtype=torch.int64)
-    proposal = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False)
-    distance = ThreatModel.parse("l2", "1").distance(x, proposal.x_adv).numpy()
+    candidates = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False)
+    distance = ThreatModel.parse("l2", "1").distance(x, candidates.x_adv).numpy()
     np.testing.assert_allclose(distance, 1.02 * (RADIUS**2 - lengths**2) / (2 * lengths), rtol=1e-4)
-    assert (proposal.steps == 1).all()
+    assert (candidates.steps == 1).all()
     # The perturbation is normal to the boundary: along the radius.
-    cosine = torch.cosine_similarity((proposal.x_adv - x).flatten(1), (x - CENTRE).flatten(1))
+    cosine = torch.cosine_similarity((candidates.x_adv - x).flatten(1), (x - CENTRE).flatten(1))
     torch.testing.assert_close(cosine, torch.ones(5), rtol=0, atol=1e-5)
 
 
 def test_deepfool_from_outside_a_sphere_iterates_and_ends_within_the_overshoot():
     lengths = np.array([0.41, 0.5, 0.8, 1.2, 2.0])
     x, y = at_distance_from_centre(lengths, 2).float(), torch.ones(5, dtype=torch.int64)
-    proposal = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False)
-    distance = ThreatModel.parse("l2", "1").distance(x, proposal.x_adv).numpy()
+    candidates = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False)
+    distance = ThreatModel.parse("l2", "1").distance(x, candidates.x_adv).numpy()
     exact = lengths - RADIUS
-    assert proposal.converged.all()
+    assert candidates.converged.all()
     assert (distance >= exact * (1 - 1e-4)).all()
     assert (distance <= 1.02 * exact * (1 + 1e-4)).all()
 
@@ -579,8 +579,8 @@ def test_deepfool_from_outside_a_sphere_iterates_and_ends_within_the_overshoot()
             total, taken = total + (here**2 - RADIUS**2) / (2 * here), taken + 1
         return taken
 
-    assert proposal.steps.tolist() == [steps(rho) for rho in lengths]
-    assert proposal.steps.max() > 3
+    assert candidates.steps.tolist() == [steps(rho) for rho in lengths]
+    assert candidates.steps.max() > 3
     stopped = deepfool(sphere(), x, y, threat=ball("l2", 1), clip=False, steps=2)
     assert stopped.converged.tolist() == [steps(rho) <= 2 for rho in lengths]
 
@@ -693,7 +693,7 @@ def test_exhaustive_search_agrees_with_the_attacks(plane, judge, norm):
     assert none.sum() >= 10
     classifier = Classifier(net, num_classes=3, input_shape=(1, 1, 2), batch_size=8192)
     threat = ball(norm, eps)
-    proposals = {
+    results = {
         "pgd": pgd(classifier, x, y, threat=threat, steps=30, step_size=eps / 4, restarts=8, loss="margin"),
         "pgd-ce": pgd(classifier, x, y, threat=threat, steps=20, step_size=eps / 4),
         "fgsm": run_fgsm(classifier, x, y, threat),
@@ -701,8 +701,8 @@ def test_exhaustive_search_agrees_with_the_attacks(plane, judge, norm):
         "spsa": run_spsa(classifier, x, y, threat),
         "noise": uniform_noise(classifier, x, y, threat=threat, draws=30),
     }
-    for name, proposal in proposals.items():
-        broken = judge(net, x, y, proposal.x_adv, norm, eps)
+    for name, candidates in results.items():
+        broken = judge(net, x, y, candidates.x_adv, norm, eps)
         assert not (broken & none).any(), name
         assert broken.any(), name
         if name == "pgd":

@@ -97,23 +97,23 @@ def test_proposals_are_feasible_images_and_inputs_stay(make, data, name, norm):
     threat = threat_of(norm)
     noise = Noise.for_rows(N)
     keys = noise.keys.clone()
-    proposal = ATTACKERS[name](make(), x, y, threat, noise)
+    candidates = ATTACKERS[name](make(), x, y, threat, noise)
     assert torch.equal(x, x_before)
     assert torch.equal(y, y_before)
     assert torch.equal(noise.keys, keys)
     assert torch.equal(torch.get_rng_state(), state)
-    assert proposal.x_adv.shape == x.shape
-    assert proposal.x_adv.dtype == torch.float32
-    assert not proposal.x_adv.requires_grad
-    assert proposal.x_adv.data_ptr() != x.data_ptr()
-    assert threat.contains(x, proposal.x_adv).all()
-    assert proposal.x_adv.amin() >= 0
-    assert proposal.x_adv.amax() <= 1
-    for counted in (proposal.steps, proposal.forwards, proposal.backwards):
+    assert candidates.x_adv.shape == x.shape
+    assert candidates.x_adv.dtype == torch.float32
+    assert not candidates.x_adv.requires_grad
+    assert candidates.x_adv.data_ptr() != x.data_ptr()
+    assert threat.contains(x, candidates.x_adv).all()
+    assert candidates.x_adv.amin() >= 0
+    assert candidates.x_adv.amax() <= 1
+    for counted in (candidates.steps, candidates.forwards, candidates.backwards):
         assert counted.shape == (N,)
         assert counted.dtype == torch.int64
         assert (counted >= 0).all()
-    assert (proposal.x_adv != x).flatten(1).any(1).float().mean() > 0.8  # it does attack
+    assert (candidates.x_adv != x).flatten(1).any(1).float().mean() > 0.8  # it does attack
 
 
 @every_attack
@@ -132,17 +132,17 @@ def test_attacks_find_more_than_nothing_and_the_budget_matters(make, data, judge
 def test_zero_budget_is_the_identity(make, data, name):
     x, y = data
     for norm in EPS:
-        proposal = ATTACKERS[name](make(), x, y, ThreatModel(norm, Fraction(0)))
-        assert torch.equal(proposal.x_adv, x)
+        candidates = ATTACKERS[name](make(), x, y, ThreatModel(norm, Fraction(0)))
+        assert torch.equal(candidates.x_adv, x)
 
 
 @every_attack
 @both_norms
 def test_no_rows_give_no_rows(make, data, name, norm):
     x, y = data
-    proposal = ATTACKERS[name](make(), x[:0], y[:0], threat_of(norm))
-    assert proposal.x_adv.shape == (0, *SHAPE)
-    assert proposal.steps.shape == (0,)
+    candidates = ATTACKERS[name](make(), x[:0], y[:0], threat_of(norm))
+    assert candidates.x_adv.shape == (0, *SHAPE)
+    assert candidates.steps.shape == (0,)
 
 
 # --- rows are independent ----------------------------------------------------------------------------
@@ -224,8 +224,8 @@ def test_checkpoints_are_monotone_in_steps_and_in_restarts(make, data, judge, di
     x, y = data
     threat = threat_of(norm, Fraction(2, 5))
     options = {"threat": threat, "checkpoints": (1, 2, 4, 9), "step_size": threat.radius / 4}
-    proposals = pgd_checkpoints(make(), x, y, restarts=restarts, **options)
-    sets = [judge(digits_net, x, y, p.x_adv, norm, threat.radius) for p in proposals]
+    results = pgd_checkpoints(make(), x, y, restarts=restarts, **options)
+    sets = [judge(digits_net, x, y, p.x_adv, norm, threat.radius) for p in results]
     for fewer, more in itertools.pairwise(sets):
         assert not (fewer & ~more).any()
     assert sets[0].sum() < sets[-1].sum() < N
@@ -239,8 +239,8 @@ def test_the_best_restart_is_kept(make, data, norm):
     options = {"threat": threat, "checkpoints": (1, 3), "step_size": threat.radius / 8}
     many = pgd_checkpoints(classifier, x, y, restarts=4, **options)
     single = pgd_checkpoints(classifier, x, y, restarts=1, **options)
-    for proposal, one in zip(many, single, strict=True):
-        best, first = (true_margin(classifier, p.x_adv, y) for p in (proposal, one))
+    for candidates, one in zip(many, single, strict=True):
+        best, first = (true_margin(classifier, p.x_adv, y) for p in (candidates, one))
         assert not ((first < 0) & (best >= 0)).any()
         survived = best >= 0
         assert (best <= first + 1e-5)[survived].all()
@@ -258,8 +258,8 @@ def test_a_checkpoint_is_what_pgd_alone_would_propose(make, data, norm, options)
     # One row a pass: rounding then cannot depend on which rows have left.
     classifier = make(batch_size=1)
     options = options | {"threat": threat, "step_size": threat.radius / 4, "noise": Noise.for_rows(14)}
-    proposals = pgd_checkpoints(classifier, x, y, checkpoints=checkpoints, **options)
-    for steps, shared in zip(checkpoints, proposals, strict=True):
+    results = pgd_checkpoints(classifier, x, y, checkpoints=checkpoints, **options)
+    for steps, shared in zip(checkpoints, results, strict=True):
         alone = pgd(classifier, x, y, steps=steps, **options)
         assert torch.equal(shared.x_adv, alone.x_adv)
         assert torch.equal(shared.steps, alone.steps)
@@ -374,9 +374,9 @@ def test_a_model_that_writes_into_its_input_cannot_reach_the_images(data, digits
 def test_work_of_the_rows_is_the_work_of_the_model(make, data, name, norm, batch_size):
     x, y = data
     classifier = make(batch_size=batch_size)
-    proposal = ATTACKERS[name](classifier, x, y, threat_of(norm))
-    assert proposal.forwards.sum().item() == classifier.forwards
-    assert proposal.backwards.sum().item() == classifier.backwards
+    candidates = ATTACKERS[name](classifier, x, y, threat_of(norm))
+    assert candidates.forwards.sum().item() == classifier.forwards
+    assert candidates.backwards.sum().item() == classifier.backwards
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
@@ -397,13 +397,13 @@ def test_broken_rows_cost_nothing_more(make, data):
     x, y = data
     wrong = (y + 1) % 10
     classifier = make()
-    proposal = pgd(
+    candidates = pgd(
         classifier, x, wrong, threat=threat_of("linf"), steps=50, step_size=0.01, random_start=False
     )
     lost = classifier.logits(x).argmax(1) != wrong
-    assert (proposal.steps[lost] == 0).all()
-    assert (proposal.backwards[lost] == 1).all()
-    assert torch.equal(proposal.x_adv[lost], x[lost])
+    assert (candidates.steps[lost] == 0).all()
+    assert (candidates.backwards[lost] == 1).all()
+    assert torch.equal(candidates.x_adv[lost], x[lost])
 
 
 # --- reduced precision -------------------------------------------------------------------------------
@@ -417,12 +417,12 @@ def test_bf16_search_changes_few_verdicts_and_no_claim(make, digits_test, judge,
     threat = threat_of(norm, Fraction(1, 2))
     sets = []
     for precision in ("fp32", "bf16"):
-        proposal = ATTACKERS[name](make(precision=precision), x, y, threat)
-        assert proposal.x_adv.dtype == torch.float32
-        assert threat.contains(x, proposal.x_adv).all()
-        sets.append(judge(digits_net, x, y, proposal.x_adv, norm, threat.radius))
-        if proposal.converged is not None:  # success is claimed in the reference form alone
-            np.testing.assert_array_equal(proposal.converged.numpy(), sets[-1])
+        candidates = ATTACKERS[name](make(precision=precision), x, y, threat)
+        assert candidates.x_adv.dtype == torch.float32
+        assert threat.contains(x, candidates.x_adv).all()
+        sets.append(judge(digits_net, x, y, candidates.x_adv, norm, threat.radius))
+        if candidates.converged is not None:  # success is claimed in the reference form alone
+            np.testing.assert_array_equal(candidates.converged.numpy(), sets[-1])
     assert (sets[0] ^ sets[1]).sum() <= 4
     assert abs(int(sets[0].sum()) - int(sets[1].sum())) <= 3
 
@@ -460,12 +460,12 @@ def test_rows_that_are_robust_within_rounding_in_bf16_are_searched_again(stop, c
     found = {}
     for precision in ("fp32", "bf16"):
         classifier = Classifier(TooFine(), num_classes=3, input_shape=SHAPE, precision=precision)
-        proposals = pgd_checkpoints(
+        results = pgd_checkpoints(
             classifier, x, y, threat=ThreatModel("linf", Fraction(1, 10)), checkpoints=checkpoints,
             step_size=0.025, random_start=False, loss="margin", stop=stop,
         )  # fmt: skip
-        broken = [(classifier.logits(each.x_adv).argmax(1) != y).tolist() for each in proposals]
-        found[precision] = broken, proposals[-1].backwards.tolist()
+        broken = [(classifier.logits(each.x_adv).argmax(1) != y).tolist() for each in results]
+        found[precision] = broken, results[-1].backwards.tolist()
     assert found["fp32"][0] == [[True, True, False, False]] * len(checkpoints)
     assert found["bf16"][0] == found["fp32"][0]
     assert found["bf16"][1][2:] == [2 * 8, 8]  # the second search is for doubtful rows alone
@@ -512,13 +512,13 @@ def test_flat_models_are_survived_without_error(data, digits_net, name, norm, ki
     module = kind() if kind is Constant else kind(digits_net)
     threat = threat_of(norm)
     classifier = Classifier(module, num_classes=10, input_shape=SHAPE)
-    proposal = ATTACKERS[name](classifier, x, y, threat)
-    assert proposal.x_adv.isfinite().all()
-    assert threat.contains(x, proposal.x_adv).all()
+    candidates = ATTACKERS[name](classifier, x, y, threat)
+    assert candidates.x_adv.isfinite().all()
+    assert threat.contains(x, candidates.x_adv).all()
     if name in ("fgsm", "deepfool", "pgd-never"):  # nothing to follow and no random start
-        assert torch.equal(proposal.x_adv, x)
+        assert torch.equal(candidates.x_adv, x)
     if name == "deepfool":
-        assert torch.equal(proposal.converged, classifier.logits(x).argmax(1) != y)
+        assert torch.equal(candidates.converged, classifier.logits(x).argmax(1) != y)
     if name == "spsa" and kind is Quantised and norm == "linf":  # differences of margins still see it
         coarse = spsa(classifier, x, y, threat=threat, steps=8, samples=64, step_size=0.05, delta=0.15)
         assert (classifier.logits(coarse.x_adv).argmax(1) != y).sum() > (

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from robustbench_cure import load_battery
-from robustbench_cure.attacks import Proposal, pgd
+from robustbench_cure.attacks import Candidates, pgd
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
@@ -25,7 +25,7 @@ from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import groups, piece_rows
 from robustbench_cure.evaluation.storage import merge
-from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.threat import ThreatModel
 
@@ -129,15 +129,15 @@ def lying(change):
     """An attack that starts from real PGD successes and then returns something inadmissible."""
 
     def attack(model, x, y, *, threat, noise, **hyper):
-        proposal = pgd(model, x, y, threat=threat, noise=noise, **hyper)
-        return change(proposal, x)
+        candidates = pgd(model, x, y, threat=threat, noise=noise, **hyper)
+        return change(candidates, x)
 
     return ATTACKS | {"pgd": attack}
 
 
-def _replace(proposal, x_adv):
-    proposal.x_adv = x_adv
-    return proposal
+def _replace(candidates, x_adv):
+    candidates.x_adv = x_adv
+    return candidates
 
 
 LIES = {
@@ -175,13 +175,13 @@ def test_the_box_has_the_slack_of_rounding_and_no_more():
     x = torch.stack((torch.zeros(1, 4, 4), torch.ones(1, 4, 4))).repeat_interleave(2, 0)
     y = net(x).argmax(1)
     beyond = torch.tensor([-5e-7, -2e-6, 5e-7, 2e-6]).view(4, 1, 1, 1)
-    told = judge(classifier(net), x, y, Proposal.start(x + beyond), ThreatModel("linf", "1/10")).violation
+    told = verify(classifier(net), x, y, Candidates.start(x + beyond), ThreatModel("linf", "1/10")).violation
     assert told == ["", "outside the box [0, 1]"] * 2
 
 
 def test_claiming_success_on_the_clean_image_counts_for_nothing():
     record = evaluate(
-        classifier(linear()), battery(pgd_spec()), images(40), attacks=lying(lambda p, x: Proposal.start(x))
+        classifier(linear()), battery(pgd_spec()), images(40), attacks=lying(lambda p, x: Candidates.start(x))
     )
     assert record.success_rate("pgd10").count == 0
     assert [flag.kind for flag in record.flags] == ["nothing_broken"]
@@ -189,10 +189,10 @@ def test_claiming_success_on_the_clean_image_counts_for_nothing():
 
 def test_side_effects_of_an_attack_are_contained_and_flagged():
     def rude(model, x, y, *, threat, noise, **hyper):
-        proposal = pgd(model, x.clone(), y, threat=threat, noise=noise, **hyper)
+        candidates = pgd(model, x.clone(), y, threat=threat, noise=noise, **hyper)
         x += 0.5
         torch.rand(1)
-        return proposal
+        return candidates
 
     model, data = classifier(linear()), images(40)
     state = torch.get_rng_state()
@@ -206,10 +206,10 @@ def test_side_effects_of_an_attack_are_contained_and_flagged():
 @pytest.mark.parametrize("random", [False, True])
 def test_only_random_numbers_are_put_down_to_a_network_that_draws_them(random):
     def rude(model, x, y, *, threat, noise, **hyper):
-        proposal = pgd(model, x.clone(), y, threat=threat, noise=noise, **hyper)
+        candidates = pgd(model, x.clone(), y, threat=threat, noise=noise, **hyper)
         x += 0.5
         torch.rand(1)
-        return proposal
+        return candidates
 
     net = Wrapped(lambda x: x + 0.1 * torch.randn(x.shape)) if random else linear()
     attacks = ATTACKS | {"pgd": rude}
@@ -223,9 +223,9 @@ def test_only_random_numbers_are_put_down_to_a_network_that_draws_them(random):
 @pytest.mark.parametrize("clip", [True, False])
 def test_a_minimal_attack_may_leave_the_ball_but_the_box_only_where_its_entry_says_so(clip):
     def outward(model, x, y, **_):
-        proposal = Proposal.start(x)
-        proposal.x_adv = x + 2.0
-        return proposal
+        candidates = Candidates.start(x)
+        candidates.x_adv = x + 2.0
+        return candidates
 
     attacks = ATTACKS | {"deepfool": outward}
     record = evaluate(classifier(linear()), battery(DEEPFOOL | {"clip": clip}), images(40), attacks=attacks)
@@ -242,7 +242,7 @@ def test_an_attack_that_changes_the_model_stops_the_run(how):
             model.module[1].weight.data.add_(1.0)
         else:
             model.module.train()
-        return Proposal.start(x)
+        return Candidates.start(x)
 
     with pytest.raises(RunError, match="weights or mode"):
         evaluate(classifier(linear()), battery(pgd_spec()), images(20), attacks=ATTACKS | {"pgd": vandal})
@@ -664,7 +664,7 @@ def test_what_attacks_did_in_any_part_survives_the_merge(tmp_path):
         if noise is not None and bool((x[0] != 0).all()) and touches.first:
             x[0] += 0.001
             touches.first = False
-        return Proposal.start(x)
+        return Candidates.start(x)
 
     touches.first = True
     for i in (1, 2):

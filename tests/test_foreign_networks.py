@@ -352,7 +352,7 @@ def left(classifier: Classifier, x: torch.Tensor, y: torch.Tensor) -> list[int]:
         fgsm(classifier, x, y, threat=BALL),
         pgd(classifier, x, y, threat=BALL, steps=5, step_size=2 / 255, noise=noise),
     )
-    return [int((classifier.logits(proposal.x_adv).argmax(1) == y).sum()) for proposal in found]
+    return [int((classifier.logits(candidates.x_adv).argmax(1) == y).sum()) for candidates in found]
 
 
 def data_of(x, y, classes=CLASSES):
@@ -378,8 +378,8 @@ def test_a_network_that_computes_the_same_is_judged_the_same(name, precision, im
     ]
     assert max(apart) <= (1 if precision == "bf16" else 0)
     assert 0 < left(usual, images, labels)[1] < len(images)
-    proposals, effects = guarded(classifier, images, lambda x: [fgsm(classifier, x, labels, threat=BALL)])
-    assert (len(proposals), effects) == (1, [])
+    results, effects = guarded(classifier, images, lambda x: [fgsm(classifier, x, labels, threat=BALL)])
+    assert (len(results), effects) == (1, [])
     assert capfd.readouterr().err == ""
     assert modes == [part.training for part in net.modules() if hasattr(part, "training")]
     assert all(

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
-from robustbench_cure.attacks import Proposal
+from robustbench_cure.attacks import Candidates
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
@@ -52,10 +52,10 @@ def outcome(new: Record, before: Record) -> tuple[str, int]:
 # --- what must be noticed -----------------------------------------------------------------------------
 
 
-def tenth(attack: Callable[..., Proposal]) -> Callable[..., Proposal]:
+def tenth(attack: Callable[..., Candidates]) -> Callable[..., Candidates]:
     """The attack, with a tenth of the steps that it was asked for."""
 
-    def weaker(*arguments, steps: int, **options) -> Proposal:
+    def weaker(*arguments, steps: int, **options) -> Candidates:
         return attack(*arguments, steps=max(1, steps // 10), **options)
 
     return weaker
@@ -71,7 +71,7 @@ def test_attacks_that_do_a_tenth_of_their_steps_are_a_suspicious_rise(before):
 def test_one_attack_that_got_weaker_is_noticed_behind_a_worst_case_that_stays(before):
     """DeepFool and the margin still break what PGD(20) no longer does."""
 
-    def weak(*arguments, steps: int, **options) -> Proposal:
+    def weak(*arguments, steps: int, **options) -> Candidates:
         return ATTACKS["pgd"](*arguments, steps=2 if steps == 20 else steps, **options)
 
     found = compare(judged(cure(), attacks=ATTACKS | {"pgd": weak}), before, Rules())

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import Proposal, uniform_noise
+from robustbench_cure.attacks import Candidates, uniform_noise
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.masking import binarization, checks
@@ -463,7 +463,7 @@ def test_restarts_and_step_sizes_are_those_asked_for(monkeypatch, affine):
     given = []
     monkeypatch.setattr(
         "robustbench_cure.masking.evidence.pgd",
-        lambda classifier, x, y, **options: given.append(options) or Proposal.start(x),
+        lambda classifier, x, y, **options: given.append(options) or Candidates.start(x),
     )
     m = measurements(three_classes(affine), images(4), BALL, Settings(steps=20, restarts=7))
     for made in (m.restarted, m.with_step(0.05), m.with_step(1.0), m.at_radius(2), m.at_radius(0)):
@@ -482,7 +482,7 @@ def test_spsa_may_cross_the_ball_twice(monkeypatch, affine, steps):
     given = {}
     monkeypatch.setattr(
         "robustbench_cure.masking.evidence.spsa",
-        lambda classifier, x, y, **options: given.update(options) or Proposal.start(x),
+        lambda classifier, x, y, **options: given.update(options) or Candidates.start(x),
     )
     m = measurements(three_classes(affine), images(4), BALL, Settings(spsa_steps=steps))
     assert not bool(m.spsa.broken.any())
@@ -492,7 +492,7 @@ def test_spsa_may_cross_the_ball_twice(monkeypatch, affine, steps):
 
 def test_a_candidate_that_is_not_admitted_counts_as_the_image_itself(affine):
     m = measurements(three_classes(affine), images(5), BALL, SMALL)
-    candidate = Proposal.start(m.x)
+    candidate = Candidates.start(m.x)
     candidate.x_adv = candidate.x_adv + 1.0
     found = m.verified(candidate)
     assert torch.equal(found.margin, m.clean_margin)
@@ -579,8 +579,8 @@ def test_searches_that_stand_still_show_no_power(monkeypatch, eps, binarized):
     assert not either.enough
 
 
-def stand_still(classifier, x, *arguments, **options) -> Proposal:
-    return Proposal.start(x)
+def stand_still(classifier, x, *arguments, **options) -> Candidates:
+    return Candidates.start(x)
 
 
 # --- findings and the conclusion ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from robustbench_cure import evaluate, load_battery, load_dataset, load_model
-from robustbench_cure.attacks import Proposal
+from robustbench_cure.attacks import Candidates
 from robustbench_cure.cli.main import cli
 from robustbench_cure.errors import CureBenchError, UsageError
 from robustbench_cure.evaluation.flags import Flag
@@ -378,7 +378,7 @@ def remembered_spsa():
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "spsa", "deepfool"])
 def test_selftest_notices_an_attack_that_does_nothing(monkeypatch, remembered_spsa, name):
     monkeypatch.setattr(selftest, "spsa", remembered_spsa)
-    monkeypatch.setattr(selftest, name, lambda classifier, x, *a, **k: Proposal.start(x))
+    monkeypatch.setattr(selftest, name, lambda classifier, x, *a, **k: Candidates.start(x))
     failed = [one.what for one in selftest._closed_forms(torch.device("cpu")) if not one.holds]
     spoken = {"fgsm": "FGSM", "pgd": "PGD", "spsa": "SPSA", "deepfool": "DeepFool"}[name]
     assert failed
@@ -387,9 +387,9 @@ def test_selftest_notices_an_attack_that_does_nothing(monkeypatch, remembered_sp
 
 def test_selftest_notices_an_attack_that_leaves_the_ball_and_ends_with_one(monkeypatch, remembered_spsa):
     def far(classifier, x, y, *, threat, **options):
-        proposal = Proposal.start(x)
-        proposal.x_adv = 1 - x
-        return proposal
+        candidates = Candidates.start(x)
+        candidates.x_adv = 1 - x
+        return candidates
 
     monkeypatch.setattr(selftest, "spsa", remembered_spsa)
     monkeypatch.setattr(selftest, "fgsm", far)

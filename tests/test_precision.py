@@ -267,9 +267,9 @@ def test_an_attack_that_returns_another_dtype_is_told_so():
     """Comparing the precisions there would fail, and with it the whole run."""
 
     def double(model, x, y, **hyper):
-        proposal = pgd(model, x, y, **hyper)
-        proposal.x_adv = proposal.x_adv.double()
-        return proposal
+        candidates = pgd(model, x, y, **hyper)
+        candidates.x_adv = candidates.x_adv.double()
+        return candidates
 
     model, data = load_model("digits_normal", precision="bf16"), load_dataset("digits").subset(20)
     record = evaluate(model, digits_battery(PGD), data, attacks={"pgd": double})

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.active_set import ActiveSet
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import Norm, ThreatModel, distance
 
@@ -65,7 +65,7 @@ def deepfool(
     candidates: int = 10,
     clip: bool = True,
     basis: Tensor | None = None,
-) -> Proposal:
+) -> Candidates:
     """Perturb each image towards the nearest linearised boundary until its label changes.
 
     Source: Moosavi-Dezfooli, Fawzi & Frossard 2016, arXiv 1511.04599, with the deviations in the module.
@@ -86,8 +86,8 @@ def deepfool(
             a perturbation out of the span.
 
     Returns:
-        A proposal; ``converged`` says whether the reference form changed its label at ``x_adv``
-        (``bounded`` proposals lie in ball and box, ``minimal`` ones anywhere, in the box if ``clip``).
+        Candidates; ``converged`` says whether the reference form changed its label at ``x_adv``
+        (``bounded`` ones lie in ball and box, ``minimal`` ones anywhere, in the box if ``clip``).
         Rows already past the boundary are returned as they are, with zero steps.
 
     Raises:
@@ -109,9 +109,9 @@ def deepfool(
     finest = FINEST * (math.prod(x.shape[1:]) ** 0.5 if threat.norm == "l2" else 1.0)
 
     # One entry for each row: x_adv is the iterate, logits are those of the reference form at x_adv.
-    proposal = Proposal.start(x)
-    x_adv, taken, forwards, backwards = proposal.x_adv, proposal.steps, proposal.forwards, proposal.backwards
-    proposal.converged = converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    result = Candidates.start(x)
+    x_adv, taken, forwards, backwards = result.x_adv, result.steps, result.forwards, result.backwards
+    result.converged = converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     logits = x.new_zeros((len(x), classifier.num_classes))
     classes = torch.zeros((len(x), others), dtype=torch.int64, device=x.device)
     lowest = x.new_full((len(x),), torch.inf)  # margin so far
@@ -175,7 +175,7 @@ def deepfool(
             if bounded:
                 ended |= stalled[rows] >= PATIENCE
             active.drop(rows[ended])
-    return proposal
+    return result
 
 
 def nearest_boundary_step(norm: Norm, gaps: Tensor, slopes: Tensor, least: Tensor | float = 0.0) -> Tensor:

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import odds_against
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
@@ -23,7 +23,7 @@ from robustbench_cure.threat import ThreatModel
 @torch.inference_mode(False)  # where gradients are zero
 def fgsm(
     classifier: Classifier, x: Tensor, y: Tensor, *, threat: ThreatModel, noise: Noise | None = None
-) -> Proposal:
+) -> Candidates:
     """Perturb each image by one steepest-ascent step of length eps.
 
     Source: Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572; see the module for the l2 form.
@@ -36,7 +36,7 @@ def fgsm(
         noise: unused; every attack takes it.
 
     Returns:
-        A proposal inside the ball and the box, of one step, one forward and one backward pass a row.
+        Candidates inside the ball and the box, of one step, one forward and one backward pass a row.
 
     Raises:
         TypeError: ``x`` or ``y`` of another type, see `check_inputs`.
@@ -44,13 +44,13 @@ def fgsm(
     """
     check_inputs(classifier, x, y)
     del noise
-    proposal = Proposal.start(x)
+    candidates = Candidates.start(x)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         clean, labels = x[rows], y[rows]
         loss = partial(odds_against, labels=labels)
         _, gradient = classifier.value_and_gradient(clean, loss, reference=True)
-        proposal.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))
-    proposal.steps += 1
-    proposal.forwards += 1
-    proposal.backwards += 1
-    return proposal
+        candidates.x_adv[rows] = threat.project(clean, clean + threat.radius * threat.steepest(gradient))
+    candidates.steps += 1
+    candidates.forwards += 1
+    candidates.backwards += 1
+    return candidates

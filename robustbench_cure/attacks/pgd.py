@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.active_set import ActiveSet
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
@@ -32,7 +33,6 @@ from robustbench_cure.attacks.precision import (
     to_search_again,
     within_rounding,
 )
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.attacks.uniform_noise import draw
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -54,15 +54,15 @@ def pgd(
     restarts: int = 1,
     loss: str = "ce",
     stop: Stop = "first-success",
-) -> Proposal:
+) -> Candidates:
     """PGD with ``steps`` iterations: `pgd_checkpoints` with one checkpoint.
 
     Source, arguments and exceptions are those of `pgd_checkpoints`; ``steps``, at least 1, is its checkpoint.
 
     Returns:
-        A proposal inside the ball and the box.
+        Candidates inside the ball and the box.
     """
-    (proposal,) = pgd_checkpoints(
+    (candidates,) = pgd_checkpoints(
         classifier,
         x,
         y,
@@ -75,7 +75,7 @@ def pgd(
         loss=loss,
         stop=stop,
     )
-    return proposal
+    return candidates
 
 
 @torch.inference_mode(False)  # where gradients are zero
@@ -92,7 +92,7 @@ def pgd_checkpoints(
     restarts: int = 1,
     loss: str = "ce",
     stop: Stop = "first-success",
-) -> list[Proposal]:
+) -> list[Candidates]:
     """PGD(K) for every step count K of ``checkpoints``, from one trajectory for each restart.
 
     Source: Madry et al. 2018, arXiv 1706.06083, with the deviations in the module.
@@ -112,7 +112,7 @@ def pgd_checkpoints(
         stop: ``first-success`` or ``never``, see the module.
 
     Returns:
-        One proposal for each checkpoint, each inside the ball and the box. Where no adversarial image was
+        Candidates for each checkpoint, all inside the ball and the box. Where no adversarial image was
         found within K steps, the iterate of lowest margin among those after K steps of each restart
         (``never``: among all iterates up to K steps). ``searched_again`` is set for bfloat16 only.
 
@@ -198,10 +198,10 @@ def pgd_checkpoints(
                     x_adv[k, arrived], steps[k, arrived] = here, count
                     continue
                 logits, labels = classifier.logits(here), y[arrived]
-                candidate = pending[:, arrived] & (counts >= count)
-                forwards[:, arrived] += candidate
+                considered = pending[:, arrived] & (counts >= count)
+                forwards[:, arrived] += considered
                 # Adversarial: for k and all longer checkpoints. Otherwise: for k, where the margin is lowest.
-                better = candidate & misclassified(logits, labels) & first_success
+                better = considered & misclassified(logits, labels) & first_success
                 pending[:, arrived] &= ~better
                 margin = margins(logits, labels)
                 lower = margin < lowest[k, arrived]
@@ -219,7 +219,7 @@ def pgd_checkpoints(
 
     again = [None] * len(checkpoints) if searched_again is None else list(searched_again)
     return [
-        Proposal(x_adv[k], steps[k], forwards[k], backwards[k], searched_again=again[k])
+        Candidates(x_adv[k], steps[k], forwards[k], backwards[k], searched_again=again[k])
         for k in range(len(checkpoints))
     ]
 

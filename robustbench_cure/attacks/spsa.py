@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.active_set import ActiveSet
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
@@ -37,7 +38,6 @@ from robustbench_cure.attacks.precision import (
     to_search_again,
     within_rounding,
 )
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
@@ -60,7 +60,7 @@ def spsa(
     step_size: float = 0.01,
     delta: float = 0.01,
     stop: Stop = "first-success",
-) -> Proposal:
+) -> Candidates:
     """Attack with differences of margins alone, without gradients.
 
     Source: Uesato et al. 2018, arXiv 1802.05666, algorithm 1, with the deviations in the module.
@@ -79,7 +79,7 @@ def spsa(
             ``never`` goes on and returns the iterate of lowest margin.
 
     Returns:
-        A proposal inside the ball and the box; ``searched_again`` is set for bfloat16 only.
+        Candidates inside the ball and the box; ``searched_again`` is set for bfloat16 only.
 
     Raises:
         TypeError: ``x`` or ``y`` of another type, see `check_inputs`.
@@ -95,8 +95,8 @@ def spsa(
     noise = noise or Noise.for_rows(len(x), device=x.device)
     batch = classifier.batch_size // (2 * samples)  # rows whose queries fill a pass
 
-    # One entry for each row; the proposal holds the image found so far.
-    proposal = Proposal.start(x)
+    # One entry for each row; the candidates hold the best image so far.
+    candidates = Candidates.start(x)
     lowest = x.new_full((len(x),), torch.inf)  # its margin
     # A rounding may decide the sign of that margin; margins of the two precisions differed at some iterate.
     uncertain, differ = torch.zeros((2, len(x)), dtype=torch.bool, device=x.device)
@@ -106,26 +106,26 @@ def spsa(
         scale = logit_range(classifier.logits(x))
         compared = min(samples, COMPARED)
         chosen = agree = _estimates_agree(classifier, x, y, noise, compared, delta)
-        proposal.forwards += 1 + 4 * compared
+        candidates.forwards += 1 + 4 * compared
 
     for reference in (False, True) if two_searches else (False,):  # the form that is queried
         if reference:
-            proposal.searched_again = ~agree | to_search_again(differ, agree & (lowest >= 0))
-            chosen = uncertain | proposal.searched_again
+            candidates.searched_again = ~agree | to_search_again(differ, agree & (lowest >= 0))
+            chosen = uncertain | candidates.searched_again
 
         # The trajectory of each row: iterate, steps, and Adam's moments of the gradient.
-        current, taken = x.clone(), torch.zeros_like(proposal.steps)
+        current, taken = x.clone(), torch.zeros_like(candidates.steps)
         first, second = torch.zeros_like(x), torch.zeros_like(x)
         active = ActiveSet(len(x), batch, x.device, among=chosen)
         for rows in active:
             # Success is decided in the reference form: one pass more beside 2 * samples others.
             here, labels = current[rows], y[rows]
             logits = classifier.logits(here)
-            proposal.forwards[rows] += 1
+            candidates.forwards[rows] += 1
             margin, hit = margins(logits, labels), misclassified(logits, labels)
             if two_searches and not reference:
                 differ[rows] |= margins_differ(classifier.search_logits(here), logits, labels, scale[rows])
-                proposal.forwards[rows] += 1
+                candidates.forwards[rows] += 1
 
             # Keep the latest iterate; with stop = "never", and in the second search, the best one.
             kept = torch.ones_like(hit)
@@ -134,7 +134,7 @@ def spsa(
             better = rows[kept]
             lowest[better] = margin[kept]
             uncertain[better] = (within_rounding(margin, logits) & ~hit)[kept]
-            proposal.x_adv[better], proposal.steps[better] = here[kept], taken[better]
+            candidates.x_adv[better], candidates.steps[better] = here[kept], taken[better]
 
             done = taken[rows] >= steps
             if stop == "first-success":
@@ -149,7 +149,7 @@ def spsa(
             gradient = gradient_estimate(
                 classifier, here, labels, noise[rows], stream, samples, delta, reference=reference
             )
-            proposal.forwards[rows] += 2 * samples
+            candidates.forwards[rows] += 2 * samples
             taken[rows] += 1
             t = taken[rows].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
             first[rows] = BETA_1 * first[rows] + (1 - BETA_1) * gradient
@@ -157,7 +157,7 @@ def spsa(
             mean, square = first[rows] / (1 - BETA_1**t), second[rows] / (1 - BETA_2**t)
             step = step_size * mean / (square.sqrt() + ADAM_EPS)
             current[rows] = threat.project(x[rows], here - step)
-    return proposal
+    return candidates
 
 
 def _estimates_agree(

@@ -1,7 +1,7 @@
 """Uniform noise in the ball: the control every gradient attack must beat.
 
 Linf: each pixel uniform on [x - eps, x + eps]. L2: uniform in the Euclidean ball, a Gaussian direction
-with radius eps * u^(1/d). The draw of lowest margin in the reference form is proposed: there is no later step
+with radius eps * u^(1/d). The draw of lowest margin in the reference form is returned: there is no later step
 to correct an error of reduced precision.
 """
 
@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
@@ -49,8 +49,8 @@ def uniform_noise(
     threat: ThreatModel,
     noise: Noise | None = None,
     draws: int,
-) -> Proposal:
-    """Propose the worst of ``draws`` random points of the ball.
+) -> Candidates:
+    """Return the worst of ``draws`` random points of the ball.
 
     Args:
         classifier: the model under attack.
@@ -61,20 +61,20 @@ def uniform_noise(
         draws: points tried for each image.
 
     Returns:
-        A proposal inside the ball and the box; ``steps`` is the number of the proposed draw.
+        Candidates inside the ball and the box; ``steps`` is the number of the returned draw.
     """
     check_inputs(classifier, x, y)
     noise = noise or Noise.for_rows(len(x), device=x.device)
-    proposal = Proposal.start(x)
+    candidates = Candidates.start(x)
     lowest = x.new_full((len(x),), torch.inf)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
         for number in range(draws):
-            candidate = draw(x[rows], threat, noise[rows], number)
-            margin = margins(classifier.logits(candidate), y[rows])
+            point = draw(x[rows], threat, noise[rows], number)
+            margin = margins(classifier.logits(point), y[rows])
             better = margin < lowest[rows]
             chosen = rows[better]
-            proposal.x_adv[chosen] = candidate[better]
-            proposal.steps[chosen] = number + 1
+            candidates.x_adv[chosen] = point[better]
+            candidates.steps[chosen] = number + 1
             lowest[chosen] = margin[better]
-    proposal.forwards += draws
-    return proposal
+    candidates.forwards += draws
+    return candidates

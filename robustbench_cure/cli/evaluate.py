@@ -94,7 +94,7 @@ AUTO: Literal["auto"] = "auto"
 )
 @taking(EvaluateRequest)
 def evaluate(request: EvaluateRequest, tolerance: Fraction | None, fail_on: tuple[str, ...]) -> int:
-    """Judge models by a battery of attacks and write a report."""
+    """Evaluate models under a battery of attacks and write a report."""
     from robustbench_cure.evaluation.flags import failures
 
     failed = failures(run(_sized(request, tolerance)), fail_on)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "--accept",
     type=click.Choice(["inconclusive", "suspicious rise"]),
     multiple=True,
-    help="Verdicts whose exit code is 0 all the same; repeatable.",
+    help="Outcomes whose exit code is 0 all the same; repeatable.",
 )
 @click.option("--markdown", type=PATH, help="Write a summary.")
 @click.option("--junit", type=PATH, help="Write JUnit XML.")

@@ -32,7 +32,7 @@ class StoppedError(CureBenchError):
 
 #: Verbs by what they are for, in the order of the help.
 SECTIONS = {
-    "Judge": ("evaluate", "report", "merge", "list", "where", "validate"),
+    "Evaluate": ("evaluate", "report", "merge", "list", "where", "validate"),
     "Trust": ("masking", "selftest", "compare", "baseline", "verify-adv"),
     "Publish": ("site", "export", "import"),
     "Train": ("train", "evolution"),
@@ -68,7 +68,7 @@ class _Verbs(click.Group):
 def cli(context: click.Context) -> None:
     """How robust is this image classifier really, and can the number be trusted?
 
-    Without options, `cure-bench evaluate` judges the embedded digits models and writes a report.
+    Without options, `cure-bench evaluate` evaluates the embedded digits models and writes a report.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

@@ -97,4 +97,4 @@ def train(request: TrainRequest, model: str | None) -> None:
         click.echo(f"`cure-bench evaluate --model {card.id}{extra}` finds them there")
     else:
         given = f"--weights {shlex.quote(str(target))}"
-        click.echo(f"to judge them: cure-bench evaluate --model {card.id} {given}{extra}")
+        click.echo(f"to evaluate them: cure-bench evaluate --model {card.id} {given}{extra}")

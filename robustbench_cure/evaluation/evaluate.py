@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from robustbench_cure.attacks import Proposal
+from robustbench_cure.attacks import Candidates
 from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
@@ -58,10 +58,10 @@ def evaluate(
     save_adversarials: bool = False,
     command: str = "",
     progress: Progress | None = None,
-    attacks: dict[str, Callable[..., Proposal]] | None = None,
+    attacks: dict[str, Callable[..., Candidates]] | None = None,
     flags: list[Flag] | None = None,
 ) -> Record:
-    """Judge one model by one battery.
+    """Evaluate one model under one battery.
 
     Args:
         classifier: the model, see `load_model`.
@@ -74,7 +74,7 @@ def evaluate(
         shard: (i, k) does the i-th of k parts, for `merge`.
         shard_size: samples in one shard.
         allow_unreliable: evaluate a stochastic or batch-dependent model all the same, marked as such.
-        save_adversarials: also write every attack's proposals, float32, to ``out/adversarials``.
+        save_adversarials: also write every attack's candidates, float32, to ``out/adversarials``.
         command: command line for the provenance.
         progress: called for every attack on every shard.
         attacks: implementations by kind; default: `ATTACKS`.
@@ -153,7 +153,7 @@ def selected(battery: Battery, data: EvalSet, n: int = 0) -> EvalSet:
 def admit(
     classifier: Classifier, battery: Battery, data: EvalSet, *, n: int = 0, allow_unreliable: bool = False
 ) -> list[Flag]:
-    """Look whether a model can be judged at all, before anything is written.
+    """Check whether a model can be evaluated at all, before anything is written.
 
     Returns:
         The flags of `preflight`.
@@ -187,7 +187,7 @@ class _Run:
         classifier: Classifier,
         manifest: Manifest,
         data: EvalSet,
-        attacks: dict[str, Callable[..., Proposal]],
+        attacks: dict[str, Callable[..., Candidates]],
         progress: Progress,
     ) -> None:
         self.classifier, self.manifest, self.data = classifier, manifest, data

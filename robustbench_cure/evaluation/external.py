@@ -3,7 +3,7 @@
 On disk, a directory:
 
     external.json      who was attacked, on which data, under which threat model; where the file came from
-    samples.parquet    one row a given image: what the judge found
+    samples.parquet    one row a given image: what verification gave
 
 Read by the site, which lowers the best known number of a model by them, under the name *external*.
 """
@@ -22,13 +22,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.preflight import preflight
 from robustbench_cure.evaluation.record import Environment, Record, write_table
-from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.files import write_atomically
 from robustbench_cure.protocol.cards import Battery, Threat
 from robustbench_cure.protocol.identity import DataInfo, ModelInfo
@@ -246,7 +246,7 @@ def match(given: Given, data: EvalSet, file: Path) -> EvalSet:
 
 
 def check(classifier: Classifier, battery: Battery, originals: EvalSet, images: Tensor) -> pd.DataFrame:
-    """Judge images row by row.
+    """Verify images row by row.
 
     Args:
         classifier: the model.
@@ -268,22 +268,22 @@ def check(classifier: Classifier, battery: Battery, originals: EvalSet, images: 
             f"{unreliable[0].about.title.lower()}: {unreliable[0].evidence}; nothing can be verified on it"
         )
     x, y = originals.images.to(classifier.device), originals.labels.to(classifier.device)
-    proposal = Proposal.start(x)
-    proposal.x_adv = images.to(x.device)
+    candidates = Candidates.start(x)
+    candidates.x_adv = images.to(x.device)
     threat = battery.threat
-    verdict = with_memory(classifier, lambda: judge(classifier, x, y, proposal, threat))
+    verification = with_memory(classifier, lambda: verify(classifier, x, y, candidates, threat))
     correct = with_memory(classifier, lambda: classifier.logits(x).argmax(1) == y)
     table = pd.DataFrame(
         {
             "sample_id": list(originals.ids),
             "image_sha256": list(originals.hashes),
             "label": y.cpu().numpy(),
-            "broken": verdict.broken.numpy(),
-            "pred": verdict.pred.numpy(),
-            "margin": verdict.margin.numpy(),
-            "linf": verdict.linf.numpy(),
-            "l2": verdict.l2.numpy(),
-            "violation": verdict.violation,
+            "broken": verification.broken.numpy(),
+            "pred": verification.pred.numpy(),
+            "margin": verification.margin.numpy(),
+            "linf": verification.linf.numpy(),
+            "l2": verification.l2.numpy(),
+            "violation": verification.violation,
         }
     ).astype(COLUMNS)
     return table.assign(correct=correct.cpu().numpy())

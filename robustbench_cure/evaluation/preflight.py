@@ -35,7 +35,7 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     A model whose bfloat16 form differs from its float32 form falls back to float32.
 
     Args:
-        classifier: the model to be judged.
+        classifier: the model to be evaluated.
         data: where its images come from.
 
     Returns:

@@ -2,7 +2,7 @@
 
 On disk a record is a directory:
 
-    manifest.json       who was judged, by what, on which data, with which code; flags; status
+    manifest.json       which model, under what battery, on which data, with which code; flags; status
     samples.parquet     one row a sample, written once all shards are there
     shards/0000.parquet the same rows as they were finished, and 0000.json with their cost
 
@@ -38,15 +38,15 @@ SCHEMA_VERSION = 1
 ATTACK_FIELDS: dict[str, str] = {
     "attacked": "bool",  # was this sample given to the attack?
     "broken": "bool",  # verified: misclassified, inside ball and box, finite
-    "step": "Int32",  # updates before the proposed image was reached
-    "margin": "Float32",  # reference margin z_y - max z_j at the proposed image; negative = misclassified
-    "pred": "Int32",  # reference prediction at the proposed image; -1: its logits are not finite
+    "step": "Int32",  # updates before the candidate was reached
+    "margin": "Float32",  # reference margin z_y - max z_j at the candidate; negative = misclassified
+    "pred": "Int32",  # reference prediction at the candidate; -1: its logits are not finite
     "linf": "Float32",  # distance from the image, units of x
     "l2": "Float32",
     "forwards": "Int64",  # images passed forward for this sample
     "backwards": "Int64",  # input gradients computed for this sample
     "converged": "boolean",  # the attack's own stopping criterion; missing where it has none
-    "violation": "string",  # why the proposal was not admitted; empty if it was
+    "violation": "string",  # why the candidate was not admitted; empty if it was
 }
 
 
@@ -127,7 +127,7 @@ class Manifest(Section):
 
 
 class Record:
-    """One model, judged by one battery on one data set.
+    """One model, evaluated under one battery on one data set.
 
     Attributes:
         manifest: see `Manifest`.
@@ -173,7 +173,7 @@ class Record:
         return Rate(int(self.clean_correct.sum()), self.n)
 
     def covered(self, attack: str) -> pd.Series:
-        """Samples the attack's verdict is about: all, or the first `limit`; bool."""
+        """Samples that the attack covers: all, or the first `limit`; bool."""
         limit = next(spec.limit for spec in self.attacks if spec.id == attack)
         rank = self.samples["rank"]
         return rank < limit if limit else rank >= 0

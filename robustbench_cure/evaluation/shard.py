@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks import Noise, Proposal, pgd, pgd_checkpoints
+from robustbench_cure.attacks import Candidates, Noise, pgd, pgd_checkpoints
 from robustbench_cure.attacks.losses import margins, predictions
 from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Cost, Manifest, typed
-from robustbench_cure.evaluation.storage import Shard, fill_columns, read_proposals, save_proposals
-from robustbench_cure.evaluation.verify import RANDOM_STATE, Verdict, guarded, judge
+from robustbench_cure.evaluation.storage import Shard, fill_columns, read_candidates, save_candidates
+from robustbench_cure.evaluation.verify import RANDOM_STATE, Verification, guarded, verify
 from robustbench_cure.protocol.specs import PGD, SPSA, AttackSpec, DeepFool, Peer
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class ShardWork:
         manifest: Manifest,
         data: EvalSet,
         ranks: range,
-        attacks: dict[str, Callable[..., Proposal]],
+        attacks: dict[str, Callable[..., Candidates]],
         announce: Callable[[str], None],
     ) -> None:
         import pandas as pd
@@ -79,7 +79,7 @@ class ShardWork:
         Args:
             before: what an interrupted run has finished of it.
             checkpoint: writes what is finished, every `CHECKPOINT_INTERVAL` seconds.
-            adversarials: stem of the files that proposals go to; None: they are not written.
+            adversarials: stem of the files that candidates go to; None: they are not written.
         """
         self.checkpoint, self.adversarials = checkpoint, adversarials
         self.started = time.perf_counter()
@@ -146,7 +146,7 @@ class ShardWork:
         done = attackable[: len(attackable) - len(remaining)]
         images: dict[str, list[Tensor]] = {spec.id: [] for spec in group}
         if self.adversarials and len(done):
-            found = read_proposals(self.adversarials, group, self._ids(done))
+            found = read_candidates(self.adversarials, group, self._ids(done))
             if found is None:  # not written by the run that was interrupted: all of them are wanted
                 done, remaining = attackable[:0], attackable
                 for spec in group:
@@ -162,24 +162,24 @@ class ShardWork:
             last = len(done) == len(attackable)
             due = time.monotonic() - self.written >= CHECKPOINT_INTERVAL
             if self.adversarials and (last or due):
-                save_proposals(self.adversarials, group, images, self._ids(done))
+                save_candidates(self.adversarials, group, images, self._ids(done))
             if due:
                 self.written = time.monotonic()
                 self.checkpoint(self._partial())
 
     def _piece(self, group: list[AttackSpec], rows: Tensor, images: dict[str, list[Tensor]]) -> None:
-        """Attack some rows, judge what comes back, and note it."""
+        """Attack some rows, verify the candidates, and fill the columns."""
         x, y = self.x[rows], self.y[rows]
-        for spec, proposal in zip(group, self._attack(group, x, y, self._ids(rows)), strict=True):
-            verdict = self._judge(spec, x, y, proposal)
-            fill_columns(self.columns, spec.id, len(self.x), rows.cpu(), proposal, verdict)
+        for spec, candidates in zip(group, self._attack(group, x, y, self._ids(rows)), strict=True):
+            verification = self._judge(spec, x, y, candidates)
+            fill_columns(self.columns, spec.id, len(self.x), rows.cpu(), candidates, verification)
             if self.adversarials:
-                images[spec.id].append(_images(x, proposal))
+                images[spec.id].append(_images(x, candidates))
 
     def _ids(self, rows: Tensor) -> list[str]:
         return [self.data.ids[row] for row in rows.tolist()]
 
-    def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, proposal: Proposal) -> Verdict:
+    def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, candidates: Candidates) -> Verification:
         minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
         if isinstance(spec, Peer):
             from robustbench_cure.interop import peers
@@ -188,7 +188,7 @@ class ShardWork:
         clip = not isinstance(spec, DeepFool) or spec.clip
         return self._ask(
             f"the check of attack {spec.id!r}",
-            lambda: judge(self.classifier, x, y, proposal, self.threat, minimal=minimal, clip=clip),
+            lambda: verify(self.classifier, x, y, candidates, self.threat, minimal=minimal, clip=clip),
         )
 
     def _ask(self, what: str, work: Callable[[], T]) -> T:
@@ -201,16 +201,16 @@ class ShardWork:
             reason = str(error).split("\n")[0] or type(error).__name__
             raise RunError(f"the model failed during {what}: {reason}") from error
 
-    def _attack(self, group: list[AttackSpec], x: Tensor, y: Tensor, ids: list[str]) -> list[Proposal]:
+    def _attack(self, group: list[AttackSpec], x: Tensor, y: Tensor, ids: list[str]) -> list[Candidates]:
         """Run one group on some rows; charge its cost, note its side effects."""
         if not len(x):
             for spec in group:
                 self.shard.cost.setdefault(spec.id, Cost())
-            return [Proposal.start(x) for _ in group]
+            return [Candidates.start(x) for _ in group]
         noise = Noise.for_samples(self.manifest.config.seed, group[0].stream, ids, x.device)
         hyper = group[0].hyper
 
-        def work(given: Tensor) -> list[Proposal]:
+        def work(given: Tensor) -> list[Candidates]:
             if len(group) == 1:
                 return [
                     self.attacks[group[0].implementation](
@@ -223,7 +223,7 @@ class ShardWork:
 
         started, non_finite = time.perf_counter(), self.classifier.non_finite
         try:
-            proposals, effects = with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
+            results, effects = with_memory(self.classifier, lambda: guarded(self.classifier, x, work))
         except (RunError, UsageError):
             raise
         except Exception as error:
@@ -232,26 +232,26 @@ class ShardWork:
         if self.classifier.device.type == "cuda":
             torch.cuda.synchronize(self.classifier.device)
         seconds = time.perf_counter() - started
-        passes = [int((p.forwards + p.backwards).sum()) for p in proposals]
-        for spec, proposal, own in zip(group, proposals, passes, strict=True):
+        passes = [int((p.forwards + p.backwards).sum()) for p in results]
+        for spec, candidates, own in zip(group, results, passes, strict=True):
             # A checkpoint is charged the share of the common trajectory that it needs.
             share = own / max(passes) if max(passes) else 1.0
             cost = self.shard.cost.setdefault(spec.id, Cost())
             cost.seconds += seconds * share
-            cost.forwards += int(proposal.forwards.sum())
-            cost.backwards += int(proposal.backwards.sum())
+            cost.forwards += int(candidates.forwards.sum())
+            cost.backwards += int(candidates.backwards.sum())
             cost.searched_again += (
-                0 if proposal.searched_again is None else int(proposal.searched_again.sum())
+                0 if candidates.searched_again is None else int(candidates.searched_again.sum())
             )
         # Those of a common trajectory are those of its longest part.
         self.shard.cost[group[-1].id].non_finite += self.classifier.non_finite - non_finite
         if any(flag.kind == "stochastic" for flag in self.manifest.flags):
             effects = [effect for effect in effects if effect != RANDOM_STATE]  # the model's own doing
-        contained = [effect for proposal in proposals for effect in proposal.effects]
+        contained = [effect for candidates in results for effect in candidates.effects]
         for kind, seen in (("side_effects", effects), ("contained", contained)):
             for effect in seen:
                 self._note(Flag(kind=kind, evidence=effect, attack=group[0].id))
-        return proposals
+        return results
 
     def _note(self, flag: Flag) -> None:
         if flag not in self.shard.flags:
@@ -268,9 +268,9 @@ def piece_rows(spec: AttackSpec) -> int | None:
     return PIECE_ROWS if isinstance(spec, Peer) else None
 
 
-def _images(x: Tensor, proposal: Proposal) -> Tensor:
-    """What was proposed, on the CPU; NaN where that is no images of the right shape."""
-    found = proposal.x_adv
+def _images(x: Tensor, candidates: Candidates) -> Tensor:
+    """The candidates on the CPU; NaN where they are no images of the right shape."""
+    found = candidates.x_adv
     return (found if _fits(found, x) else torch.full_like(x, torch.nan)).detach().float().cpu()
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.proposal import Proposal
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag, stored
 from robustbench_cure.evaluation.record import Cost, Manifest, Record, read_manifest, typed, write_table
-from robustbench_cure.evaluation.verify import Verdict
+from robustbench_cure.evaluation.verify import Verification
 from robustbench_cure.files import write_atomically
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.specs import AttackSpec
@@ -89,7 +89,12 @@ def _read(file: Path, battery: Battery, *, finished: bool = True) -> Shard | Non
 
 
 def fill_columns(
-    columns: dict[str, Any], attack: str, n: int, rows: Tensor, proposal: Proposal, verdict: Verdict
+    columns: dict[str, Any],
+    attack: str,
+    n: int,
+    rows: Tensor,
+    candidates: Candidates,
+    verification: Verification,
 ) -> None:
     """Write what an attack did to some rows into its columns ``<attack>.<field>``.
 
@@ -98,8 +103,8 @@ def fill_columns(
         attack: its id.
         n: rows of the shard.
         rows: those attacked, int64 (B,), on the CPU.
-        proposal: of the attack, B rows.
-        verdict: of the judge, likewise.
+        candidates: of the attack, B rows.
+        verification: of the candidates, likewise.
     """
     import numpy as np
 
@@ -109,34 +114,34 @@ def fill_columns(
     def reals(tensor: Tensor) -> list[float | None]:
         return [None if v != v else v for v in tensor.cpu().tolist()]
 
-    converged = proposal.converged
+    converged = candidates.converged
     fields: dict[str, tuple[list[Any], Any]] = {
         "attacked": ([True] * len(rows), False),
-        "broken": (verdict.broken.tolist(), False),
-        "step": (ints(proposal.steps), None),
-        "margin": (reals(verdict.margin), None),
-        "pred": (ints(verdict.pred), None),
-        "linf": (reals(verdict.linf), None),
-        "l2": (reals(verdict.l2), None),
-        "forwards": (ints(proposal.forwards), None),
-        "backwards": (ints(proposal.backwards), None),
+        "broken": (verification.broken.tolist(), False),
+        "step": (ints(candidates.steps), None),
+        "margin": (reals(verification.margin), None),
+        "pred": (ints(verification.pred), None),
+        "linf": (reals(verification.linf), None),
+        "l2": (reals(verification.l2), None),
+        "forwards": (ints(candidates.forwards), None),
+        "backwards": (ints(candidates.backwards), None),
         "converged": ([None] * len(rows) if converged is None else converged.cpu().tolist(), None),
-        "violation": (verdict.violation, ""),
+        "violation": (verification.violation, ""),
     }
     for name, (values, empty) in fields.items():
         column = columns.setdefault(f"{attack}.{name}", np.full(n, empty, dtype=object))
         column[rows.numpy()] = values
 
 
-def save_proposals(
+def save_candidates(
     stem: Path, group: list[AttackSpec], images: dict[str, list[Tensor]], ids: list[str]
 ) -> None:
-    """Write proposals of living samples as float32 safetensors, ids in the metadata.
+    """Write candidates of attacked samples as float32 safetensors, ids in the metadata.
 
     Args:
         stem: directory and number of the shard.
         group: attacks that ran together.
-        images: attack -> its proposals, piece by piece.
+        images: attack -> its candidates, piece by piece.
         ids: of the samples, in the order of the pieces.
     """
     from safetensors.torch import save
@@ -144,15 +149,15 @@ def save_proposals(
     tensors = {name: torch.cat(pieces).contiguous() for name, pieces in images.items()}
     # Not `save_file`: its errors are no OSErrors, and a full disk is none of its own.
     data = save(tensors, {"sample_ids": json.dumps(ids)})
-    write_atomically(_proposals(stem, group), lambda file: file.write_bytes(data))
+    write_atomically(_candidates_file(stem, group), lambda file: file.write_bytes(data))
 
 
-def read_proposals(stem: Path, group: list[AttackSpec], ids: list[str]) -> dict[str, Tensor] | None:
-    """Proposals that an interrupted run wrote, of its first samples; None: not those of all of them."""
+def read_candidates(stem: Path, group: list[AttackSpec], ids: list[str]) -> dict[str, Tensor] | None:
+    """Candidates that an interrupted run wrote, of its first samples; None: not those of all of them."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(_proposals(stem, group), "pt") as archive:
+        with safe_open(_candidates_file(stem, group), "pt") as archive:
             written = json.loads(archive.metadata()["sample_ids"])
             if written[: len(ids)] != ids:
                 return None
@@ -161,7 +166,7 @@ def read_proposals(stem: Path, group: list[AttackSpec], ids: list[str]) -> dict[
         return None
 
 
-def _proposals(stem: Path, group: list[AttackSpec]) -> Path:
+def _candidates_file(stem: Path, group: list[AttackSpec]) -> Path:
     return stem.parent / f"{stem.name}-{group[0].id}.safetensors"
 
 

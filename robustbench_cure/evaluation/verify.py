@@ -1,4 +1,4 @@
-"""The judge: decides from the returned tensor alone whether an attack succeeded.
+"""Verification: the returned tensor alone decides whether an attack succeeded.
 
 Ball, box, finiteness, shape and misclassification are recomputed in float32 with the reference form of
 the model. What fails is recorded as a violation and counts as not broken. No other part of this package
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.losses import margins, predictions
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.errors import RunError
 from robustbench_cure.threat import BOX_TOLERANCE, ThreatModel, distance
@@ -24,14 +24,14 @@ RANDOM_STATE = "global random state used"
 
 
 @dataclass
-class Verdict:
-    """What the judge found for each row, on the CPU.
+class Verification:
+    """What verification gave for each row, on the CPU.
 
     Attributes:
         broken: misclassified, admissible, and within eps; bool (B,).
-        pred: predicted label at the proposed image, int64 (B,); -1 where its logits are not finite: the row
+        pred: predicted label at the candidate, int64 (B,); -1 where its logits are not finite: the row
             has lost its label, and counts as broken.
-        margin: z_y - max z_j there, float32 (B,); NaN where nothing admissible was proposed or
+        margin: z_y - max z_j there, float32 (B,); NaN where no candidate was admitted or
             its logits are not finite.
         linf: distance from the image, float32 (B,), units of x.
         l2: likewise.
@@ -46,29 +46,29 @@ class Verdict:
     violation: list[str]
 
 
-def judge(
+def verify(
     classifier: Classifier,
     x: Tensor,
     y: Tensor,
-    proposal: Proposal,
+    candidates: Candidates,
     threat: ThreatModel,
     *,
     minimal: bool = False,
     clip: bool = True,
-) -> Verdict:
-    """Check a proposal row by row.
+) -> Verification:
+    """Verify the candidates of an attack row by row.
 
     Args:
         classifier: the model; its reference form is asked.
         x: the original images, as the evaluator kept them.
         y: true labels.
-        proposal: what the attack returned.
+        candidates: what the attack returned.
         threat: ball and box.
         minimal: the attack looks for the nearest boundary, wherever that is: leaving the ball is
             no violation, but success still needs a distance of at most eps.
         clip: whether the box is part of the attack's terms (minimal attacks for geometry: no).
     """
-    n, x_adv = len(x), proposal.x_adv
+    n, x_adv = len(x), candidates.x_adv
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
         got = f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
         return _rejected(n, f"expected {tuple(x.shape)} {x.dtype}, got {got}")
@@ -80,7 +80,7 @@ def judge(
     shown = torch.where(admitted.view(-1, 1, 1, 1), x_adv, x)
     logits = classifier.logits(shown)
     margin, pred = margins(logits, y), predictions(logits)
-    verdict = Verdict(
+    verification = Verification(
         broken=(admitted & in_ball & (pred != y)).cpu(),
         pred=pred.cpu(),
         margin=margin.masked_fill(~(admitted & margin.isfinite()), torch.nan).cpu(),
@@ -90,23 +90,23 @@ def judge(
     )
     for row in (~admitted).nonzero().squeeze(1).tolist():
         if not finite[row]:
-            verdict.violation[row] = "not finite"
+            verification.violation[row] = "not finite"
         elif not inside_box[row]:
-            verdict.violation[row] = "outside the box [0, 1]"
+            verification.violation[row] = "outside the box [0, 1]"
         else:
-            verdict.violation[row] = f"outside the {threat} ball"
-    return verdict
+            verification.violation[row] = f"outside the {threat} ball"
+    return verification
 
 
-def _rejected(n: int, reason: str) -> Verdict:
+def _rejected(n: int, reason: str) -> Verification:
     nan = torch.full((n,), torch.nan, dtype=torch.float32)
     none = torch.full((n,), -1)
-    return Verdict(torch.zeros(n, dtype=torch.bool), none, nan, nan.clone(), nan.clone(), [reason] * n)
+    return Verification(torch.zeros(n, dtype=torch.bool), none, nan, nan.clone(), nan.clone(), [reason] * n)
 
 
 def guarded(
-    classifier: Classifier, x: Tensor, attack: Callable[[Tensor], list[Proposal]]
-) -> tuple[list[Proposal], list[str]]:
+    classifier: Classifier, x: Tensor, attack: Callable[[Tensor], list[Candidates]]
+) -> tuple[list[Candidates], list[str]]:
     """Run an attack on a copy of the images and see what else it touched.
 
     Args:
@@ -115,7 +115,7 @@ def guarded(
         attack: does the work.
 
     Returns:
-        The proposals, and the side effects found: "input modified", "global random state used".
+        The candidates, and the side effects observed: "input modified", "global random state used".
 
     Raises:
         RunError: the attack changed weights or mode of the model: nothing measured after it would hold.
@@ -123,7 +123,7 @@ def guarded(
     given = x.clone()
     before = classifier.fingerprint()
     random_state = _random_state(classifier.device)
-    proposals = attack(given)
+    results = attack(given)
     effects = []
     if classifier.fingerprint() != before:
         raise RunError("an attack changed the model's weights or mode; the evaluation was stopped")
@@ -136,7 +136,7 @@ def guarded(
         if classifier.device.type == "cuda":
             torch.cuda.set_rng_state(random_state[1], classifier.device)
         effects.append(RANDOM_STATE)
-    return proposals, effects
+    return results, effects
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import pgd
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 
@@ -52,7 +52,7 @@ def robust_rows(
         advance: called with the number of radii done, with a fraction for the one under way.
 
     Returns:
-        bool (len(eps), B) on the CPU, every row non-increasing along the first axis; judged in float32.
+        bool (len(eps), B) on the CPU, every row non-increasing along the first axis; verified in float32.
 
     Raises:
         ValueError: radii that do not ascend, or ``known`` of other rows.
@@ -71,7 +71,7 @@ def robust_rows(
             threat = ThreatModel.parse(norm, format_eps(radius))
             rows = [names[i] for i in remaining.tolist()]
             with _reporting(classifier, advance, len(out), len(remaining) * steps):
-                proposal = pgd(
+                candidates = pgd(
                     classifier,
                     x[remaining],
                     y[remaining],
@@ -81,7 +81,7 @@ def robust_rows(
                     step_size=threat.radius / 4,
                     loss=loss,
                 )
-            broken = judge(classifier, x[remaining], y[remaining], proposal, threat).broken.to(x.device)
+            broken = verify(classifier, x[remaining], y[remaining], candidates, threat).broken.to(x.device)
             alive[remaining[broken]] = False
         out.append(alive.cpu().clone())
         if keep is not None:

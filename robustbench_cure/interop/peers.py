@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.proposal import Proposal
 from robustbench_cure.classifier import Classifier, full_precision
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.specs import Peer
@@ -157,7 +157,7 @@ def peer(
     noise: Noise,
     kind: str,
     options: Mapping[str, Any],
-) -> Proposal:
+) -> Candidates:
     """Run a peer's attack, ``batch_size`` images at a time.
 
     Args:
@@ -169,7 +169,7 @@ def peer(
         kind: ``library:Attack``.
         options: its parameters.
     """
-    proposal = Proposal.start(x)
+    candidates = Candidates.start(x)
     effects: set[str] = set()
     module, name = library(kind)
     for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size) if len(x) else ():
@@ -180,15 +180,15 @@ def peer(
         with seeded(seed, x.device) as moved:
             found = module.build(name, model, setting, options)(given, y[rows].clone())
         if not isinstance(found, Tensor) or found.shape != given.shape:
-            proposal.x_adv = found
-            return proposal
-        proposal.x_adv[rows] = found.detach().to(x)
-        proposal.forwards[rows], proposal.backwards[rows] = model.share(len(rows))
+            candidates.x_adv = found
+            return candidates
+        candidates.x_adv[rows] = found.detach().to(x)
+        candidates.forwards[rows], candidates.backwards[rows] = model.share(len(rows))
         effects |= ({MODE} if model.training else set()) | ({RANDOM} if moved() else set())
         if not torch.equal(given, x[rows]):
             effects.add(INPUT)
-    proposal.effects = tuple(sorted(effects))
-    return proposal
+    candidates.effects = tuple(sorted(effects))
+    return candidates
 
 
 class StandIn(nn.Module):

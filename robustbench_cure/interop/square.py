@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks import Proposal
+from robustbench_cure.attacks import Candidates
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
 
@@ -18,7 +18,7 @@ CHUNK = 128
 
 def square(
     classifier: Classifier, x: Tensor, y: Tensor, *, threat: ThreatModel, queries: int, seed: int = 0
-) -> Proposal:
+) -> Candidates:
     """Search on the margin, in the reference form; the points it ended with, adversarial or not.
 
     Args:
@@ -39,7 +39,7 @@ def square(
         seed=seed,
         device=x.device,
     )
-    proposal = Proposal.start(x)
+    candidates = Candidates.start(x)
     attack.init_hyperparam(x)
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -47,6 +47,6 @@ def square(
         for rows in torch.split(torch.arange(len(x), device=x.device), CHUNK):
             before = classifier.forwards
             _, found = attack.attack_single_run(x[rows].clone(), y[rows])
-            proposal.x_adv[rows] = threat.project(x[rows], found)
-            proposal.forwards[rows] = (classifier.forwards - before) // len(rows)
-    return proposal
+            candidates.x_adv[rows] = threat.project(x[rows], found)
+            candidates.forwards[rows] = (classifier.forwards - before) // len(rows)
+    return candidates

@@ -20,9 +20,9 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from robustbench_cure.attacks import Proposal, pgd
+from robustbench_cure.attacks import Candidates, pgd
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.masking.evidence import Measurements
 from robustbench_cure.threat import ThreatModel
 
@@ -94,9 +94,9 @@ class Problem:
     y: Tensor
     id: str
 
-    def solved(self, candidate: Proposal) -> bool:
+    def solved(self, candidate: Candidates) -> bool:
         """Whether what an attack returned is an adversarial example."""
-        return bool(judge(self.classifier, self.x, self.y, candidate, self.threat).broken[0])
+        return bool(verify(self.classifier, self.x, self.y, candidate, self.threat).broken[0])
 
 
 def problems(m: Measurements) -> Iterator[Problem]:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks import Noise, Proposal, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import Candidates, Noise, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.evaluation.flags import Flag
-from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.files import Cache
 from robustbench_cure.interop.square import square
 from robustbench_cure.threat import ThreatModel
@@ -296,7 +296,7 @@ class Measurements:
 
     def search_spsa(
         self, classifier: Classifier, x: Tensor, y: Tensor, noise: Noise, stop: str = "first-success"
-    ) -> Proposal:
+    ) -> Candidates:
         """SPSA with these settings against any classifier: the model, or one of the binarization test."""
         steps = self.settings.spsa_steps
         return spsa(
@@ -313,19 +313,19 @@ class Measurements:
             stop=stop,  # type: ignore[arg-type]
         )
 
-    def search_square(self, classifier: Classifier, x: Tensor, y: Tensor) -> Proposal:
+    def search_square(self, classifier: Classifier, x: Tensor, y: Tensor) -> Candidates:
         """The Square attack with these settings, likewise."""
         s = self.settings
         return square(classifier, x, y, threat=self.threat, queries=s.queries, seed=s.seed)
 
-    def verified(self, candidate: Proposal, threat: ThreatModel | None = None) -> AttackResult:
+    def verified(self, candidate: Candidates, threat: ThreatModel | None = None) -> AttackResult:
         """The result of an attack that returned this candidate.
 
         Args:
             candidate: images (m,C,H,W) as the attack returned them.
             threat: the ball that it was given; None: that of these measurements.
         """
-        rows = judge(self.classifier, self.x, self.y, candidate, threat or self.threat)
+        rows = verify(self.classifier, self.x, self.y, candidate, threat or self.threat)
         margin = rows.margin.to(self.x.device)
         admitted = margin.isfinite()
         final = torch.where(admitted.view(-1, *[1] * (self.x.dim() - 1)), candidate.x_adv, self.x)
@@ -346,7 +346,7 @@ class Measurements:
         restarts: int = 1,
         threat: ThreatModel | None = None,
         attacked: Classifier | None = None,
-    ) -> Proposal:
+    ) -> Candidates:
         ball = threat or self.threat
         return pgd(
             attacked or self.classifier,
@@ -361,7 +361,7 @@ class Measurements:
             stop=stop,  # type: ignore[arg-type]
         )
 
-    def _pgd_checkpoints(self) -> list[Proposal]:
+    def _pgd_checkpoints(self) -> list[Candidates]:
         return pgd_checkpoints(
             self.classifier,
             self.x,
@@ -375,14 +375,14 @@ class Measurements:
         )
 
     def _run(
-        self, name: str, attack: Callable[[], Proposal], threat: ThreatModel | None = None
+        self, name: str, attack: Callable[[], Candidates], threat: ThreatModel | None = None
     ) -> AttackResult:
         if name not in self.results:
             self._run_all({name: threat or self.threat}, name, lambda: [attack()])
         return self.results[name]
 
     def _run_all(
-        self, balls: dict[str, ThreatModel], planned: str, attack: Callable[[], list[Proposal]]
+        self, balls: dict[str, ThreatModel], planned: str, attack: Callable[[], list[Candidates]]
     ) -> None:
         """Run an attack and verify its candidates, or take the results from the cache."""
         known = {name: self._cached(name) for name in balls}

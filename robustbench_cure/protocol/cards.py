@@ -1,4 +1,4 @@
-"""Cards: who is judged, by what protocol, and what the papers printed. TOML, parsed strictly.
+"""Cards: which models, under what protocol, and what the papers printed. TOML, parsed strictly.
 
 An unknown key, a wrong type, an id that is not its file's name is an error that names ``file: field``. What
 a battery says of its attacks: `specs`. This module imports neither torch nor numpy, so that listing and

@@ -1,4 +1,4 @@
-"""Who was judged, on which images: what tells two models, or two sets of images, apart.
+"""Which model was evaluated, on which images: what tells two models, or two sets of images, apart.
 
 Imports no torch.
 """
@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 class ModelInfo(Section):
-    """Who was judged.
+    """The model that was evaluated.
 
     Attributes:
         id: of the card, or made of the name that was given.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import Noise, Proposal, deepfool, fgsm, pgd, spsa
+from robustbench_cure.attacks import Candidates, Noise, deepfool, fgsm, pgd, spsa
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier, resolve_device
 from robustbench_cure.evaluation.provenance import environment
-from robustbench_cure.evaluation.verify import judge
+from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.files import write_atomically
 from robustbench_cure.masking.conclusions import Diagnosis, diagnose
 from robustbench_cure.masking.evidence import Settings
@@ -114,7 +114,7 @@ def _closed_forms(device: torch.device) -> Iterator[Assertion]:
         if norm == "l2":
             del attacks["SPSA"]  # Adam moves along signs: no closed form in an l2 ball
         for name, attack in attacks.items():
-            rows = judge(classifier, x, y, attack(), threat)
+            rows = verify(classifier, x, y, attack(), threat)
             # Nothing in the ball is lower than the optimum: a share above one would be an error.
             share = (clean - rows.margin.to(device)) / (clean - best)
             least, most = float(share.min()), float(share.max())
@@ -122,7 +122,7 @@ def _closed_forms(device: torch.device) -> Iterator[Assertion]:
             seen = f"{100 * least:.1f} % of the optimum"
             yield Assertion(f"{name} reaches the optimum of an affine net, {norm}", ok, seen)
         nearest = deepfool(classifier, x, y, threat=threat, mode="minimal", overshoot=0.02, clip=False)
-        rows = judge(classifier, x, y, nearest, threat, minimal=True, clip=False)
+        rows = verify(classifier, x, y, nearest, threat, minimal=True, clip=False)
         ratio = (rows.linf if norm == "linf" else rows.l2).to(device) / distance[norm]
         off = float((ratio - 1.02).abs().max())
         yield Assertion(f"DeepFool finds the nearest boundary, {norm}", off < 1e-3, f"ratio off by {off:.1e}")
@@ -130,7 +130,7 @@ def _closed_forms(device: torch.device) -> Iterator[Assertion]:
 
 def _attacks(
     classifier: Classifier, x: Tensor, y: Tensor, threat: ThreatModel
-) -> dict[str, Callable[[], Proposal]]:
+) -> dict[str, Callable[[], Candidates]]:
     noise = Noise.for_rows(len(x), device=x.device)
     return {
         "FGSM": lambda: fgsm(classifier, x, y, threat=threat),

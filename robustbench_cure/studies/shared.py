@@ -177,7 +177,7 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
     for name, classifier in study.models.items():
         near = nearest_of(name, classifier, test.images)
         if not bool(near.exists.any()):
-            raise UsageError(f"{name}: DeepFool finds no boundary near the {len(test)} images to judge on")
+            raise UsageError(f"{name}: DeepFool finds no boundary near the {len(test)} images to evaluate on")
         unseen[name] = Unseen(classifier, test, near, study.seed)
     findings = {name: _measure_model(study, name, learn, unseen[name], m, settings) for name in study.models}
     table = pd.DataFrame([finding.row for finding in findings.values()])

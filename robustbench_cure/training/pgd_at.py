@@ -2,7 +2,7 @@
 
 Source: Madry, Makelov, Schmidt, Tsipras & Vladu 2018, arXiv 1706.06083, section 2.1: the saddle point
 problem. The attack sees the network in evaluation mode, so that it neither moves batch-norm statistics
-nor depends on the other rows; it returns the last iterate, as training needs no verdicts.
+nor depends on the other rows; it returns the last iterate, as training verifies nothing.
 """
 
 from __future__ import annotations

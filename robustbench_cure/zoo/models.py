@@ -39,7 +39,7 @@ def load_model(
     data: EvalSet | None = None,
     cards: tuple[str, ...] = (),
 ) -> Classifier:
-    """Load a model ready to be judged.
+    """Load a model ready to be evaluated.
 
     Args:
         name: a card's id, ``robustbench:NAME``, or ``package.module:factory`` for a network of your own; or

@@ -1,4 +1,4 @@
-"""What every attack returns: a proposal, which the evaluator checks. It claims no success."""
+"""What every attack returns: candidates for adversarial images. The evaluation verifies them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 @dataclass
-class Proposal:
+class Candidates:
     """Perturbed images and the work they took, row by row.
 
     Attributes:
-        x_adv: proposed images, float32 (B,C,H,W).
-        steps: updates made before the proposed image was reached, int64 (B,).
+        x_adv: perturbed images, float32 (B,C,H,W).
+        steps: updates made before that image was reached, int64 (B,).
         forwards: images passed forward for each row, int64 (B,).
         backwards: input gradients computed for each row, int64 (B,).
         converged: whether the attack ended by its own criterion rather than by running out of steps,
@@ -33,7 +33,7 @@ class Proposal:
     effects: tuple[str, ...] = ()
 
     @classmethod
-    def start(cls, x: Tensor) -> Proposal:
-        """The proposal that changes nothing and has cost nothing."""
+    def start(cls, x: Tensor) -> Candidates:
+        """The images themselves as candidates, which have cost nothing."""
         steps, forwards, backwards = torch.zeros((3, len(x)), dtype=torch.int64, device=x.device).unbind()
         return cls(x.clone(), steps.clone(), forwards.clone(), backwards.clone())
