@@ -18,7 +18,7 @@ from functools import cache
 import click
 import numpy as np
 
-from robustbench_cure.gate.outcome import Accuracy, Rules, conclude, find_changes
+from robustbench_cure.gate.outcome import AccuracyChange, Rules, conclude, find_changes
 from robustbench_cure.stats import DiscordantPairs
 
 ROBUST = 0.6
@@ -39,8 +39,8 @@ def flips(n: int, lost: int, gained: int) -> DiscordantPairs:
 @cache
 def worst_case(n: int, lost: int, gained: int, rules: Rules) -> str:
     """The verdict on these flips of the worst case, the clean accuracy being as before."""
-    clean = Accuracy("clean", "clean", "clean", DiscordantPairs(n, n, n, 0, 0))
-    worst = Accuracy("worst_case", "worst case", "worst", flips(n, lost, gained))
+    clean = AccuracyChange("clean", "clean", "clean", DiscordantPairs(n, n, n, 0, 0))
+    worst = AccuracyChange("worst_case", "worst case", "worst", flips(n, lost, gained))
     rows = find_changes([clean, worst], rules, same_weights=True)
     return conclude([row.finding for row in rows], rules).kind
 
@@ -48,7 +48,7 @@ def worst_case(n: int, lost: int, gained: int, rules: Rules) -> str:
 def battery(n: int, counts: list[tuple[int, int]], rules: Rules) -> str:
     """The verdict on a battery: lost and gained of the clean accuracy, the worst case and each attack."""
     held = [
-        Accuracy(of, of, of, flips(n, *pair))
+        AccuracyChange(of, of, of, flips(n, *pair))
         for of, pair in zip(("clean", "worst", *["attack"] * ATTACKS), counts, strict=True)
     ]
     return conclude([row.finding for row in find_changes(held, rules, same_weights=True)], rules).kind

@@ -25,7 +25,15 @@ from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.gate import baseline
 from robustbench_cure.gate.compare import compare, compare_runs
-from robustbench_cure.gate.outcome import EXIT_CODES, ORDER, OUTCOMES, Accuracy, Rules, conclude, find_changes
+from robustbench_cure.gate.outcome import (
+    EXIT_CODES,
+    ORDER,
+    OUTCOMES,
+    AccuracyChange,
+    Rules,
+    conclude,
+    find_changes,
+)
 from robustbench_cure.gate.render import (
     overall,
     sentences,
@@ -197,10 +205,10 @@ def rows(
     attacks: list[DiscordantPairs],
     same: bool,
 ):
-    accuracies = [Accuracy("clean", "clean", "clean", clean or discordant(0, 0, worst.n, worst.n))]
-    accuracies += [Accuracy(f"a{i}", f"A{i}", "attack", f) for i, f in enumerate(attacks)]
+    accuracies = [AccuracyChange("clean", "clean", "clean", clean or discordant(0, 0, worst.n, worst.n))]
+    accuracies += [AccuracyChange(f"a{i}", f"A{i}", "attack", f) for i, f in enumerate(attacks)]
     return find_changes(
-        [*accuracies, Accuracy("worst_case", "worst", "worst", worst)], rules, same_weights=same
+        [*accuracies, AccuracyChange("worst_case", "worst", "worst", worst)], rules, same_weights=same
     )
 
 

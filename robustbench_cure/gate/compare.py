@@ -11,7 +11,7 @@ import numpy as np
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.record import Record
-from robustbench_cure.gate.outcome import Accuracy, Outcome, Row, Rules, conclude, find_changes
+from robustbench_cure.gate.outcome import AccuracyChange, Outcome, Row, Rules, conclude, find_changes
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.stats import DiscordantPairs
 
@@ -108,7 +108,7 @@ def incompatibilities(new: Record, baseline: Record) -> list[Difference]:
     return [*reasons, *_protocols(new.manifest.battery, baseline.manifest.battery), *_data(new, baseline)]
 
 
-def accuracies(new: Record, baseline: Record) -> list[Accuracy]:
+def accuracies(new: Record, baseline: Record) -> list[AccuracyChange]:
     """Clean accuracy, every attack's and the worst case, on the samples that both runs have."""
     ids = _common(new, baseline)
 
@@ -119,14 +119,16 @@ def accuracies(new: Record, baseline: Record) -> list[Accuracy]:
     def between(before: pd.Series, after: pd.Series, names: list[str]) -> DiscordantPairs:
         return DiscordantPairs.between(robust(baseline, before, names), robust(new, after, names))
 
-    changes = [Accuracy("clean", "clean", "clean", between(baseline.clean_correct, new.clean_correct, ids))]
+    changes = [
+        AccuracyChange("clean", "clean", "clean", between(baseline.clean_correct, new.clean_correct, ids))
+    ]
     for spec in new.attacks:
         before, after = (r.clean_correct & ~r.samples[f"{spec.id}.broken"] for r in (baseline, new))
         covered = robust(baseline, baseline.covered(spec.id), ids) & robust(new, new.covered(spec.id), ids)
         names = [name for name, inside in zip(ids, covered, strict=True) if inside]
-        changes.append(Accuracy(spec.id, spec.name, "attack", between(before, after, names)))
+        changes.append(AccuracyChange(spec.id, spec.name, "attack", between(before, after, names)))
     worst = between(baseline.worst_case, new.worst_case, ids)
-    return [*changes, Accuracy("worst_case", "worst case", "worst", worst)]
+    return [*changes, AccuracyChange("worst_case", "worst case", "worst", worst)]
 
 
 # --- protocols ------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Rules(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class AccuracyChange:
     """One accuracy of two runs.
 
     Attributes:
@@ -84,7 +84,7 @@ class Row:
         level: of its tests.
     """
 
-    accuracy: Accuracy
+    accuracy: AccuracyChange
     finding: Finding
     level: float
 
@@ -102,7 +102,9 @@ class Outcome:
     exit_code: int
 
 
-def find_changes(accuracies: Sequence[Accuracy], rules: Rules, *, same_weights: bool) -> tuple[Row, ...]:
+def find_changes(
+    accuracies: Sequence[AccuracyChange], rules: Rules, *, same_weights: bool
+) -> tuple[Row, ...]:
     """The finding on every accuracy.
 
     Args:
@@ -137,7 +139,7 @@ def conclude(findings: Sequence[Finding], rules: Rules) -> Outcome:
     return max(outcomes, key=lambda outcome: (outcome.exit_code, ORDER.index(outcome.kind)))
 
 
-def _find(accuracy: Accuracy, rules: Rules, level: float, other_network: bool) -> Finding:
+def _find(accuracy: AccuracyChange, rules: Rules, level: float, other_network: bool) -> Finding:
     pairs = accuracy.pairs
     if accuracy.of == "worst" and rules.min_robust is not None and pairs.after < rules.min_robust * pairs.n:
         return "below the minimum"

@@ -25,7 +25,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.geometry.space import Loss
+from robustbench_cure.geometry.space import InputLoss
 
 #: A gradient shorter than this is what float32 left of a loss of zero: it points nowhere.
 NO_GRADIENT = 1e-12
@@ -35,7 +35,7 @@ DENSE_EIGENVECTORS = 256
 Basis = Literal["canonical", "random"]
 
 
-def products(space: Loss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: float) -> Tensor:
+def products(space: InputLoss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: float) -> Tensor:
     """Hz for one direction of every row.
 
     Args:
@@ -55,14 +55,19 @@ def products(space: Loss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h: floa
     return torch.cat(parts)
 
 
-def gradients(space: Loss, u: Tensor, y: Tensor) -> Tensor:
+def gradients(space: InputLoss, u: Tensor, y: Tensor) -> Tensor:
     """Gradients of all rows, in passes of the network's batch size; shape of ``u``."""
     batches = torch.split(torch.arange(len(u), device=u.device), space.network.batch_size)
     return torch.cat([space.gradients(u[rows], y[rows]) for rows in batches])
 
 
 def columns(
-    space: Loss, u: Tensor, y: Tensor, basis: Tensor, h: float, advance: Callable[[int], None] | None = None
+    space: InputLoss,
+    u: Tensor,
+    y: Tensor,
+    basis: Tensor,
+    h: float,
+    advance: Callable[[int], None] | None = None,
 ) -> Tensor:
     """H q for every direction q of a basis, at one point.
 
@@ -95,7 +100,7 @@ def on_sphere(noise: Noise, shape: tuple[int, ...], stream: int) -> Tensor:
 
 
 def frobenius(
-    space: Loss,
+    space: InputLoss,
     u: Tensor,
     y: Tensor,
     *,
@@ -142,7 +147,7 @@ def alignment(gradient: Tensor, vector: Tensor) -> Tensor:
     return torch.where(length > NO_GRADIENT, cosine, torch.nan).cpu()
 
 
-def along_sign(space: Loss, u: Tensor, y: Tensor, *, h: float) -> Tensor:
+def along_sign(space: InputLoss, u: Tensor, y: Tensor, *, h: float) -> Tensor:
     """||Hz|| at every row for z = sign(grad l) of unit length, float32 (B,); 0 where the gradient is zero."""
     here = gradients(space, u, y)
     sign = here.sign()
@@ -178,7 +183,7 @@ class Spectrum:
 
 
 def spectrum(
-    space: Loss,
+    space: InputLoss,
     u: Tensor,
     y: Tensor,
     *,
@@ -210,7 +215,7 @@ def spectrum(
 
 
 def eigenvalues(
-    space: Loss,
+    space: InputLoss,
     u: Tensor,
     y: Tensor,
     *,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.geometry.hessian import NO_GRADIENT, alignment, gradients, on_sphere, products
-from robustbench_cure.geometry.space import Loss
+from robustbench_cure.geometry.space import InputLoss
 
 #: A direction shorter than this, relative to the products so far, adds nothing: the space is exhausted.
 EXHAUSTED = 1e-5
@@ -48,7 +48,7 @@ class Extremes:
 
 
 def lanczos(
-    space: Loss,
+    space: InputLoss,
     u: Tensor,
     y: Tensor,
     *,
@@ -87,7 +87,7 @@ def lanczos(
 
 
 def _lanczos(
-    space: Loss,
+    space: InputLoss,
     u: Tensor,
     y: Tensor,
     first: Tensor,

@@ -18,7 +18,7 @@ from robustbench_cure.attacks.losses import cross_entropy
 from robustbench_cure.classifier import Classifier
 
 
-class Loss(Protocol):
+class InputLoss(Protocol):
     """What curvature is taken of: a loss of inputs, with gradients. `Space` is one."""
 
     @property

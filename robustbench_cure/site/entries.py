@@ -28,7 +28,7 @@ Kind = Literal["measured", "external", "published", "quoted"]
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class ReportedAccuracy:
     """A number of the leaderboard: counted, or printed; neither: `reason` says why there is none.
 
     Attributes:
@@ -72,9 +72,9 @@ class Entry:
 
     kind: Kind
     label: str
-    robust: Accuracy
+    robust: ReportedAccuracy
     how: str
-    clean: Accuracy
+    clean: ReportedAccuracy
     n: int
     decided: str
     architecture: str
@@ -199,9 +199,9 @@ def _measured(records: list[Record], external: Sequence[Evidence], extra_data: s
         kind="measured",
         label=model.name or model.id,
         model_id=model.id,
-        robust=Accuracy(Rate(int(robust.sum()), len(robust))),
+        robust=ReportedAccuracy(Rate(int(robust.sum()), len(robust))),
         how=f"worst case of {len(attacks)} attack{'s' * (len(attacks) != 1)}, {' + '.join(batteries)}",
-        clean=Accuracy(records[0].clean_accuracy),
+        clean=ReportedAccuracy(records[0].clean_accuracy),
         n=data.n,
         decided=deciding_attack(strongest),
         architecture=model.architecture,
@@ -220,7 +220,7 @@ def _measured(records: list[Record], external: Sequence[Evidence], extra_data: s
     lowered = replace(
         row,
         kind="external",
-        robust=Accuracy(Rate(int(left.sum()), len(left))),
+        robust=ReportedAccuracy(Rate(int(left.sum()), len(left))),
         how=f"with verified images of others; {100 * row.robust.rate.value:.1f} % by our own attacks"
         if row.robust.rate
         else "",
@@ -254,11 +254,13 @@ def _printed(printed: list[tuple[PublishedTable, PublishedRow]]) -> Entry:
     return Entry(
         kind="quoted" if quoted else "published",
         label=f"{row.group}, {row.name}",
-        robust=Accuracy(printed=lowest.value / 100, reason="")
+        robust=ReportedAccuracy(printed=lowest.value / 100, reason="")
         if lowest
-        else Accuracy(reason="none is printed"),
+        else ReportedAccuracy(reason="none is printed"),
         how="; ".join(part for part in (_how(len(attacked), quoted), row.note) if part),
-        clean=Accuracy(printed=clean.value / 100) if clean else Accuracy(reason="none is printed"),
+        clean=ReportedAccuracy(printed=clean.value / 100)
+        if clean
+        else ReportedAccuracy(reason="none is printed"),
         n=table.n,
         decided=name,
         architecture=row.group,

@@ -27,7 +27,7 @@ from robustbench_cure.site.entries import Entry, Leaderboard
 from robustbench_cure.site.runs import (
     FIGURES,
     TABLES,
-    Diagnosis,
+    DiagnosisSummary,
     StudyFolder,
     diagnosis_of_record,
     study_files,
@@ -99,7 +99,7 @@ class Model:
     records: tuple[Record, ...]
     card: ModelCard | None
     entries: tuple[tuple[Leaderboard, Entry], ...]
-    diagnoses: tuple[Diagnosis, ...]
+    diagnoses: tuple[DiagnosisSummary, ...]
     studies: tuple[tuple[str, StudyFolder], ...]
 
     @property

@@ -185,7 +185,7 @@ def _study(folder: Path, manifest: dict[str, Any]) -> StudyFolder:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class DiagnosisSummary:
     """A diagnosis of masked gradients.
 
     Attributes:
@@ -229,7 +229,7 @@ def studies_of(studies: Sequence[StudyFolder], model: ModelInfo) -> list[StudyFo
     return [study for study in studies if study.names_of(model)]
 
 
-def diagnoses(studies: Sequence[StudyFolder], model: ModelInfo) -> list[Diagnosis]:
+def diagnoses(studies: Sequence[StudyFolder], model: ModelInfo) -> list[DiagnosisSummary]:
     """Every diagnosis of a model that `cure-bench masking` wrote.
 
     Raises:
@@ -243,7 +243,7 @@ def diagnoses(studies: Sequence[StudyFolder], model: ModelInfo) -> list[Diagnosi
     ]
 
 
-def diagnosis_of_record(record: Record) -> Diagnosis | None:
+def diagnosis_of_record(record: Record) -> DiagnosisSummary | None:
     """The diagnosis from the attacks of a record alone; None if its battery does not allow one."""
     diagnosis = from_record(record)
     if diagnosis is None:
@@ -252,10 +252,10 @@ def diagnosis_of_record(record: Record) -> Diagnosis | None:
     findings = tuple(_finding(f) for f in diagnosis.findings)
     plot = margin_scatter(diagnosis.scatter) if diagnosis.scatter else None
     about = f"From the record alone: {m.battery.name}; {data_words(m.data)}"
-    return Diagnosis(conclusion.kind, conclusion.words, about, findings, None, m.battery.name, plot)
+    return DiagnosisSummary(conclusion.kind, conclusion.words, about, findings, None, m.battery.name, plot)
 
 
-def _diagnosis(file: Path, study: StudyFolder, name: str) -> Diagnosis:
+def _diagnosis(file: Path, study: StudyFolder, name: str) -> DiagnosisSummary:
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["models"][name]
         threat = threat_words(ThreatModel.parse(model["threat"]["norm"], model["threat"]["eps"]))
@@ -267,7 +267,7 @@ def _diagnosis(file: Path, study: StudyFolder, name: str) -> Diagnosis:
             _finding(finding, sided="beyond" in row)
             for finding, row in zip(findings, model["findings"], strict=True)
         )
-        return Diagnosis(conclusion.kind, conclusion.words, about, shown, study, name)
+        return DiagnosisSummary(conclusion.kind, conclusion.words, about, shown, study, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{file}: cannot be read: {what}; run `cure-bench masking` again") from None

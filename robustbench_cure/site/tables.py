@@ -12,7 +12,7 @@ from robustbench_cure.report.paper import PaperCell, PaperTable
 from robustbench_cure.report.provenance import Fact
 from robustbench_cure.report.table import Table, columns, to_markdown
 from robustbench_cure.report.wording import count, interval, number, points
-from robustbench_cure.site.entries import Accuracy, Entry, Leaderboard
+from robustbench_cure.site.entries import Entry, Leaderboard, ReportedAccuracy
 from robustbench_cure.threat import format_eps
 
 WHOSE = {"measured": "the paper's own", "quoted": "quoted there from elsewhere"}
@@ -56,7 +56,7 @@ def name(row: Entry) -> str:
     return row.label + (" (unreliable)" if row.unreliable else "")
 
 
-def accuracy(value: Accuracy) -> str:
+def accuracy(value: ReportedAccuracy) -> str:
     """A number as printed in a text table."""
     if value.rate is not None:
         return f"{number(value.rate)} {interval(value.rate)}"
@@ -89,7 +89,7 @@ def _entry(board: Leaderboard, row: Entry) -> dict[str, Any]:
     }
 
 
-def _accuracy(prefix: str, value: Accuracy) -> dict[str, Any]:
+def _accuracy(prefix: str, value: ReportedAccuracy) -> dict[str, Any]:
     low, high = value.rate.interval if value.rate is not None and value.rate.total else (None, None)
     return {
         prefix: value.value,
