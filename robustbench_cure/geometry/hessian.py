@@ -39,7 +39,7 @@ def products(space: InputLoss, u: Tensor, y: Tensor, here: Tensor, z: Tensor, h:
     """Hz for one direction of every row.
 
     Args:
-        space: the loss, see `Loss`.
+        space: the loss, see `InputLoss`.
         u: inputs, float32 (B,C,H,W).
         y: labels, int64 (B,).
         here: gradients at ``u``, shape of ``u``.
@@ -72,7 +72,7 @@ def columns(
     """H q for every direction q of a basis, at one point.
 
     Args:
-        space: the loss, see `Loss`.
+        space: the loss, see `InputLoss`.
         u: one input (C,H,W).
         y: its label, int64 ().
         basis: directions as rows, (m, d).
@@ -116,7 +116,7 @@ def frobenius(
     a Gaussian z would make it sqrt(d) times longer.
 
     Args:
-        space: the loss, see `Loss`.
+        space: the loss, see `InputLoss`.
         u: inputs, float32 (B,C,H,W).
         y: labels, int64 (B,).
         h: step.
@@ -194,7 +194,7 @@ def spectrum(
     """All eigenvalues, and the top eigenvector, of the symmetrised finite-difference Hessian at one input.
 
     Args:
-        space: the loss, see `Loss`.
+        space: the loss, see `InputLoss`.
         u: one input (C,H,W), float32.
         y: its true label, int64 ().
         h: step, in units of ``u``.

@@ -61,7 +61,7 @@ def lanczos(
     """Largest and smallest eigenvalues of the finite-difference Hessian at every row.
 
     Args:
-        space: the loss, see `Loss`.
+        space: the loss, see `InputLoss`.
         u: inputs, float32 (B,C,H,W).
         y: true labels, int64 (B,).
         h: step, in units of ``u``.
