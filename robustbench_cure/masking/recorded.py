@@ -87,6 +87,21 @@ class RecordedAttacks:
         """Where SPSA ended on each image."""
         return self._result(self.of("spsa")[0])
 
+    @property
+    def gradient_free(self) -> list[AttackSpec]:
+        """Attacks that search without gradients: SPSA, Square of another library, and the like."""
+        return [spec for spec in self.attacks if not spec.gradients and not spec.control]
+
+    @property
+    def gradient_free_broken(self) -> Tensor:
+        """Images that a gradient-free attack broke, bool (m,)."""
+        return torch.stack([self._result(spec).broken for spec in self.gradient_free]).any(0)
+
+    def attacked(self, *specs: AttackSpec) -> RecordedAttacks:
+        """The same, of the images alone that one of these attacks was given."""
+        rows = [self.samples[f"{spec.id}.attacked"].tolist() for spec in specs]
+        return self.where(torch.tensor(rows).any(0))
+
     def of(self, *kinds: str) -> list[AttackSpec]:
         """The attacks of some kinds, in order."""
         return [spec for spec in self.attacks if spec.kind in kinds]
@@ -120,14 +135,14 @@ class RecordedDiagnosis:
 
 
 def from_record(record: Record) -> RecordedDiagnosis | None:
-    """What the record says; None if its battery has no PGD, or neither SPSA nor uniform noise.
+    """What the record says; None if its battery has no PGD, or neither a gradient-free attack nor noise.
 
     Args:
         record: a finished run.
     """
     correct = record.samples[record.clean_correct]
     every = RecordedAttacks(correct, record.attacks, {flag.kind: flag for flag in record.flags})
-    if not every.of("pgd") or not every.of("spsa", "uniform_noise") or correct.empty:
+    if not every.of("pgd") or all(spec.gradients for spec in every.attacks) or correct.empty:
         return None
     findings, powers, scatter = [_gradients(every), _steps(record, every)], {}, None
     findings += [unstable_predictions(every), probability_outputs(every)]
@@ -135,13 +150,16 @@ def from_record(record: Record) -> RecordedDiagnosis | None:
         findings.append(fgsm_beats_pgd(every))
     if every.of("uniform_noise"):
         findings.append(noise_beats_white_box(every))
-    if every.of("spsa"):
+    if every.gradient_free:
         name = "gradient_free_beats_white_box"
-        attacked = every.where(torch.tensor(correct[f"{every.of('spsa')[0].id}.attacked"].tolist()))
-        broken = attacked.spsa.broken & ~attacked.white_box_broken
-        findings.append(broken_alone(name, "SPSA", "gradients", broken, attacked.ids))
-        power = on_broken(attacked.spsa.broken, attacked.white_box_broken)
-        powers = dict.fromkeys(("spsa_below_pgd", name), power)
+        attacked = every.attacked(*every.gradient_free)
+        broken = attacked.gradient_free_broken & ~attacked.white_box_broken
+        names = " or ".join(spec.name for spec in every.gradient_free)
+        findings.append(broken_alone(name, names, "gradients", broken, attacked.ids))
+        powers[name] = on_broken(attacked.gradient_free_broken, attacked.white_box_broken)
+    if every.of("spsa"):
+        attacked = every.attacked(every.of("spsa")[0])
+        powers["spsa_below_pgd"] = on_broken(attacked.spsa.broken, attacked.white_box_broken)
         survivors = attacked.where(~attacked.pgd_broken)
         if survivors.ids:
             findings.append(spsa_below_pgd(survivors))

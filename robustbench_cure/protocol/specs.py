@@ -31,6 +31,8 @@ GRADIENT_FREE_PEERS = {
 class _Attack(Strict):
     #: White-box: it takes gradients of the model. False: gradient-free, it sees outputs alone.
     gradients: ClassVar[bool] = True
+    #: It draws points at random and searches nothing: a control that real attacks must beat.
+    control: ClassVar[bool] = False
 
     id: Identifier
     #: What the report prints, e.g. "PGD(20)".
@@ -78,6 +80,7 @@ class UniformNoise(_Attack):
     """Control: random points of the ball, the worst of `draws` counts."""
 
     gradients = False
+    control = True
 
     kind: Literal["uniform_noise"]
     draws: Positive
@@ -157,6 +160,11 @@ class Peer(_Attack):
         """Whether it takes gradients of the model, as far as is known."""
         library, _, name = self.kind.partition(":")
         return name not in GRADIENT_FREE_PEERS.get(library, set())
+
+    @property
+    def control(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether it draws points at random: Gaussian noise of torchattacks."""
+        return self.kind == "torchattacks:GN"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.specs import FGSM, PGD, AttackSpec, UniformNoise
+from robustbench_cure.protocol.specs import FGSM, PGD, AttackSpec
 from robustbench_cure.report.table import Table, columns
 from robustbench_cure.report.wording import count, data_words, percent, threat_words
 from robustbench_cure.stats import Rate
@@ -138,11 +138,11 @@ def _losses(record: Record) -> Item:
 def _gradient_free(record: Record) -> Item:
     name = "Gradient-free attack, no stronger than gradients on any sample"
     white_box = _broken(record, lambda s: s.gradients)
-    gradient_free = _broken(record, lambda s: not s.gradients and not isinstance(s, UniformNoise))
+    gradient_free = _broken(record, lambda s: not s.gradients and not s.control)
     if gradient_free is None or white_box is None:
         return Item(name, "not in the record", "needs a gradient-free attack and white-box ones")
     alone = int((gradient_free & ~white_box).sum())
-    names = ", ".join(s.name for s in record.attacks if not s.gradients and not isinstance(s, UniformNoise))
+    names = ", ".join(s.name for s in record.attacks if not s.gradients and not s.control)
     broken = count(int(gradient_free.sum()))
     evidence = f"{names} broke {broken}, {count(alone)} of them left standing by gradients"
     return Item(name, "not met" if alone else "met", evidence)
@@ -150,7 +150,7 @@ def _gradient_free(record: Record) -> Item:
 
 def _noise(record: Record) -> Item:
     name = "Random noise as a control, weaker than gradients"
-    noise = _broken(record, lambda s: isinstance(s, UniformNoise))
+    noise = _broken(record, lambda s: s.control)
     white_box = _broken(record, lambda s: s.gradients)
     if noise is None or white_box is None:
         return Item(name, "not in the record", "needs uniform noise and attacks with gradients")
