@@ -20,6 +20,7 @@ from robustbench_cure import files as kept
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.adapt import Normalised
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.cli import boundary, geometry
 from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
@@ -33,7 +34,7 @@ from robustbench_cure.protocol.defaults import DEFAULTS, defaults_of
 from robustbench_cure.studies import bounds as bounds_study
 from robustbench_cure.studies import curvature as curvature_study
 from robustbench_cure.studies import curve as curve_study
-from robustbench_cure.studies import plots
+from robustbench_cure.studies import engine, plots
 from robustbench_cure.studies import surface as surface_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.studies.plots import FORMATS
@@ -551,6 +552,23 @@ def test_bad_requests_are_one_line_and_write_nothing(arguments, message, tmp_pat
     out = tmp_path / "out"
     assert message in refused(*arguments, "--out", str(out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", [command.name for command in (*geometry.VERBS[:-1], *boundary.VERBS)])
+def test_studies_measure_in_float32_and_only_verified_searches_choose(verb, monkeypatch, tmp_path):
+    """Distances, normals and differences are as good as their gradients; PGD's images are judged again."""
+    asked = []
+
+    def loads(names, request):
+        asked.append(request)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(engine, "load_all", loads)
+    out = ("--out", str(tmp_path / "a"))
+    assert refused(verb, "--n", "7", "--seed", "3", *out) == "enough"
+    (request,) = asked
+    assert request.precision == ("auto" if verb in ("curve", "universal") else "fp32")
+    assert (request.n, request.seed, request.device) == (7, 3, "cpu")
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
