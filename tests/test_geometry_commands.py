@@ -265,16 +265,16 @@ def test_an_interrupted_curve_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_the_curve_tells_how_far_it_is():
+def test_the_curve_reports_its_progress():
     data = load_dataset("digits").subset(20)
     classifier = load_model("digits_cure", device="cpu", batch_size=5)
-    told = []
+    reported = []
     eps = [Fraction(0), Fraction(1, 20), Fraction(1, 10)]
-    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, advance=told.append)
-    assert told == sorted(told)
-    assert told[0] == 1
-    assert told[-1] == 3
-    assert any(1 < done < 2 for done in told)
+    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, advance=reported.append)
+    assert reported == sorted(reported)
+    assert reported[0] == 1
+    assert reported[-1] == 3
+    assert any(1 < done < 2 for done in reported)
     assert classifier.heartbeat is None
 
 
