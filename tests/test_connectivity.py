@@ -360,11 +360,11 @@ def test_ends_of_different_labels_are_refused_and_equal_ends_are_joined():
     assert find_paths(model, points()[:0], points()[:0]) == []
 
 
-def test_progress_is_told_of_every_pair_once():
-    told = []
+def test_progress_counts_every_pair_once():
+    reported = []
     a, b = points([-2, 0], [-2.5, 0], [-2, 0.2]), points([2, 0], [-1.5, 0], [2, 0.2])
-    find_paths(region(islands), a, b, spacing=1e-3, advance=told.append)
-    assert sum(told) == 3
+    find_paths(region(islands), a, b, spacing=1e-3, advance=reported.append)
+    assert sum(reported) == 3
 
 
 def test_the_paths_of_a_network_keep_its_label(digits_net, digits_test):

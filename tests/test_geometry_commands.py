@@ -20,6 +20,7 @@ from robustbench_cure import files as kept
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.adapt import Normalised
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.cli import boundary, geometry
 from robustbench_cure.cli.main import cli
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
@@ -33,7 +34,7 @@ from robustbench_cure.protocol.defaults import DEFAULTS, defaults_of
 from robustbench_cure.studies import bounds as bounds_study
 from robustbench_cure.studies import curvature as curvature_study
 from robustbench_cure.studies import curve as curve_study
-from robustbench_cure.studies import plots
+from robustbench_cure.studies import engine, plots
 from robustbench_cure.studies import surface as surface_study
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.studies.plots import FORMATS
@@ -264,16 +265,16 @@ def test_an_interrupted_curve_goes_on_to_equal_bytes(tmp_path, monkeypatch):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_the_curve_tells_how_far_it_is():
+def test_the_curve_reports_its_progress():
     data = load_dataset("digits").subset(20)
     classifier = load_model("digits_cure", device="cpu", batch_size=5)
-    told = []
+    reported = []
     eps = [Fraction(0), Fraction(1, 20), Fraction(1, 10)]
-    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, advance=told.append)
-    assert told == sorted(told)
-    assert told[0] == 1
-    assert told[-1] == 3
-    assert any(1 < done < 2 for done in told)
+    robust_rows(classifier, data.images, data.labels, norm="linf", eps=eps, steps=4, advance=reported.append)
+    assert reported == sorted(reported)
+    assert reported[0] == 1
+    assert reported[-1] == 3
+    assert any(1 < done < 2 for done in reported)
     assert classifier.callback is None
 
 
@@ -551,6 +552,23 @@ def test_bad_requests_are_one_line_and_write_nothing(arguments, message, tmp_pat
     out = tmp_path / "out"
     assert message in refused(*arguments, "--out", str(out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", [command.name for command in (*geometry.VERBS[:-1], *boundary.VERBS)])
+def test_studies_measure_in_float32_and_only_verified_searches_choose(verb, monkeypatch, tmp_path):
+    """Distances, normals and differences are as good as their gradients; PGD's images are judged again."""
+    asked = []
+
+    def loads(names, request):
+        asked.append(request)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(engine, "load_all", loads)
+    out = ("--out", str(tmp_path / "a"))
+    assert refused(verb, "--n", "7", "--seed", "3", *out) == "enough"
+    (request,) = asked
+    assert request.precision == ("auto" if verb in ("curve", "universal") else "fp32")
+    assert (request.n, request.seed, request.device) == (7, 3, "cpu")
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
