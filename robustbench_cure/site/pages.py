@@ -145,8 +145,8 @@ def index(leaderboards: Sequence[Leaderboard], papers: Sequence[PaperTable], mod
         return next(model.page for model in models if row.is_about(model.records[0].manifest.model))
 
     kinds = {"measured": 0, "external": 0, "published": 0}
-    for board in leaderboards:
-        for row in board.rows:
+    for leaderboard in leaderboards:
+        for row in leaderboard.rows:
             kinds["published" if row.kind == "quoted" else row.kind] += 1
     return _render(
         "index.html",
@@ -262,8 +262,8 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[RawRecord]) -
         id=this.records[0].manifest.model.id,
         about=_about(this),
         entries=[
-            {"board": board.name, "row": entry, "of": sum(bool(r.rank) for r in board.rows)}
-            for board, entry in this.entries
+            {"leaderboard": leaderboard.name, "row": entry, "of": sum(bool(r.rank) for r in leaderboard.rows)}
+            for leaderboard, entry in this.entries
         ],
         groups=groups,
         curves=drawn,
