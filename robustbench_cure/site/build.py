@@ -36,7 +36,7 @@ from robustbench_cure.site.runs import (
     Runs,
     StudyFolder,
     card_of,
-    diagnoses,
+    masking_sections,
     studies_of,
     study_files,
 )
@@ -140,7 +140,7 @@ def _models(
                     for row in leaderboard.rows
                     if row.is_about(model)
                 ),
-                tuple(diagnoses(runs.studies, model)),
+                tuple(masking_sections(runs.studies, model)),
                 tuple((folder, study) for folder, study in folders if study in own),
             )
         )

@@ -185,8 +185,8 @@ def _study(folder: Path, manifest: dict[str, Any]) -> StudyFolder:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """A diagnosis of masked gradients.
+class MaskingSection:
+    """A diagnosis of masked gradients, as a model's page shows it.
 
     Attributes:
         kind: of the verdict.
@@ -229,21 +229,21 @@ def studies_of(studies: Sequence[StudyFolder], model: ModelInfo) -> list[StudyFo
     return [study for study in studies if study.names_of(model)]
 
 
-def diagnoses(studies: Sequence[StudyFolder], model: ModelInfo) -> list[Diagnosis]:
+def masking_sections(studies: Sequence[StudyFolder], model: ModelInfo) -> list[MaskingSection]:
     """Every diagnosis of a model that `cure-bench masking` wrote.
 
     Raises:
         UsageError: a ``masking.json`` is damaged.
     """
     return [
-        _diagnosis(study.path / "masking.json", study, name)
+        _section(study.path / "masking.json", study, name)
         for study in studies_of(studies, model)
         if study.verb == "masking" and (study.path / "masking.json").is_file()
         for name in study.names_of(model)
     ]
 
 
-def diagnosis_of_record(record: Record) -> Diagnosis | None:
+def section_of_record(record: Record) -> MaskingSection | None:
     """The diagnosis from the attacks of a record alone; None if its battery does not allow one."""
     panel = from_record(record)
     if panel is None:
@@ -253,19 +253,19 @@ def diagnosis_of_record(record: Record) -> Diagnosis | None:
         _finding({"title": EXPLANATIONS[f.letter].title, **f.model_dump(mode="json")}) for f in panel.findings
     )
     about = f"From the record alone: {m.battery.name}; {data_words(m.data)}"
-    return Diagnosis(
+    return MaskingSection(
         panel.verdict.kind, panel.verdict.words, about, findings, None, m.battery.name, panel.plot
     )
 
 
-def _diagnosis(file: Path, study: StudyFolder, name: str) -> Diagnosis:
+def _section(file: Path, study: StudyFolder, name: str) -> MaskingSection:
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["models"][name]
         threat = threat_words(ThreatModel.parse(model["threat"]["norm"], model["threat"]["eps"]))
         findings = tuple(_finding(f) for f in model["findings"])
         about = f"{threat}; {study.data}, {model['classified_correctly']} of them classified correctly"
         verdict = model["verdict"]
-        return Diagnosis(str(verdict["kind"]), str(verdict["words"]), about, findings, study, name)
+        return MaskingSection(str(verdict["kind"]), str(verdict["words"]), about, findings, study, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{file}: cannot be read: {what}; run `cure-bench masking` again") from None
