@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -108,6 +109,16 @@ def test_the_tree_that_travels_is_small():
     run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [ROOT / name for name in run.stdout.split("\0") if name and not name.startswith("models/")]
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 14_000_000
+
+
+def test_links_of_the_documentation_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    links = [
+        (p, link) for p in pages for link in re.findall(r"\]\(([^)#\s]+)", p.read_text(encoding="utf-8"))
+    ]
+    local = [(p, link) for p, link in links if not re.match(r"[a-z]+:", link)]
+    assert len(local) >= 20
+    assert not [(p.name, link) for p, link in local if not (p.parent / link).exists()]
 
 
 def test_the_pages_workflow_builds_the_stored_runs_and_publishes_that_folder():

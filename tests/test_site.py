@@ -39,7 +39,7 @@ from robustbench_cure.site.build import build, write
 from robustbench_cure.site.checklist import checklist
 from robustbench_cure.site.entries import leaderboards
 from robustbench_cure.site.pages import STUDIES
-from robustbench_cure.site.runs import Runs, card_of, diagnoses, scan, study_files
+from robustbench_cure.site.runs import Runs, card_of, masking_sections, scan, study_files
 from robustbench_cure.site.tables import BEGIN, END, renewed
 from robustbench_cure.stats import Rate
 
@@ -601,7 +601,7 @@ NO_FINDINGS = '{"models": {"cure": {"threat": {"norm": "linf", "eps": "8/255"}, 
 def test_a_damaged_diagnosis_is_named(runs, damage):
     (runs / "masking" / "masking.json").write_text(damage)
     with pytest.raises(UsageError, match=r"masking\.json: cannot be read"):
-        diagnoses(
+        masking_sections(
             scan([runs]).studies, other("cure", "..", model={"weights_sha256": "ab" * 32}).manifest.model
         )
 

@@ -109,7 +109,7 @@ def visit(browser, site):
 
 
 def board(page):
-    return page.locator("section[data-board=cifar10-test-linf-8-255]")
+    return page.locator("section[data-leaderboard=cifar10-test-linf-8-255]")
 
 
 def names(page) -> list[str]:
@@ -169,7 +169,7 @@ def test_numbers_sort_as_numbers(visit):
 def test_search_and_switches_filter_and_tell_how_many(visit):
     page = visit()
     status = page.locator("#shown")
-    all_rows = page.locator("table.board tbody tr").count()
+    all_rows = page.locator("table.leaderboard tbody tr").count()
     published = board(page).locator("tr[data-kind=published]").count()
     assert published > 60
     assert status.inner_text() == f"{all_rows} of {all_rows} rows shown"
@@ -185,7 +185,7 @@ def test_search_and_switches_filter_and_tell_how_many(visit):
     page.check("input[value=published]")
     assert board(page).locator("tr[data-kind=published]").count() == published
     page.select_option("#which", label="cifar10, l∞ 8/255")
-    assert page.locator("section.boardbox:visible").count() == 1
+    assert page.locator("section.leaderboard-box:visible").count() == 1
 
 
 def test_without_scripts_every_row_is_there(visit):

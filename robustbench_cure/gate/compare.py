@@ -61,7 +61,7 @@ class Comparison:
 
     @property
     def n(self) -> int:
-        """Samples that are compared."""
+        """Number of samples that are compared; 0 where the runs are not comparable."""
         return self.rows[0].accuracy.pairs.n if self.rows else 0
 
     @property

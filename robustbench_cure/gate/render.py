@@ -268,7 +268,7 @@ def difference(this: Difference) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """``digits_cure: REGRESSION``."""
+    """Model and outcome in one line, ``digits_cure: REGRESSION``."""
     return f"{comparison.model}: {comparison.outcome.kind.upper()}"
 
 

@@ -47,7 +47,7 @@ class PaperCell:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One printed row."""
+    """One printed row: a model, with a cell for each column of the table."""
 
     id: str
     name: str

@@ -38,7 +38,7 @@ def points(difference: float) -> str:
 
 
 def count(value: int) -> str:
-    """``"10,000"``."""
+    """A whole number with separators of thousands, ``"10,000"``."""
     return f"{value:,}"
 
 
@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def threat_words(threat: ThreatModel) -> str:
-    """``"l∞ 8/255"``."""
+    """Norm and radius in words, ``"l∞ 8/255"``."""
     return f"{NORMS[threat.norm]} {format_eps(threat.eps)}"
 
 

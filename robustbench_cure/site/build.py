@@ -36,7 +36,7 @@ from robustbench_cure.site.runs import (
     Runs,
     StudyFolder,
     card_of,
-    diagnoses,
+    masking_sections,
     studies_of,
     study_files,
 )
@@ -83,17 +83,17 @@ def build(
         card = card_of(record, known)
         return card.extra_data if card else ""
 
-    boards = leaderboards(runs.records, runs.external, published, extra_data)
+    ranked = leaderboards(runs.records, runs.external, published, extra_data)
     papers = [paper_table([r for r in runs.records if comparable(r, table)], table) for table in published]
-    board_tables = [tables.leaderboard_table(board) for board in boards]
+    content = [tables.leaderboard_table(leaderboard) for leaderboard in ranked]
     if tables_only:
-        texts = exports("leaderboard", board_tables, PLAIN)
+        texts = exports("leaderboard", content, PLAIN)
         for paper in papers:
             texts |= exports(_stem(paper), [tables.paper_comparison(paper)], ("csv", "md", "tex"))
-        return Site(tuple(boards), len(by_model(runs.records)), _encoded(texts))
+        return Site(tuple(ranked), len(by_model(runs.records)), _encoded(texts))
     folders = [(f"studies/{study.verb}-{k}", study) for k, study in enumerate(runs.studies, 1)]
-    models = _models(runs, boards, known, folders)
-    texts = {"index.html": pages.index(boards, papers, models)} | exports("leaderboard", board_tables)
+    models = _models(runs, ranked, known, folders)
+    texts = {"index.html": pages.index(ranked, papers, models)} | exports("leaderboard", content)
     for paper in papers:
         texts |= _paper(paper, models)
     for model in models:
@@ -102,7 +102,7 @@ def build(
     for folder, study in folders:
         files |= {f"{folder}/{p.name}": p.read_bytes() for p in study_files(study, FIGURES)}
         files |= {f"{folder}/{p.name}": p.read_bytes() for p in study_files(study, TABLES)}
-    return Site(tuple(boards), len(models), files)
+    return Site(tuple(ranked), len(models), files)
 
 
 def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
@@ -120,7 +120,7 @@ def comparable(record: Record, table: PublishedTable) -> bool:
 
 def _models(
     runs: Runs,
-    boards: Sequence[Leaderboard],
+    ranked: Sequence[Leaderboard],
     known: Mapping[str, CardFile[ModelCard]],
     folders: Sequence[tuple[str, StudyFolder]],
 ) -> list[pages.Model]:
@@ -134,8 +134,13 @@ def _models(
                 _slug(model.id, model.weights_sha256, taken),
                 tuple(records),
                 card_of(records[0], known),
-                tuple((board, row) for board in boards for row in board.rows if row.is_about(model)),
-                tuple(diagnoses(runs.studies, model)),
+                tuple(
+                    (leaderboard, row)
+                    for leaderboard in ranked
+                    for row in leaderboard.rows
+                    if row.is_about(model)
+                ),
+                tuple(masking_sections(runs.studies, model)),
                 tuple((folder, study) for folder, study in folders if study in own),
             )
         )

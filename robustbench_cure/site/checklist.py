@@ -144,7 +144,7 @@ def _gradient_free(record: Record) -> Item:
     alone = int((gradient_free & ~white_box).sum())
     names = ", ".join(s.name for s in record.attacks if not s.gradients and not s.control)
     broken = count(int(gradient_free.sum()))
-    evidence = f"{names} broke {broken}, {count(alone)} of them left standing by gradients"
+    evidence = f"{names} broke {broken}, {count(alone)} of them not broken by gradients"
     return Item(name, "not met" if alone else "met", evidence)
 
 
@@ -155,7 +155,7 @@ def _noise(record: Record) -> Item:
     if noise is None or white_box is None:
         return Item(name, "not in the record", "needs uniform noise and attacks with gradients")
     alone = int((noise & ~white_box).sum())
-    evidence = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them left standing by gradients"
+    evidence = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them not broken by gradients"
     return Item(name, "not met" if alone else "met", evidence)
 
 

@@ -43,7 +43,7 @@ class ReportedAccuracy:
 
     @property
     def value(self) -> float | None:
-        """The share, or None."""
+        """The accuracy as a share in [0, 1]; None where there is none."""
         return self.rate.value if self.rate is not None and self.rate.total else self.printed
 
 
@@ -118,7 +118,7 @@ class Leaderboard:
 
     @property
     def name(self) -> str:
-        """``"cifar10, l∞ 8/255"``."""
+        """Data set and threat model in words, ``"cifar10, l∞ 8/255"``."""
         part = "" if self.split == "test" else f" ({self.split})"
         return f"{self.data}{part}, {threat_words(self.threat)}"
 

@@ -27,9 +27,9 @@ from robustbench_cure.site.entries import Entry, Leaderboard
 from robustbench_cure.site.runs import (
     FIGURES,
     TABLES,
-    DiagnosisSummary,
+    MaskingSection,
     StudyFolder,
-    diagnosis_of_record,
+    section_of_record,
     study_files,
 )
 
@@ -91,7 +91,7 @@ class Model:
         records: its runs.
         card: what its authors declare.
         entries: its rows, each with its leaderboard.
-        diagnoses: of masked gradients, from the studies.
+        masking: diagnoses of masked gradients, from the studies.
         studies: folder of the site -> study, geometry and masking.
     """
 
@@ -99,12 +99,12 @@ class Model:
     records: tuple[Record, ...]
     card: ModelCard | None
     entries: tuple[tuple[Leaderboard, Entry], ...]
-    diagnoses: tuple[DiagnosisSummary, ...]
+    masking: tuple[MaskingSection, ...]
     studies: tuple[tuple[str, StudyFolder], ...]
 
     @property
     def label(self) -> str:
-        """The model's name."""
+        """Name of the model, or its id where it has none."""
         model = self.records[0].manifest.model
         return model.name or model.id
 
@@ -145,8 +145,8 @@ def index(leaderboards: Sequence[Leaderboard], papers: Sequence[PaperTable], mod
         return next(model.page for model in models if row.is_about(model.records[0].manifest.model))
 
     kinds = {"measured": 0, "external": 0, "published": 0}
-    for board in leaderboards:
-        for row in board.rows:
+    for leaderboard in leaderboards:
+        for row in leaderboard.rows:
             kinds["published" if row.kind == "quoted" else row.kind] += 1
     return _render(
         "index.html",
@@ -174,7 +174,12 @@ def _line(model: Model) -> _Line:
 
 
 def paper(laid: PaperTable, models: Sequence[Model]) -> str:
-    """One paper table."""
+    """The page of one paper table.
+
+    Args:
+        laid: the table as printed, with what was measured.
+        models: all models of the site; those of its rows are linked.
+    """
     rows = {row.id for row in laid.rows}
     measured = [(m.label, m.page) for m in models if m.records[0].manifest.model.published_row in rows]
     return _render(
@@ -246,8 +251,8 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[RawRecord]) -
         exported[stem] = [checklist.checklist_table(items)]
         lists.append({"name": record.manifest.battery.name, "entries": items, "stem": stem})
     masking = []
-    own = [diagnosis for record in this.records if (diagnosis := diagnosis_of_record(record)) is not None]
-    for d, diagnosis in enumerate((*this.diagnoses, *own), 1):
+    own = [diagnosis for record in this.records if (diagnosis := section_of_record(record)) is not None]
+    for d, diagnosis in enumerate((*this.masking, *own), 1):
         exported[f"masking-{d}"] = [diagnosis.table]
         folder = next((folder for folder, study in this.studies if study is diagnosis.study), "")
         drawings = [_image(folder, path) for path in diagnosis.figures]
@@ -262,8 +267,8 @@ def model(this: Model, papers: Sequence[PaperTable], raw: Sequence[RawRecord]) -
         id=this.records[0].manifest.model.id,
         about=_about(this),
         entries=[
-            {"board": board.name, "row": entry, "of": sum(bool(r.rank) for r in board.rows)}
-            for board, entry in this.entries
+            {"leaderboard": leaderboard.name, "row": entry, "of": sum(bool(r.rank) for r in leaderboard.rows)}
+            for leaderboard, entry in this.entries
         ],
         groups=groups,
         curves=drawn,

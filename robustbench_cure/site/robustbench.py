@@ -71,39 +71,40 @@ def claims(
     """
     known = catalog(ModelCard, cards)
     claimed: dict[Path, dict[str, Any]] = {}
-    for board in leaderboards(runs.records, runs.external):
-        if board.data not in DATASETS or board.split != "test":
-            raise UsageError(
-                f"RobustBench has no data set {board.data!r} ({board.split}); it has {', '.join(DATASETS)}"
-            )
-        for row in board.rows:
-            if row.kind == "external" or not _lowered(board, row):
+    for leaderboard in leaderboards(runs.records, runs.external):
+        if leaderboard.data not in DATASETS or leaderboard.split != "test":
+            place = f"{leaderboard.data!r} ({leaderboard.split})"
+            raise UsageError(f"RobustBench has no data set {place}; it has {', '.join(DATASETS)}")
+        for row in leaderboard.rows:
+            if row.kind == "external" or not _lowered(leaderboard, row):
                 name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in row.model_id)
-                path = Path("model_info", board.data, THREATS[board.threat.norm], f"{name}.json")
+                path = Path("model_info", leaderboard.data, THREATS[leaderboard.threat.norm], f"{name}.json")
                 if path in claimed:
                     raise UsageError(f"{path}: two runs claim it; name one run alone")
-                claimed[path] = _claim(board, row, declared, card_of(row.records[0], known))
+                claimed[path] = _claim(leaderboard, row, declared, card_of(row.records[0], known))
     return claimed
 
 
-def _lowered(board: Leaderboard, row: Entry) -> Entry | None:
-    same = (r for r in board.rows if r.kind == "external" and (r.weights, r.n) == (row.weights, row.n))
+def _lowered(leaderboard: Leaderboard, row: Entry) -> Entry | None:
+    same = (r for r in leaderboard.rows if r.kind == "external" and (r.weights, r.n) == (row.weights, row.n))
     return next(same, None)
 
 
 def _claim(
-    board: Leaderboard, row: Entry, declared: Mapping[str, str], card: ModelCard | None
+    leaderboard: Leaderboard, row: Entry, declared: Mapping[str, str], card: ModelCard | None
 ) -> dict[str, Any]:
-    own = next(r for r in board.rows if r.kind == "measured" and (r.weights, r.n) == (row.weights, row.n))
+    own = next(
+        r for r in leaderboard.rows if r.kind == "measured" and (r.weights, r.n) == (row.weights, row.n)
+    )
     claim: dict[str, Any] = {key: declared[key] for key in BY_HAND if declared.get(key)}
     if card is not None and card.extra_data:
         claim["additional_data"] = card.extra_data != "none"
     total = row.records[0].manifest.data.total
     claim |= {
         "number_forward_passes": 1,
-        "dataset": board.data,
+        "dataset": leaderboard.data,
         "architecture": row.architecture,
-        "eps": format_eps(board.threat.eps),
+        "eps": format_eps(leaderboard.threat.eps),
         "clean_acc": _text(row.clean.rate),
         "reported": _text(own.robust.rate),
     }

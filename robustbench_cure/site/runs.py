@@ -185,8 +185,8 @@ def _study(folder: Path, manifest: dict[str, Any]) -> StudyFolder:
 
 
 @dataclass(frozen=True)
-class DiagnosisSummary:
-    """A diagnosis of masked gradients.
+class MaskingSection:
+    """A diagnosis of masked gradients, as a model's page shows it.
 
     Attributes:
         kind: of the conclusion.
@@ -229,21 +229,21 @@ def studies_of(studies: Sequence[StudyFolder], model: ModelInfo) -> list[StudyFo
     return [study for study in studies if study.names_of(model)]
 
 
-def diagnoses(studies: Sequence[StudyFolder], model: ModelInfo) -> list[DiagnosisSummary]:
+def masking_sections(studies: Sequence[StudyFolder], model: ModelInfo) -> list[MaskingSection]:
     """Every diagnosis of a model that `cure-bench masking` wrote.
 
     Raises:
         UsageError: a ``masking.json`` is damaged.
     """
     return [
-        _diagnosis(study.path / "masking.json", study, name)
+        _section(study.path / "masking.json", study, name)
         for study in studies_of(studies, model)
         if study.verb == "masking" and (study.path / "masking.json").is_file()
         for name in study.names_of(model)
     ]
 
 
-def diagnosis_of_record(record: Record) -> DiagnosisSummary | None:
+def section_of_record(record: Record) -> MaskingSection | None:
     """The diagnosis from the attacks of a record alone; None if its battery does not allow one."""
     diagnosis = from_record(record)
     if diagnosis is None:
@@ -252,10 +252,10 @@ def diagnosis_of_record(record: Record) -> DiagnosisSummary | None:
     findings = tuple(_finding(f) for f in diagnosis.findings)
     plot = margin_scatter(diagnosis.scatter) if diagnosis.scatter else None
     about = f"From the record alone: {m.battery.name}; {data_words(m.data)}"
-    return DiagnosisSummary(conclusion.kind, conclusion.words, about, findings, None, m.battery.name, plot)
+    return MaskingSection(conclusion.kind, conclusion.words, about, findings, None, m.battery.name, plot)
 
 
-def _diagnosis(file: Path, study: StudyFolder, name: str) -> DiagnosisSummary:
+def _section(file: Path, study: StudyFolder, name: str) -> MaskingSection:
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["models"][name]
         threat = threat_words(ThreatModel.parse(model["threat"]["norm"], model["threat"]["eps"]))
@@ -267,7 +267,7 @@ def _diagnosis(file: Path, study: StudyFolder, name: str) -> DiagnosisSummary:
             _finding(finding, sided="beyond" in row)
             for finding, row in zip(findings, model["findings"], strict=True)
         )
-        return DiagnosisSummary(conclusion.kind, conclusion.words, about, shown, study, name)
+        return MaskingSection(conclusion.kind, conclusion.words, about, shown, study, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{file}: cannot be read: {what}; run `cure-bench masking` again") from None

@@ -28,7 +28,7 @@ README_NOTE = (
 )
 
 
-def leaderboard_table(board: Leaderboard) -> Table:
+def leaderboard_table(leaderboard: Leaderboard) -> Table:
     """One leaderboard with every column."""
     shown = ("Model", "Rank", "Robust", "Clean", "n", "Decided by", "Architecture", "Extra data", "Date")
     rows = tuple(
@@ -44,10 +44,14 @@ def leaderboard_table(board: Leaderboard) -> Table:
             row.date or "–",
             row.kind,
         )
-        for row in board.rows
+        for row in leaderboard.rows
     )
     return Table(
-        board.name, NOTE, columns(*shown, "Number"), rows, tuple(_entry(board, r) for r in board.rows)
+        leaderboard.name,
+        NOTE,
+        columns(*shown, "Number"),
+        rows,
+        tuple(_entry(leaderboard, r) for r in leaderboard.rows),
     )
 
 
@@ -63,12 +67,12 @@ def accuracy(value: ReportedAccuracy) -> str:
     return f"{100 * value.printed:.1f}" if value.printed is not None else "–"
 
 
-def _entry(board: Leaderboard, row: Entry) -> dict[str, Any]:
+def _entry(leaderboard: Leaderboard, row: Entry) -> dict[str, Any]:
     return {
-        "dataset": board.data,
-        "split": board.split,
-        "norm": board.threat.norm,
-        "eps": format_eps(board.threat.eps),
+        "dataset": leaderboard.data,
+        "split": leaderboard.split,
+        "norm": leaderboard.threat.norm,
+        "eps": format_eps(leaderboard.threat.eps),
         "rank": row.rank or None,
         "unranked": row.unranked,
         "model": row.label,
@@ -187,15 +191,15 @@ def provenance(groups: Sequence[tuple[str, Sequence[Fact]]]) -> list[Table]:
 
 def block(leaderboards: Sequence[Leaderboard]) -> str:
     """The leaderboards that have a measured model, each as a small table in Markdown."""
-    measured = [board for board in leaderboards if any(row.records for row in board.rows)]
+    measured = [leaderboard for leaderboard in leaderboards if any(row.records for row in leaderboard.rows)]
     if not measured:
         return "No run is stored here yet.\n"
-    return f"{README_NOTE}\n\n" + to_markdown([_small(board) for board in measured])
+    return f"{README_NOTE}\n\n" + to_markdown([_small(leaderboard) for leaderboard in measured])
 
 
-def _small(board: Leaderboard) -> Table:
+def _small(leaderboard: Leaderboard) -> Table:
     heads = columns("Model", "Rank", "Robust", "Clean", "n", "Decided by", "Number")
-    return Table(board.name, "", heads, tuple(_row(row) for row in board.rows))
+    return Table(leaderboard.name, "", heads, tuple(_row(row) for row in leaderboard.rows))
 
 
 def _row(row: Entry) -> tuple[str, ...]:

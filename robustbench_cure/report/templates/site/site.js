@@ -4,8 +4,8 @@
   const form = document.getElementById("controls"), find = document.getElementById("find");
   const which = document.getElementById("which"), status = document.getElementById("shown");
   const boxes = [...form.querySelectorAll("input[name=kind]")];
-  const leaderboards = [...document.querySelectorAll(".boardbox")].map((section) => {
-    const element = section.querySelector("table.board");
+  const leaderboards = [...document.querySelectorAll(".leaderboard-box")].map((section) => {
+    const element = section.querySelector("table.leaderboard");
     const words = { emptyTable: "No rows.", zeroRecords: "No row matches." };
     const layout = { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null };
     const table = new DataTable(element, { paging: false, info: false, autoWidth: false, order: [], layout, language: words });
@@ -15,7 +15,7 @@
     const kinds = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
     let shown = 0, all = 0;
     for (const { section, table } of leaderboards) {
-      section.hidden = which.value !== "" && which.value !== section.dataset.board;
+      section.hidden = which.value !== "" && which.value !== section.dataset.leaderboard;
       table.search.fixed("kind", (text, data, index) => kinds.has(table.row(index).node().dataset.kind));
       table.search(find.value).draw();
       all += table.rows().count();
