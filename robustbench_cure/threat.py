@@ -92,11 +92,6 @@ class ThreatModel:
         return cls(norm, Fraction(0))
 
     @property
-    def model(self) -> ThreatModel:  # XXX
-        """Itself."""
-        return self
-
-    @property
     def radius(self) -> float:
         """The radius as a float, in units of x."""
         return float(self.eps)

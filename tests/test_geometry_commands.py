@@ -244,13 +244,13 @@ def test_an_interrupted_curve_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     invoke(*common, "--out", str(tmp_path / "whole"))
     asked = []
 
-    def stopping(*arguments, keep, **options):
+    def stopping(*arguments, checkpoint, **options):
         def kept_then_stopped(rows):
-            keep(rows)
+            checkpoint(rows)
             if len(rows) == 2:
                 raise KeyboardInterrupt
 
-        return robust_rows(*arguments, keep=kept_then_stopped, **options)
+        return robust_rows(*arguments, checkpoint=kept_then_stopped, **options)
 
     def asking(*arguments, known, **options):
         asked.append(len(known))

@@ -28,7 +28,7 @@ from robustbench_cure.zoo.models import load_model
 
 pytestmark = pytest.mark.usefixtures("svg_only")
 
-L2 = ThreatModel.parse("l2", "0")
+L2 = ThreatModel.unbounded("l2")
 SHAPE = (3, 8, 8)
 SIZE = math.prod(SHAPE)
 

@@ -103,7 +103,7 @@ def test_looking_ahead_changes_nothing():
         for row in order.tolist():
             moved, label = (x[row : row + 1] + v).clamp(0, 1), labels[row : row + 1]
             if int(model.logits(moved).argmax(1)) == int(label):
-                step = deepfool(model, moved, label, threat=ThreatModel.parse("l2", "0"), steps=ITERATIONS)
+                step = deepfool(model, moved, label, threat=ThreatModel.unbounded("l2"), steps=ITERATIONS)
                 if bool(step.converged):
                     v = (v + step.x_adv - moved).clamp(-51 / 255, 51 / 255)
         shares.append(float((model.logits((x + v).clamp(0, 1)).argmax(1) != labels).double().mean()))
@@ -116,7 +116,7 @@ def test_a_search_that_goes_on_ends_where_a_whole_one_does(method):
     model, data = load_model("digits_cure", device="cpu", precision="fp32"), load_dataset("digits")
     states = []
     arguments = {"threat": ThreatModel.parse("linf", "51/255"), "method": method, "passes": 3}
-    whole = universal(model, data.images[:40], keep=states.append, **arguments)
+    whole = universal(model, data.images[:40], checkpoint=states.append, **arguments)
     assert [state.passes for state in states] == [1, 2, 3]
     rest = universal(model, data.images[:40], known=states[0], **arguments)
     assert rest.fooled == whole.fooled
@@ -367,7 +367,7 @@ def test_others_are_added_at_every_length(judged):
     out, _, threat, seed, model, data = judged
     x, held_out = data.images[:40], data.images[40:]
     label = model.logits(x).argmax(1)
-    r = deepfool(model, x, label, threat=ThreatModel.parse("l2", "0"), clip=False).x_adv - x
+    r = deepfool(model, x, label, threat=ThreatModel.unbounded("l2"), clip=False).x_adv - x
     one = int(Noise.for_samples(seed, "universal", ["image"]).uniform((40,), 0)[0].argmax())
     # The way of the cross-entropy, whose own gradient is lost in rounding where the model is sure.
     gradient = model.value_and_gradient(x, lambda z: odds_against(z, label), reference=True)[1]
@@ -471,12 +471,12 @@ def test_an_interrupted_command_goes_on_to_equal_bytes(tmp_path, monkeypatch):
     invoke(*PAIR, "--out", str(tmp_path / "whole"))
     real = universal_study.universal
 
-    def stops(*given, keep, **more):
+    def stops(*given, checkpoint, **more):
         def once(state):
-            keep(state)
+            checkpoint(state)
             raise KeyboardInterrupt
 
-        return real(*given, keep=once, **more)
+        return real(*given, checkpoint=once, **more)
 
     monkeypatch.setattr(universal_study, "universal", stops)
     CliRunner().invoke(cli, ["universal", *PAIR, "--device", "cpu", "--out", str(tmp_path / "parts")])

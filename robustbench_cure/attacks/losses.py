@@ -17,7 +17,7 @@ from robustbench_cure.protocol.identity import NO_ANSWER
 
 
 class Loss(Protocol):
-    """What an attack increases."""
+    """A loss that attacks increase: logits (B, L) and labels (B,) to losses (B,)."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits, float (B, L), and labels, int64 (B,), to losses (B,)."""

@@ -140,7 +140,7 @@ def _threat(request: Request, norm: Norm | None, eps: str | None) -> ThreatModel
     from robustbench_cure.threat import ThreatModel
 
     batteries = {model.battery for model in named_models(request)}
-    threats = {load_battery(battery, cards=request.cards).threat.model for battery in batteries}
+    threats = {load_battery(battery, cards=request.cards).threat for battery in batteries}
     if len(threats) > 1 and (norm is None or eps is None):
         raise UsageError("these models' batteries have different threat models: give --norm and --eps")
     default = threats.pop()

@@ -94,7 +94,6 @@ def evaluate(
     subset = selected(battery, data, n)
     config = RunConfig(
         seed=battery.seed if seed is None else seed,
-        subset_seed=0,
         device=str(classifier.device),
         precision=classifier.precision,
         shard_size=shard_size,

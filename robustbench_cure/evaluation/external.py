@@ -29,7 +29,7 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.preflight import preflight
 from robustbench_cure.evaluation.record import Environment, Record, write_table
 from robustbench_cure.evaluation.verify import verify
-from robustbench_cure.files import write_atomically
+from robustbench_cure.files import write_text
 from robustbench_cure.protocol.cards import Battery, Threat
 from robustbench_cure.protocol.identity import DataInfo, ModelInfo
 from robustbench_cure.protocol.schema import describe
@@ -93,7 +93,7 @@ class Evidence:
         """Write table and manifest, each atomically, the manifest last."""
         write_table(path / "samples.parquet", self.samples)
         text = json.dumps(self.submission.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-        write_atomically(path / MANIFEST, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(path / MANIFEST, text)
 
     @classmethod
     def load(cls, path: Path) -> Evidence:

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag, derived_flags, stored
-from robustbench_cure.files import write_atomically
+from robustbench_cure.files import write_atomically, write_text
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.identity import DataInfo, ModelInfo, Section
 from robustbench_cure.protocol.schema import describe
@@ -295,7 +295,7 @@ def read_manifest(path: Path) -> Manifest:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` of a record directory, whole or not at all."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-    write_atomically(path / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path / "manifest.json", text)
 
 
 def write_table(path: Path, samples: pd.DataFrame) -> None:

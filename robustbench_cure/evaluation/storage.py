@@ -16,7 +16,7 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag, stored
 from robustbench_cure.evaluation.record import Cost, Manifest, Record, read_manifest, typed, write_table
 from robustbench_cure.evaluation.verify import Verification
-from robustbench_cure.files import write_atomically
+from robustbench_cure.files import write_atomically, write_text
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.specs import AttackSpec
 
@@ -54,7 +54,7 @@ def write_shard(out: Path, index: int, part: Shard, *, finished: bool = True) ->
         },
         indent=2,
     )
-    write_atomically(stem.with_suffix(".json"), lambda file: file.write_text(text + "\n"))
+    write_text(stem.with_suffix(".json"), text + "\n")
     if finished:
         for kind in (".parquet", ".json"):
             (out / "shards" / f"{index:04d}-unfinished{kind}").unlink(missing_ok=True)

@@ -151,7 +151,7 @@ class Path:
 
     @property
     def anchors(self) -> int:
-        """Points between the ends."""
+        """Number of points between the two ends of the path; 0 without a path."""
         return 0 if self.points is None else len(self.points) - 2
 
     @property

@@ -32,7 +32,7 @@ def robust_rows(
     seed: int = 0,
     ids: Sequence[str] | None = None,
     known: Tensor | None = None,
-    keep: Callable[[Tensor], None] | None = None,
+    checkpoint: Callable[[Tensor], None] | None = None,
     advance: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Which rows are classified correctly at each radius, under PGD with steps of a quarter of it.
@@ -48,7 +48,7 @@ def robust_rows(
         seed: of its random starts.
         ids: names of the rows, which their random numbers depend on; default: their place.
         known: result of an earlier call at the first radii, bool (k, B), to continue from.
-        keep: called with the result so far, bool (k, B), after every radius.
+        checkpoint: called with the result so far, bool (k, B), after every radius.
         advance: called with the number of radii done, with a fraction for the one under way.
 
     Returns:
@@ -84,8 +84,8 @@ def robust_rows(
             broken = verify(classifier, x[remaining], y[remaining], candidates, threat).broken.to(x.device)
             alive[remaining[broken]] = False
         out.append(alive.cpu().clone())
-        if keep is not None:
-            keep(torch.stack(out))
+        if checkpoint is not None:
+            checkpoint(torch.stack(out))
         if advance is not None:
             advance(len(out))
     return torch.stack(out)

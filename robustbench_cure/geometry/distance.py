@@ -156,7 +156,7 @@ def smallest(
     if cut and norm == "l2" and basis is not None and basis.shape[1] == 1:
         nearer = along_line(classifier, x, label, basis[:, 0].expand_as(x))
         return Smallest(nearer, torch.zeros_like(label).cpu())
-    threat = ThreatModel.parse(norm, "0")  # any radius: minimal DeepFool takes none
+    threat = ThreatModel.unbounded(norm)
     result = deepfool(classifier, x, label, threat=threat, mode="minimal", clip=False, basis=basis)
     reached = result.converged if result.converged is not None else torch.ones_like(label, dtype=torch.bool)
     length = torch.where(reached, distance(norm, x.double(), result.x_adv.double()), torch.nan).cpu()

@@ -28,7 +28,7 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.threat import ThreatModel
 
 #: Any radius: minimal DeepFool takes none.
-L2 = ThreatModel.parse("l2", "0")
+L2 = ThreatModel.unbounded("l2")
 
 
 def zeta(m: float, delta: float) -> tuple[float, float]:

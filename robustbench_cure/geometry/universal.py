@@ -83,7 +83,7 @@ def universal(
     passes: int = 10,
     seed: int = 0,
     known: Universal | None = None,
-    keep: Callable[[Universal], None] | None = None,
+    checkpoint: Callable[[Universal], None] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Universal:
     """Seek one perturbation for all images.
@@ -97,7 +97,7 @@ def universal(
         passes: over the images, at most.
         seed: of their order in every pass; another order leads to another perturbation.
         known: what an earlier call with the same arguments reached, to go on from.
-        keep: given the state after every pass.
+        checkpoint: called with the state after every pass.
         advance: called with the number of images visited.
 
     Returns:
@@ -122,8 +122,8 @@ def universal(
         share = float(fooled(classifier, x, labels, v).double().mean())
         better = share > max(state.fooled, default=-1.0)
         state = Universal(v.cpu() if better else state.v, v.cpu(), (*state.fooled, share))
-        if keep is not None:
-            keep(state)
+        if checkpoint is not None:
+            checkpoint(state)
     return state
 
 

@@ -108,10 +108,10 @@ class Finding(BaseModel):
         return f"{self.p:.2g}" if self.p >= 0.001 else f"{self.p:.0e}"
 
 
-def to_json(found: Finding) -> dict[str, Any]:
+def to_json(finding: Finding) -> dict[str, Any]:
     """A finding as ``masking.json`` has it: with its title, and the letter that older versions used."""
-    about = CHECKS[found.check]
-    return {"title": about.title, "letter": about.letter, **found.model_dump(mode="json")}
+    about = CHECKS[finding.check]
+    return {"title": about.title, "letter": about.letter, **finding.model_dump(mode="json")}
 
 
 def from_json(row: Mapping[str, Any]) -> Finding:

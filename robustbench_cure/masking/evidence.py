@@ -35,7 +35,7 @@ Progress = Callable[[float, float, str], None]
 
 
 def no_progress(_done: float, _total: float, _name: str) -> None:
-    """Report to nobody."""
+    """Progress of a diagnosis that nobody watches."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Saturated(_Wrapper):
     """Logits times 10,000: softmax is one or zero to the last bit, and so is cross-entropy's gradient."""
 
     def after(self, z: Tensor) -> Tensor:
-        """Logits times 10,000."""
+        """The logits multiplied by 10,000, float32 (B, L)."""
         return z * 1e4
 
 
@@ -68,7 +68,7 @@ class SoftmaxOutput(_Wrapper):
     """Probabilities where logits are expected."""
 
     def after(self, z: Tensor) -> Tensor:
-        """Softmax instead of logits."""
+        """Probabilities in place of logits: softmax, float32 (B, L)."""
         return z.softmax(1)
 
 

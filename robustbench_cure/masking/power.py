@@ -28,12 +28,12 @@ class Power:
     """How many adversarial examples that are known to exist gradient-free attacks found.
 
     Attributes:
-        found: images broken.
+        broken: images, or problems, that the attacks broke.
         known: images that gradients broke, or problems of the binarization test.
         binarized: whether it is the latter.
     """
 
-    found: int
+    broken: int
     known: int
     binarized: bool = False
 
@@ -43,14 +43,14 @@ class Power:
         if self.known < FEWEST:
             return False
         if self.binarized:  # as much as PGD must solve
-            return p_missed(self.found, self.known) >= LEVEL
-        return self.found >= POWER * self.known
+            return p_missed(self.broken, self.known) >= LEVEL
+        return self.broken >= POWER * self.known
 
     @property
     def words(self) -> str:
         """The counts, for the evidence of a finding."""
         where = "problems of the binarization test" if self.binarized else "images broken by gradients"
-        return f"of {self.known} {where} {self.found} were broken"
+        return f"of {self.known} {where} {self.broken} were broken"
 
 
 def controlled(findings: Sequence[Finding], powers: Mapping[str, Power]) -> list[Finding]:

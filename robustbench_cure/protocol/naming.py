@@ -30,12 +30,12 @@ class ModelName:
 
     Attributes:
         name: as given.
-        found: its card, and the file of the card; None: it has none.
+        card_file: its card, and the file of the card; None: it has none.
         robustbench: data set, threat model and name in RobustBench's model zoo; None: it is not from there.
     """
 
     name: str
-    found: CardFile[ModelCard] | None = None
+    card_file: CardFile[ModelCard] | None = None
     robustbench: tuple[str, str, str] | None = None
 
     def __str__(self) -> str:
@@ -44,12 +44,12 @@ class ModelName:
     @property
     def card(self) -> ModelCard | None:
         """The model's card, where it has one."""
-        return self.found.card if self.found else None
+        return self.card_file.card if self.card_file else None
 
     @property
     def factory(self) -> bool:
         """Whether it is a function of the user's own, which builds the network."""
-        return self.found is None and self.robustbench is None
+        return self.card_file is None and self.robustbench is None
 
     @property
     def battery(self) -> str:

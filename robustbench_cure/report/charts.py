@@ -193,7 +193,7 @@ def _step_curve(record: Record, spec: PGD) -> Curve:
 
 def radius_curves(record: Record) -> list[Curve]:
     """Accuracy at every radius up to twice the battery's, for each minimal-norm attack."""
-    threat = record.manifest.battery.threat.model
+    threat = record.manifest.battery.threat
     return [
         _radius_curve(record, spec, threat.norm, 2 * threat.radius)
         for spec in record.attacks

@@ -105,8 +105,8 @@ def _cell(
         if not able:
             return PaperCell(published, (), "the battery has no such attack")
         if own:
-            threat = own[0].manifest.battery.threat.model
-            able = [(n, r) for n, r in able if same_threat(r.manifest.battery.threat.model, threat)]
+            threat = own[0].manifest.battery.threat
+            able = [(n, r) for n, r in able if same_threat(r.manifest.battery.threat, threat)]
     first_hand = [(label, r) for label, r in able if r.manifest.battery.published == table.id]
     measured = tuple(_measure(n, r, table, published, column) for n, r in first_hand or able)
     return PaperCell(published, measured, "" if measured else NOT_MEASURED)

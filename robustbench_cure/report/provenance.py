@@ -47,7 +47,7 @@ def _facts(record: Record) -> dict[str, tuple[str, bool]]:
         "Row in published tables": model.published_row,
         "Battery": f"{battery.name} ({battery.id}, version {battery.version})",
         "Protocol source": battery.source,
-        "Threat model": threat_words(battery.threat.model),
+        "Threat model": threat_words(battery.threat),
         "Data": data_words(data),
         "Data notes": data.notes,
         "Classes": ", ".join(data.classes),

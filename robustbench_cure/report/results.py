@@ -47,7 +47,7 @@ def _attack(record: Record, label: str, row: AccuracyRow | DistanceRow) -> dict[
         "battery": m.battery.id,
         "battery_version": m.battery.version,
         "norm": m.battery.threat.norm,
-        "eps": format_eps(m.battery.threat.model.eps),
+        "eps": format_eps(m.battery.threat.eps),
         "dataset": m.data.name,
         "split": m.data.split,
         "attack": row.id,

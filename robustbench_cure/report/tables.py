@@ -140,7 +140,7 @@ def attack_rows(record: Record) -> list[AccuracyRow | DistanceRow]:
 
 
 def _attack_row(record: Record, spec: AttackSpec, only: int) -> AccuracyRow | DistanceRow:
-    table, threat = record.samples, record.manifest.battery.threat.model
+    table, threat = record.samples, record.manifest.battery.threat
     attacked, broken = table[f"{spec.id}.attacked"], table[f"{spec.id}.broken"]
     passes = table.loc[attacked, [f"{spec.id}.forwards", f"{spec.id}.backwards"]].sum().sum()
     cost = record.manifest.cost.get(spec.id)
@@ -236,7 +236,5 @@ def protocols(records: Sequence[Record]) -> list[Protocol]:
     result = []
     for members in groups.values():
         first = members[0].manifest
-        result.append(
-            Protocol(first.battery, first.battery.threat.model, first.data, tuple(summary(members)))
-        )
+        result.append(Protocol(first.battery, first.battery.threat, first.data, tuple(summary(members))))
     return result

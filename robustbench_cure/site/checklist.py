@@ -68,7 +68,7 @@ def _broken(record: Record, wanted: Callable[[AttackSpec], bool]) -> pd.Series |
 
 
 def _threat(record: Record) -> Item:
-    threat = record.manifest.battery.threat.model
+    threat = record.manifest.battery.threat
     evidence = (
         f"{threat_words(threat)}, pixels in [0, 1]; untargeted; the attacker knows weights and gradients"
     )

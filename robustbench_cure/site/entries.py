@@ -145,7 +145,7 @@ def leaderboards(
     """
     places: dict[tuple[str, str, ThreatModel], list[Entry]] = {}
     for members in _groups(records):
-        data, threat = members[0].manifest.data, members[0].manifest.battery.threat.model
+        data, threat = members[0].manifest.data, members[0].manifest.battery.threat
         rows = _measured(members, external, extra_data(members[0]))
         places.setdefault((data.name, data.split, threat), []).extend(rows)
     for (dataset, threat), entries in _published(published).items():
@@ -173,7 +173,7 @@ def _groups(records: Sequence[Record]) -> list[list[Record]]:
     for number, members in enumerate(by_model(records)):
         for record in members:
             m = record.manifest
-            key = (number, m.data.name, m.data.split, m.data.digest, m.battery.threat.model)
+            key = (number, m.data.name, m.data.split, m.data.digest, m.battery.threat)
             groups.setdefault(key, []).append(record)
     return list(groups.values())
 
@@ -235,7 +235,7 @@ def _published(tables: Sequence[PublishedTable]) -> dict[tuple[str, ThreatModel]
     places: dict[tuple[str, ThreatModel], dict[str, list[tuple[PublishedTable, PublishedRow]]]] = {}
     for table in tables:
         if table.threat is not None and table.unit == "%":
-            rows = places.setdefault((table.dataset, table.threat.model), {})
+            rows = places.setdefault((table.dataset, table.threat), {})
             for row in table.rows:
                 rows.setdefault(row.id, []).append((table, row))
     return {place: [_printed(printed) for printed in rows.values()] for place, rows in places.items()}

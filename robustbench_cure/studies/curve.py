@@ -106,7 +106,7 @@ def _robust(study: Study, name: str, norm: Norm, eps: Sequence[Fraction], steps:
             seed=study.seed,
             ids=study.data.ids,
             known=torch.from_numpy(cache.rows["robust"]) if cache.rows else None,
-            keep=lambda robust: cache.write({"robust": robust.numpy()}),
+            checkpoint=lambda robust: cache.write({"robust": robust.numpy()}),
             advance=lambda done: line(done, len(eps), f"PGD({steps})"),
         )
 

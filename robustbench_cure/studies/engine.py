@@ -31,11 +31,14 @@ from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.preflight import first_pass
 from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.evaluation.record import write_table
 from robustbench_cure.files import Cache, refuse_files, write_atomically, write_text
 from robustbench_cure.loading import load_all, named_models
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.protocol.request import Request
 from robustbench_cure.report.render import templates
+from robustbench_cure.report.table import Table, to_text
+from robustbench_cure.report.table import columns as table_columns
 from robustbench_cure.studies import plots
 
 #: One row of a table, by column.
@@ -97,6 +100,10 @@ def results_folder(verb: str, out: Path | None) -> Path:
     return out
 
 
+#: Bytes of a table that is still written as CSV, which people can read; larger ones are Parquet.
+LARGEST_CSV = 60_000
+
+
 @dataclass(frozen=True)
 class Shown:
     """A figure on the page.
@@ -141,15 +148,20 @@ class Results:
         self.files.append(path)
 
     def table(self, name: str, rows: pd.DataFrame) -> None:
-        """Write ``<name>.csv``."""
-        self.write(name + ".csv", lambda file: rows.to_csv(file, index=False, lineterminator="\n"))
+        """Write a table as ``<name>.csv``, or beyond `LARGEST_CSV` bytes as ``<name>.parquet``."""
+        text = rows.to_csv(index=False, lineterminator="\n").encode()
+        if len(text) <= LARGEST_CSV:
+            self.write(name + ".csv", lambda file: file.write_bytes(text))
+        else:
+            self.files.append(self.out / f"{name}.parquet")
+            write_table(self.files[-1], rows)
 
     def tables(self, name: str, by_model: Mapping[str, pd.DataFrame]) -> None:
-        """Write ``<name>.csv`` with the tables of all models, the model's name in the last column."""
+        """Write one table for all models, see `table`; the model's name is the last column."""
         self.table(name, pd.concat([rows.assign(model=m) for m, rows in by_model.items()], ignore_index=True))
 
     def archive(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Write ``<name>.npz``."""
+        """Write arrays as ``<name>.npz``, compressed."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         self.write(name + ".npz", lambda file: file.write_bytes(buffer.getvalue()))
@@ -208,22 +220,11 @@ class Results:
 
     def echo(self, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
         """Print the table, a note, and where the page is."""
-        click.echo(plain_table(columns, rows))
+        cells = tuple(map(tuple, rows))
+        click.echo(to_text(Table("", "", table_columns(*columns), cells)))
         if note:
             click.echo(note)
         click.echo(f"page: {self.out / 'index.html'}")
-
-
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the first to the left and numbers to the right."""
-    cells = [list(columns), *(list(row) for row in rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
-    lines = []
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([first, *rest]).rstrip())
-    return "\n".join(lines)
 
 
 # --- studies ---------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Study(Results):
 
     @property
     def labels(self) -> Tensor:
-        """True labels, int64 (N,)."""
+        """True labels of the images, int64 (N,)."""
         return self.data.labels
 
     @property

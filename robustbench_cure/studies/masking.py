@@ -18,13 +18,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from robustbench_cure.classifier import Classifier
-from robustbench_cure.files import Cache
 from robustbench_cure.masking.checks import CHECKS, LEVEL, MORE_POWER, Finding, statistics, to_json
 from robustbench_cure.masking.conclusions import Conclusion, Diagnosis, conclude, diagnose
 from robustbench_cure.masking.evidence import Measurements, PairedMargins, Settings
 from robustbench_cure.progress import ProgressLine
 from robustbench_cure.report.charts import SIDE, MarginScatter, margin_scatter, picture
 from robustbench_cure.report.render import templates
+from robustbench_cure.report.table import Column, Table, to_text
 from robustbench_cure.studies import plots
 from robustbench_cure.studies.engine import Study
 from robustbench_cure.threat import ThreatModel
@@ -101,8 +101,7 @@ def _diagnose(
     surrogate: Classifier | None,
 ) -> Diagnosis:
     other = "" if surrogate is None else surrogate.model_info().weights_sha256
-    identity = study.identity(name, threat=threat, surrogate=other, **asdict(settings))
-    cache = Cache(study.out / f"outcomes-{name}.npz", identity)
+    cache = study.cache(name, "outcomes", threat=threat, surrogate=other, **asdict(settings))
     with ProgressLine(name, "%") as line:
 
         def progress(done: float, total: float, attack: str) -> None:
@@ -136,7 +135,8 @@ def _write_figure(study: Study, result: ModelResult) -> None:
     pairs = _pairs(result.diagnosis.measurements)
     if pairs:
         stem = "scatter" if len(study.models) == 1 else f"scatter-{result.name}"
-        study.files += plots.save(_figure(list(pairs.values())), study.out / stem)
+        caption = "Final margins of SPSA against those of PGD, image by image."
+        study.figure(stem, _figure(list(pairs.values())), caption, caption)
 
 
 def _figure(scatters: Sequence[PairedMargins]) -> Figure:
@@ -193,12 +193,16 @@ def _as_json(result: ModelResult, threat: ThreatModel) -> dict[str, Any]:
 def _terminal_text(result: ModelResult) -> str:
     """The conclusion, a line a check, and the evidence of those raised or inconclusive."""
     findings = result.diagnosis.findings
-    width = max(map(len, CHECKS))
-    head = f"  {'check':<{width}} {'result':<12} {'value':>7} {'limit':<6} p"
-    lines = [*textwrap.wrap(f"{result.name}: {result.conclusion.words}", WIDTH), "", head]
-    for f in findings:
-        numbers = f"{f.value_words:>7} {f.limit_words:<6} {f.p_words}"
-        lines.append(f"  {f.check:<{width}} {f.status:<12} {numbers}".rstrip())
+    heads = (
+        Column("check", "left"),
+        Column("result", "left"),
+        Column("value"),
+        Column("limit", "left"),
+        Column("p", "left"),
+    )
+    rows = tuple((f.check, f.status, f.value_words, f.limit_words, f.p_words) for f in findings)
+    lines = [*textwrap.wrap(f"{result.name}: {result.conclusion.words}", WIDTH), ""]
+    lines.append(to_text(Table("", "", heads, rows), indent="  "))
     lines.append(f"  Raised beyond the limit; where there is a p, it must be below {LEVEL:g} as well.")
     for f in findings:
         about = CHECKS[f.check]

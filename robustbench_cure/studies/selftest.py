@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier, resolve_device
 from robustbench_cure.evaluation.provenance import environment
 from robustbench_cure.evaluation.verify import verify
-from robustbench_cure.files import write_atomically
+from robustbench_cure.files import write_text
 from robustbench_cure.masking.conclusions import Diagnosis, diagnose
 from robustbench_cure.masking.evidence import Settings
 from robustbench_cure.masking.obfuscated import OBFUSCATED
@@ -55,12 +55,12 @@ class Assertion:
     Attributes:
         what: the claim.
         holds: whether it does here.
-        seen: what was measured.
+        observed: what was measured.
     """
 
     what: str
     holds: bool
-    seen: str
+    observed: str
 
 
 def selftest(device: str, out: Path | None) -> int:
@@ -74,7 +74,7 @@ def selftest(device: str, out: Path | None) -> int:
     started, tested = time.monotonic(), []
     for one in chain(_closed_forms(place), _masking(device)):
         tested.append(one)
-        click.echo(f"{'ok    ' if one.holds else 'FAILED'}  {one.what:<50} {one.seen}")
+        click.echo(f"{'ok    ' if one.holds else 'FAILED'}  {one.what:<50} {one.observed}")
     failed = sum(not one.holds for one in tested)
     info = environment(place)
     click.echo(
@@ -82,9 +82,9 @@ def selftest(device: str, out: Path | None) -> int:
         f"{time.monotonic() - started:.0f} s"
     )
     if out is not None:
-        content = {"tried": [asdict(one) for one in tested], "environment": info.model_dump(mode="json")}
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(out, lambda file: file.write_text(text, encoding="utf-8"))
+        tried = [{"what": one.what, "holds": one.holds, "seen": one.observed} for one in tested]
+        content = {"tried": tried, "environment": info.model_dump(mode="json")}
+        write_text(out, json.dumps(content, indent=2) + "\n")
     return int(failed > 0)
 
 
@@ -119,8 +119,8 @@ def _closed_forms(device: torch.device) -> Iterator[Assertion]:
             share = (clean - rows.margin.to(device)) / (clean - best)
             least, most = float(share.min()), float(share.max())
             ok = rows.violation == [""] * ROWS and REACHED <= least <= most <= 1.001
-            seen = f"{100 * least:.1f} % of the optimum"
-            yield Assertion(f"{name} reaches the optimum of an affine net, {norm}", ok, seen)
+            observed = f"{100 * least:.1f} % of the optimum"
+            yield Assertion(f"{name} reaches the optimum of an affine net, {norm}", ok, observed)
         nearest = deepfool(classifier, x, y, threat=threat, mode="minimal", overshoot=0.02, clip=False)
         rows = verify(classifier, x, y, nearest, threat, minimal=True, clip=False)
         ratio = (rows.linf if norm == "linf" else rows.l2).to(device) / distance[norm]

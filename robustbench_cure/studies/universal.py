@@ -193,7 +193,7 @@ def _search(study: Study, name: str, images: EvalSet, threat: ThreatModel, setti
             passes=settings.passes,
             seed=study.seed,
             known=known,
-            keep=lambda s: cache.write(
+            checkpoint=lambda s: cache.write(
                 {"v": s.v.numpy(), "last": s.last.numpy(), "fooled": np.array(s.fooled)}
             ),
             advance=count,

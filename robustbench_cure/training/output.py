@@ -92,7 +92,7 @@ class LogWriter:
         writer = csv.DictWriter(text, [field.name for field in fields(EpochRow)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in self.rows)
-        write_atomically(self.path, lambda file: file.write_text(text.getvalue(), encoding="utf-8"))
+        write_text(self.path, text.getvalue())
         if self.events is not None:
             for name, value in asdict(row).items():
                 if name != "epoch":

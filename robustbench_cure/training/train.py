@@ -39,7 +39,7 @@ class TrainingSet(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """True labels, int64 (N,)."""
+        """True labels of the images, int64 (N,)."""
 
     @property
     def digest(self) -> str:

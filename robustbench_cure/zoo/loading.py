@@ -53,11 +53,13 @@ def build_from_card(card: ModelCard) -> Normalised:
     return Normalised(net, card.mean, card.std)
 
 
-def load_card_module(found: CardFile[ModelCard], weights_file: Path | None = None) -> tuple[Normalised, str]:
+def load_card_module(
+    card_file: CardFile[ModelCard], weights_file: Path | None = None
+) -> tuple[Normalised, str]:
     """A card's network with weights.
 
     Args:
-        found: the card and its place; `weights.file` lies beside it.
+        card_file: the card and its place; `weights.file` lies beside it.
         weights_file: weights to use instead of the card's.
 
     Returns:
@@ -66,7 +68,7 @@ def load_card_module(found: CardFile[ModelCard], weights_file: Path | None = Non
     Raises:
         UsageError: no weights yet, or they are not what the card says.
     """
-    card = found.card
+    card = card_file.card
     module = build_from_card(card)
     expected = ""
     trained = trained_weights(card.id)
@@ -74,7 +76,7 @@ def load_card_module(found: CardFile[ModelCard], weights_file: Path | None = Non
         path = weights_file
     elif card.weights is not None:
         expected = card.weights.sha256
-        beside = found.path.parent / card.weights.file
+        beside = card_file.path.parent / card.weights.file
         path = beside if card.weights.file else fetch(card.weights.url, expected)
     elif trained.is_file():
         path = trained

@@ -61,10 +61,10 @@ def load_model(
     if place.type == "meta":
         raise UsageError(f"--device {device}: computes nothing; use auto, cpu or cuda")
     model = resolve_model(name, cards) if isinstance(name, str) else name
-    if model.found:
+    if model.card_file:
         if mean is not None or std is not None:
             raise UsageError(f"--mean and --std are for models of your own; {model} has them in its card")
-        module, info, classes, shape = _from_card(model.found, weights)
+        module, info, classes, shape = _from_card(model.card_file, weights)
     elif model.robustbench:
         module, info, classes, shape = _of_robustbench(model.name, weights, mean, std)
     else:
@@ -108,10 +108,10 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def _from_card(
-    found: CardFile[ModelCard], weights: str | Path | None
+    card_file: CardFile[ModelCard], weights: str | Path | None
 ) -> tuple[nn.Module, ModelInfo, int, tuple[int, int, int]]:
-    card = found.card
-    module, digest = load_card_module(found, Path(weights).expanduser() if weights else None)
+    card = card_file.card
+    module, digest = load_card_module(card_file, Path(weights).expanduser() if weights else None)
     info = ModelInfo(
         id=card.id,
         name=f"{card.name} ({Path(weights).name})" if weights else card.name,
