@@ -13,10 +13,10 @@ import click
 import torch
 from torch import Tensor, nn
 
-from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Candidates, Noise, deepfool, fgsm, pgd, spsa
 from robustbench_cure.attacks.losses import margins
 from robustbench_cure.classifier import Classifier, resolve_device
+from robustbench_cure.datasets import load_dataset
 from robustbench_cure.evaluation.provenance import environment
 from robustbench_cure.evaluation.verify import verify
 from robustbench_cure.files import write_text
@@ -24,6 +24,7 @@ from robustbench_cure.masking.conclusions import Diagnosis, diagnose
 from robustbench_cure.masking.evidence import Settings
 from robustbench_cure.masking.obfuscated import OBFUSCATED
 from robustbench_cure.threat import ThreatModel
+from robustbench_cure.zoo.models import load_model
 
 #: Images of the affine network, and their shape.
 ROWS, SHAPE = 24, (3, 8, 8)
