@@ -13,7 +13,7 @@ from robustbench_cure.protocol.naming import ModelName, resolve_model
 from robustbench_cure.protocol.request import Request
 from robustbench_cure.zoo.models import load_model
 
-#: Data set, and beginning of the ids, of the models that are embedded in the package.
+#: Data set that is embedded in the package, with models for it: what a request without models is about.
 EMBEDDED = "digits"
 
 
@@ -25,13 +25,17 @@ def named_models(request: Request) -> tuple[ModelName, ...]:
     """
     if request.weights is not None and len(request.models) != 1:
         raise UsageError("--weights goes with exactly one --model")
-    names = request.models or tuple(
-        sorted(name for name in catalog(ModelCard, request.cards) if name.startswith(f"{EMBEDDED}_"))
-    )
+    names = request.models or _embedded()
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
         raise UsageError(f"--model {doubled[0]} is given twice")
     return tuple(resolve_model(name, request.cards) for name in names)
+
+
+def _embedded() -> tuple[str, ...]:
+    """Models of the embedded data set whose weights lie beside their cards, cards of the user's own apart."""
+    cards = (found.card for found in catalog(ModelCard).values())
+    return tuple(sorted(c.id for c in cards if c.dataset == EMBEDDED and c.weights and c.weights.file))
 
 
 def named_battery(name: str | None, models: Sequence[ModelName], cards: tuple[str, ...]) -> Battery:

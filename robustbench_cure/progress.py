@@ -1,4 +1,4 @@
-"""Progress of long work: one living line on a terminal, a plain line now and then in a pipe."""
+"""Progress of long work: one line of a terminal, drawn anew, and plain lines now and then in a pipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ProgressLine:
 
     def __init__(self, title: str, unit: str = "samples", *, silent: bool = False) -> None:
         self.title, self.unit, self.silent = title, unit, silent
-        self.living = sys.stderr.isatty()
+        self.redraw = sys.stderr.isatty()
         self.bar: tqdm[None] | None = None
         self.started = self.last = time.monotonic()
         self.first: float | None = None
@@ -41,7 +41,7 @@ class ProgressLine:
             return
         if self.first is None:
             self.first = done  # a resumed run starts here: the time left follows from what was done since
-        if self.living:
+        if self.redraw:
             if self.bar is None:
                 self.bar = tqdm(
                     total=total,

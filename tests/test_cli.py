@@ -273,7 +273,7 @@ def test_saved_adversarials_lie_in_the_run(place, command):
 
 def test_trained_weights_are_used_as_the_command_says(place, command):
     said = command("train digits_normal --epochs 1 --out 'my weights.safetensors'").out
-    line = said.strip().split("\n")[-1].removeprefix("to judge them: cure-bench ")
+    line = said.strip().split("\n")[-1].removeprefix("to evaluate them: cure-bench ")
     assert line == "evaluate --model digits_normal --weights 'my weights.safetensors'"
     command(f"{line} --battery tiny --n 10 --dataset digits --out run")
     info = Record.load(place / "run" / "digits_normal").manifest.model

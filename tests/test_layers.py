@@ -47,12 +47,15 @@ MODULES = modules()
 
 def typing_only(tree: ast.AST) -> set[ast.AST]:
     """Imports below ``if TYPE_CHECKING``: never made at run time."""
-    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     return {node for block in blocks for part in block.body for node in ast.walk(part)}
 
 
 def imports(path: Path, *, for_types: bool) -> Iterator[str]:
-    """Modules of the package that a file imports, wherever in it the import stands."""
+    """Modules of the package that a file imports, wherever in it the import stands.
+
+    A text that is a module's full name counts as an import: it may be given to `importlib` and its like.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = set() if for_types else typing_only(tree)
     for node in ast.walk(tree):
@@ -63,8 +66,8 @@ def imports(path: Path, *, for_types: bool) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            continue  # the lazy names of `__init__`, on the top floor
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value] if node.value.removeprefix(PACKAGE.name + ".") in MODULES else []
         else:
             continue
         for name in names:
@@ -99,3 +102,29 @@ def test_no_modules_import_each_other_in_a_circle():
         ground = {module for module, targets in below.items() if not targets & below.keys()}
         assert ground, f"a circle among {', '.join(sorted(below))}"
         below = {module: targets for module, targets in below.items() if module not in ground}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from robustbench_cure.cli import main",
+        "from robustbench_cure import cli",
+        "import robustbench_cure.cli.main as above",
+        "def late():\n    from robustbench_cure.cli.main import main",
+        "import importlib\nimportlib.import_module('robustbench_cure.cli.main')",
+        "from importlib import import_module as load\nload('robustbench_cure.cli.main')",
+        "__import__('robustbench_cure.cli.main')",
+        "if not TYPE_CHECKING:\n    from robustbench_cure.cli import main",
+    ],
+)
+def test_no_way_to_import_is_overlooked(tmp_path, line):
+    file = tmp_path / "below.py"
+    file.write_text(line + "\n")
+    for for_types in (True, False):
+        assert "cli" in {room(target) for target in imports(file, for_types=for_types)}
+
+
+def test_relative_imports_are_refused(tmp_path):
+    (tmp_path / "below.py").write_text("from ..cli import main\n")
+    with pytest.raises(AssertionError, match="relative"):
+        list(imports(tmp_path / "below.py", for_types=True))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor
 
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import BOX_TOLERANCE
+
+#: When a row's search ends: at its first verified success, or never, and its point of lowest margin counts.
+Stop: TypeAlias = Literal["first-success", "never"]
 
 
 def check_inputs(classifier: Classifier, x: Tensor, y: Tensor, *, box: bool = True) -> None:

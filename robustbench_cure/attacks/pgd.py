@@ -17,14 +17,13 @@ reduced precision must not raise robust accuracy.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.candidates import Candidates
-from robustbench_cure.attacks.inputs import check_inputs
+from robustbench_cure.attacks.inputs import Stop, check_inputs
 from robustbench_cure.attacks.losses import LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.precision import (
@@ -36,8 +35,6 @@ from robustbench_cure.attacks.precision import (
 from robustbench_cure.attacks.uniform_noise import draw
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
-
-Stop = Literal["first-success", "never"]
 
 
 @torch.inference_mode(False)  # where gradients are zero

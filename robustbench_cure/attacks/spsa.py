@@ -27,10 +27,9 @@ from torch import Tensor
 
 from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.candidates import Candidates
-from robustbench_cure.attacks.inputs import check_inputs
+from robustbench_cure.attacks.inputs import Stop, check_inputs
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.noise import Noise
-from robustbench_cure.attacks.pgd import Stop
 from robustbench_cure.attacks.precision import (
     COSINE,
     logit_range,

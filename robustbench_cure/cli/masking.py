@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustbench_cure.cli.options import DEVICE, PATH, PRECISION, STUDY, taking
+from robustbench_cure.cli.options import DEVICE, PRECISION, STUDY, out, taking
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.request import Request
 
@@ -52,7 +52,9 @@ class _Even(click.IntRange):
     help="Of the PGD with several starts.",
 )
 @click.option(
+    "--binarization",
     "--planted",
+    "planted",
     type=click.IntRange(0),
     default=32,
     show_default=True,
@@ -108,7 +110,7 @@ def masking(
 
 @click.command()
 @DEVICE
-@click.option("--out", type=PATH, help="Write the results as JSON, too.")
+@out("Write the results as JSON, too.")
 def selftest(device: str, out: Path | None) -> int:
     """Does all of this work here? Attacks against closed forms, checks against obfuscated gradients.
 

@@ -136,11 +136,26 @@ def with_options(*options: Option) -> Option:
     return decorate
 
 
+def seed(help_text: str) -> Option:
+    """The option ``--seed``, whose meaning differs from verb to verb."""
+    return click.option("--seed", type=click.IntRange(0, 2**63 - 1), help=help_text)
+
+
+def out(help_text: str, *, required: bool = False, default: Path | None = None) -> Option:
+    """The option ``--out``: where results go."""
+    return click.option("--out", type=PATH, required=required, default=default, help=help_text)
+
+
+def dataset(help_text: str) -> Option:
+    """The option ``--dataset``, whose default differs from verb to verb."""
+    return click.option("--dataset", metavar="NAME", help=help_text)
+
+
 MODEL_HELP = "Card id, package.module:factory, or robustbench:NAME"
 MODELS = click.option("--model", "models", multiple=True, metavar="ID", help=MODEL_HELP + "; repeatable.")
 DATA_DIR = click.option("--data-dir", type=PATH, help="Where the data are: a folder, or the .npz file.")
 DATA = with_options(
-    click.option("--dataset", metavar="NAME", help="Data set; default: the battery's or the model's."),
+    dataset("Data set; default: the battery's or the model's."),
     DATA_DIR,
     click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True),
 )
@@ -164,16 +179,6 @@ BATCH_SIZE = click.option(
 CARDS = click.option(
     "--cards", multiple=True, metavar="DIR", help="Directory with further cards; repeatable."
 )
-
-
-def seed(help_text: str) -> Option:
-    """The option ``--seed``, whose meaning differs from verb to verb."""
-    return click.option("--seed", type=click.IntRange(0, 2**63 - 1), help=help_text)
-
-
-def out(help_text: str, *, required: bool = False) -> Option:
-    """The option ``--out``: where results go."""
-    return click.option("--out", type=PATH, required=required, help=help_text)
 
 
 #: What all verbs take that look at models on some images; named as those of `evaluate`.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from robustbench_cure.cli.options import CARDS, PATH
+from robustbench_cure.cli.options import CARDS, PATH, out
 from robustbench_cure.errors import UsageError
 
 
 @click.command()
 @click.argument("runs", nargs=-1, type=PATH)
-@click.option("--out", required=True, type=PATH, help="Folder of the site.")
+@out("Folder of the site.", required=True)
 @click.option("--readme", type=PATH, help="Renew the leaderboard in this Markdown file.")
 @click.option("--tables-only", is_flag=True, help="No pages: leaderboards and paper tables alone.")
 @click.option(
@@ -57,7 +57,7 @@ def site(
     type=PATH,
     help="Run to write RobustBench's model_info of.",
 )
-@click.option("--out", type=PATH, default=Path(), help="Folder of model_info/; default: here.")
+@out("Folder of model_info/; default: here.", default=Path())
 @click.option("--link", default="", help="Of the paper.")
 @click.option("--name", default="", help="Title of the paper.")
 @click.option("--authors", default="", help="Separated by commas.")
@@ -67,7 +67,8 @@ def export(run: Path, out: Path, cards: tuple[str, ...], **declared: str) -> Non
     """Write the records of a run in the form of other benchmarks."""
     from robustbench_cure.site.robustbench import export_model_info
 
-    export_model_info(run, out, declared, cards)
+    for line in export_model_info(run, out, declared, cards):
+        click.echo(line)
 
 
 @click.command("import")
@@ -78,12 +79,13 @@ def export(run: Path, out: Path, cards: tuple[str, ...], **declared: str) -> Non
     type=PATH,
     help="model_info folder of a clone of RobustBench.",
 )
-@click.option("--out", required=True, type=PATH, help="Folder of cards, for --cards of `site`.")
+@out("Folder of cards, for --cards of `site`.", required=True)
 def import_numbers(folder: Path, out: Path) -> None:
     """Read the numbers of other benchmarks as published rows."""
     from robustbench_cure.site.robustbench import import_model_info
 
-    import_model_info(folder, out)
+    for line in import_model_info(folder, out):
+        click.echo(line)
 
 
 def _many(n: int, what: str) -> str:

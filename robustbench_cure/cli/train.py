@@ -6,7 +6,7 @@ import shlex
 
 import click
 
-from robustbench_cure.cli.options import CARDS, DATA_DIR, DEVICE, PATH, out, taking
+from robustbench_cure.cli.options import CARDS, DATA_DIR, DEVICE, PATH, dataset, out, taking
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.request import TrainRequest
 
@@ -15,7 +15,7 @@ from robustbench_cure.protocol.request import TrainRequest
 @click.argument("model", required=False)
 @out("Weights file; default: the cache, where evaluate finds it.")
 @click.option("--start", type=PATH, help="Weights to start from, not the card's.")
-@click.option("--dataset", metavar="NAME", help="Data set; default: the card's.")
+@dataset("Data set; default: the card's.")
 @DATA_DIR
 @click.option("--n", type=click.IntRange(2), help="Train on so many random images of the set.")
 @click.option("--epochs", type=click.IntRange(1), help="End after so many epochs; the schedule is shortened.")

@@ -1,6 +1,6 @@
 """`cure-bench verify-adv`: other people's adversarial examples, checked as our own attacks are.
 
-What holds is stored, see `robustbench_cure.evaluation.evaluate.external`, and lowers the best known number.
+What holds is stored, see `robustbench_cure.evaluation.external`, and lowers the best known number.
 """
 
 from __future__ import annotations

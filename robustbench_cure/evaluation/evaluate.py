@@ -2,7 +2,7 @@
 
 Work is cut into shards of fixed size, in the order of the (seeded) subset. A shard's rows depend on the
 shard alone, so a run that was killed and resumed, or split over machines and merged, writes the table
-that one uninterrupted run writes, byte for byte. `shard_work` does one of them.
+that one uninterrupted run writes, byte for byte. `ShardWork` does one of them.
 """
 
 from __future__ import annotations

@@ -433,20 +433,20 @@ def _cross_entropy(record: Record) -> Flag | None:
     if not runs:
         return None
     run = max(runs, key=lambda spec: spec.steps * spec.restarts)
-    found = [(_flips(record, run, other), other) for other in record.attacks if _other_loss(other, run)]
+    found = [(_pairs(record, run, other), other) for other in record.attacks if _other_loss(other, run)]
     sure = [pair for pair in found if pair[0].fell_beyond(WEAKER) and pair[0].p_fall <= LEVEL]
     if not sure:
         return None
-    flips, other = min(sure, key=lambda pair: pair[0].change)
+    pairs, other = min(sure, key=lambda pair: pair[0].change)
     evidence = (
-        f"of {flips.n} samples {flips.before} hold under {run.name} and {flips.after} under {other.name}: "
-        f"{flips.lost} are broken by the latter alone, {flips.gained} by the former alone "
-        f"(exact test, p = {flips.p_fall:.1g})"
+        f"of {pairs.n} samples {pairs.before} hold under {run.name} and {pairs.after} under {other.name}: "
+        f"{pairs.lost} are broken by the latter alone, {pairs.gained} by the former alone "
+        f"(exact test, p = {pairs.p_fall:.1g})"
     )
     return Flag(
         kind="cross_entropy_weaker",
         evidence=evidence,
-        value=-flips.change,
+        value=-pairs.change,
         threshold=float(WEAKER),
         attack=run.id,
     )
@@ -459,7 +459,7 @@ def _other_loss(spec: AttackSpec, run: PGD) -> bool:
     )
 
 
-def _flips(record: Record, run: AttackSpec, other: AttackSpec) -> DiscordantPairs:
+def _pairs(record: Record, run: AttackSpec, other: AttackSpec) -> DiscordantPairs:
     """What holds under two attacks, on the samples that both cover."""
     both = (record.covered(run.id) & record.covered(other.id)).to_numpy(bool)
     held = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustbench_cure.adapt import one_line
-from robustbench_cure.attacks.losses import Loss, margin, odds_against
+from robustbench_cure.attacks.losses import margin, odds_against
 from robustbench_cure.attacks.precision import disagreement, typical_range
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet
@@ -48,7 +48,7 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     x, y = first.images.to(classifier.device), first.labels.to(classifier.device)
     logits = first_pass(classifier, data)
     near = _near(x)
-    with _told(data, ", or near them"):
+    with _one_line_errors(data, ", or near them"):
         beside = classifier.logits(near)
         found = [
             _one_output(classifier),
@@ -72,7 +72,7 @@ def _near(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _told(data: EvalSet, where: str = "") -> Iterator[None]:
+def _one_line_errors(data: EvalSet, where: str = "") -> Iterator[None]:
     """What the user's own network raises, in one line.
 
     Raises:
@@ -101,7 +101,7 @@ def first_pass(classifier: Classifier, data: EvalSet) -> Tensor:
         raise UsageError(
             f"the model takes images of shape {classifier.input_shape}, {data.name} has {tuple(x.shape[1:])}"
         )
-    with _told(data):
+    with _one_line_errors(data):
         logits = classifier.logits(x)
     if tuple(logits.shape) in ((len(x),), (len(x), 1)):
         raise UsageError(
@@ -185,7 +185,7 @@ def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor, where: str = "
     counts = {"cross-entropy": 0, "margin": 0}
     for part, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
         for name, loss in (("cross-entropy", odds_against), ("margin", margin)):
-            objective = partial(_with_labels, loss, labels)
+            objective = partial(loss, labels=labels)
             _, gradient = classifier.value_and_gradient(part, objective, reference=True)
             counts[name] += int((gradient.flatten(1) == 0).all(1).sum())
     worst = max(counts.values()) / len(x)
@@ -207,7 +207,3 @@ def _search_precision(classifier: Classifier, x: Tensor, y: Tensor, scale: float
     if reason:
         classifier.fall_back(reason)
     return Flag(kind="search_in_fp32", evidence=classifier.fallback) if classifier.fallback else None
-
-
-def _with_labels(loss: Loss, labels: Tensor, logits: Tensor) -> Tensor:
-    return loss(logits, labels)

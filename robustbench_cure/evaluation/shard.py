@@ -171,7 +171,7 @@ class ShardWork:
         """Attack some rows, verify the candidates, and fill the columns."""
         x, y = self.x[rows], self.y[rows]
         for spec, candidates in zip(group, self._attack(group, x, y, self._ids(rows)), strict=True):
-            verification = self._judge(spec, x, y, candidates)
+            verification = self._verify(spec, x, y, candidates)
             fill_columns(self.columns, spec.id, len(self.x), rows.cpu(), candidates, verification)
             if self.adversarials:
                 images[spec.id].append(_images(x, candidates))
@@ -179,7 +179,7 @@ class ShardWork:
     def _ids(self, rows: Tensor) -> list[str]:
         return [self.data.ids[row] for row in rows.tolist()]
 
-    def _judge(self, spec: AttackSpec, x: Tensor, y: Tensor, candidates: Candidates) -> Verification:
+    def _verify(self, spec: AttackSpec, x: Tensor, y: Tensor, candidates: Candidates) -> Verification:
         minimal = isinstance(spec, DeepFool) and spec.mode == "minimal"
         if isinstance(spec, Peer):
             from robustbench_cure.interop import peers

@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 from robustbench_cure.stats import DiscordantPairs
 
 Kind = Literal["pass", "inconclusive", "suspicious rise", "regression", "not comparable"]
-Finding = Literal[
+RowResult = Literal[
     "held", "may have fallen", "rose", "rose with the network", "fell", "below the minimum", "not comparable"
 ]
 
 #: The outcome of a comparison with this finding on one accuracy.
-OUTCOMES: dict[Finding, Kind] = {
+OUTCOMES: dict[RowResult, Kind] = {
     "held": "pass",
     "rose with the network": "pass",
     "may have fallen": "inconclusive",
@@ -85,7 +85,7 @@ class Row:
     """
 
     accuracy: AccuracyChange
-    finding: Finding
+    finding: RowResult
     level: float
 
 
@@ -127,7 +127,7 @@ def find_changes(
     return tuple(rows)
 
 
-def conclude(findings: Sequence[Finding], rules: Rules) -> Outcome:
+def conclude(findings: Sequence[RowResult], rules: Rules) -> Outcome:
     """Outcome and exit code of any number of findings, on one model or on several: those of the worst.
 
     Args:
@@ -139,7 +139,7 @@ def conclude(findings: Sequence[Finding], rules: Rules) -> Outcome:
     return max(outcomes, key=lambda outcome: (outcome.exit_code, ORDER.index(outcome.kind)))
 
 
-def _find(accuracy: AccuracyChange, rules: Rules, level: float, other_network: bool) -> Finding:
+def _find(accuracy: AccuracyChange, rules: Rules, level: float, other_network: bool) -> RowResult:
     pairs = accuracy.pairs
     if accuracy.of == "worst" and rules.min_robust is not None and pairs.after < rules.min_robust * pairs.n:
         return "below the minimum"

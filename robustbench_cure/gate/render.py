@@ -11,7 +11,7 @@ from typing import Any
 
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.gate.compare import Comparison, Difference
-from robustbench_cure.gate.outcome import ORDER, OUTCOMES, Finding, Outcome, Row, Rules, conclude
+from robustbench_cure.gate.outcome import ORDER, OUTCOMES, Outcome, Row, RowResult, Rules, conclude
 from robustbench_cure.report.table import WIDTH, Column, Table, clean_text, markdown, to_markdown, to_text
 from robustbench_cure.report.wording import count, points
 from robustbench_cure.stats import LARGEST, DiscordantPairs, Rate
@@ -37,7 +37,7 @@ OTHER_WEIGHTS = "A weaker attack, hidden gradients (`cure-bench masking` looks f
 
 def overall(comparisons: Sequence[Comparison], rules: Rules) -> Outcome:
     """Outcome and exit code of all models together."""
-    findings: list[Finding] = [row.finding for c in comparisons for row in c.rows]
+    findings: list[RowResult] = [row.finding for c in comparisons for row in c.rows]
     findings += ["not comparable" for c in comparisons if c.incompatibilities]
     return conclude(findings, rules)
 

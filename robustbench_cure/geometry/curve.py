@@ -17,7 +17,7 @@ from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import pgd
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.verify import verify
-from robustbench_cure.threat import Norm, ThreatModel, format_eps
+from robustbench_cure.threat import Norm, ThreatModel
 
 
 def robust_rows(
@@ -68,7 +68,7 @@ def robust_rows(
     for radius in eps[len(out) :]:
         remaining = alive.nonzero().squeeze(1)
         if radius > 0 and len(remaining):
-            threat = ThreatModel.parse(norm, format_eps(radius))
+            threat = ThreatModel(norm, radius)
             rows = [names[i] for i in remaining.tolist()]
             with _reporting(classifier, advance, len(out), len(remaining) * steps):
                 candidates = pgd(
@@ -98,11 +98,11 @@ def _reporting(
     """Report a radius under way by its gradients; rows that break need fewer."""
     before, listener = classifier.backwards, classifier.callback
 
-    def beat() -> None:
+    def report_passes() -> None:
         if advance is not None:
             advance(round(done + min(1.0, (classifier.backwards - before) / most), 2))
 
-    classifier.callback = beat
+    classifier.callback = report_passes
     try:
         yield
     finally:

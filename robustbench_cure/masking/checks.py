@@ -331,7 +331,7 @@ def uninformative_gradients(m: Measurements) -> Finding:
     predicted, actual = [], []
     for rows in torch.split(torch.arange(len(m), device=m.x.device), m.classifier.batch_size):
         x, y = m.x[rows], m.y[rows]
-        _, gradient = m.classifier.value_and_gradient(x, partial(_with_labels, margin, y), reference=True)
+        _, gradient = m.classifier.value_and_gradient(x, partial(margin, labels=y), reference=True)
         for _ in range(PROBES):
             signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2.0 - 1.0
             v = signs * (PROBE_LENGTH * m.threat.radius)
@@ -414,15 +414,11 @@ def _textbook(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-def _with_labels(loss: Loss, labels: Tensor, logits: Tensor) -> Tensor:
-    return loss(logits, labels)
-
-
 def _gradient_lengths(m: Measurements, loss: Loss) -> Tensor:
     """l2 lengths of the input gradients in the reference form, (m,); NaN where one is not finite."""
     parts = []
     for rows in torch.split(torch.arange(len(m), device=m.x.device), m.classifier.batch_size):
-        objective = partial(_with_labels, loss, m.y[rows])
+        objective = partial(loss, labels=m.y[rows])
         _, gradient = m.classifier.value_and_gradient(m.x[rows], objective, reference=True, raw=True)
         parts.append(gradient.flatten(1).norm(dim=1))
     return torch.cat(parts)

@@ -28,6 +28,18 @@ GRADIENT_FREE_PEERS = {
 }  # fmt: skip
 
 
+#: Losses and ways to stop, as reports name them.
+LOSS_NAMES = {"ce": "cross-entropy", "margin": "margin loss", "dlr": "difference-of-logits-ratio loss"}
+STOP_WORDS = {
+    "first-success": "stop at first success",
+    "never": "all steps, point of lowest margin counts",
+}
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 class _Attack(Strict):
     #: White-box: it takes gradients of the model. False: gradient-free, it sees outputs alone.
     gradients: ClassVar[bool] = True
@@ -62,6 +74,18 @@ class _Attack(Strict):
     def check(self, threat: ThreatModel) -> None:
         """Refuse a budget that cannot be right under this threat model (ValueError)."""
 
+    def words(self, threat: ThreatModel) -> str:
+        """Every hyper-parameter in words, as reports print it under the attack's name.
+
+        Args:
+            threat: the ball that it is used in.
+        """
+        del threat  # of the attacks that are worded below
+        given = self.model_dump(exclude={"id", "name", "limit", "kind"})
+        return (
+            ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in given.items()) or "no parameters"
+        )
+
     def scaled(self, ratio: Fraction) -> Self:
         """The same attack for a ball ``ratio`` times as large: steps grow with it."""
         size = getattr(self, "step_size", None)
@@ -75,6 +99,10 @@ class FGSM(_Attack):
 
     kind: Literal["fgsm"]
 
+    def words(self, threat: ThreatModel) -> str:  # noqa: D102 - as in the base
+        kind = "gradient-sign" if threat.norm == "linf" else "normalised-gradient"
+        return f"one {kind} step of length {format_eps(threat.eps)}, no random start, cross-entropy"
+
 
 class UniformNoise(_Attack):
     """Control: random points of the ball, the worst of `draws` counts."""
@@ -84,6 +112,9 @@ class UniformNoise(_Attack):
 
     kind: Literal["uniform_noise"]
     draws: Positive
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
+        return f"{_many(self.draws, 'uniform random point')} of the ball, the worst one counts"
 
 
 class PGD(_Attack):
@@ -110,6 +141,16 @@ class PGD(_Attack):
                 f"{self.steps} steps of {self.step_size} cannot cross the ball of radius {threat.eps}"
             )
 
+    def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
+        parts = [
+            f"{_many(self.steps, 'step')} of {self.step_size}",
+            "random start" if self.random_start else "no random start",
+            _many(self.restarts, "restart"),
+            LOSS_NAMES[self.loss],
+            STOP_WORDS[self.stop],
+        ]
+        return ", ".join(parts)
+
 
 class DeepFool(_Attack):
     """DeepFool in the norm of the threat model, inside the ball or to the nearest boundary."""
@@ -120,6 +161,17 @@ class DeepFool(_Attack):
     overshoot: Annotated[float, Field(ge=0)]
     candidates: Annotated[int, Field(ge=2)]
     clip: bool
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: D102 - as in the base
+        bounded = f"cut to the ball of radius {format_eps(threat.eps)} at every step"
+        parts = [
+            f"at most {_many(self.steps, 'step')}",
+            f"overshoot {self.overshoot:g}",
+            f"{self.candidates} candidate classes",
+            bounded if self.mode == "bounded" else "to the nearest decision boundary, no radius",
+            "kept in [0, 1]" if self.clip else "not kept in [0, 1]",
+        ]
+        return ", ".join(parts)
 
 
 class SPSA(_Attack):
@@ -139,6 +191,16 @@ class SPSA(_Attack):
             raise ValueError(
                 f"{self.steps} Adam steps of {self.step_size} cannot reach the ball of radius {threat.eps}"
             )
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
+        parts = [
+            f"{_many(self.steps, 'Adam step')} of {self.step_size}",
+            f"{_many(self.samples, 'random direction')} a step",
+            f"finite difference {self.delta:g}",
+            LOSS_NAMES["margin"],
+            STOP_WORDS[self.stop],
+        ]
+        return ", ".join(parts)
 
 
 class Peer(_Attack):
@@ -175,6 +237,12 @@ class Peer(_Attack):
     def hyper(self) -> dict[str, Any]:
         """Keyword arguments of the function that runs peers."""
         return {"kind": self.kind, "options": self.options}
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: D102 - as in the base
+        library, _, name = self.kind.partition(":")
+        values = ", ".join(f"{key} {value}" for key, value in sorted((self.model_extra or {}).items()))
+        radius = format_eps(threat.eps)
+        return f"{name} of {library}, radius {radius}; {values or 'no parameter set'}; the rest its defaults"
 
     def scaled(self, ratio: Fraction) -> Self:  # noqa: ARG002, D102 - as in the base
         given = [key for key, value in (self.model_extra or {}).items() if "/" in str(value)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import PublishedCell, PublishedTable
 from robustbench_cure.report.tables import labels
-from robustbench_cure.report.wording import count, same_threat
+from robustbench_cure.report.wording import count
 from robustbench_cure.stats import Rate
 
 NOT_MEASURED = "not measured"
@@ -106,7 +106,7 @@ def _cell(
             return PaperCell(published, (), "the battery has no such attack")
         if own:
             threat = own[0].manifest.battery.threat
-            able = [(n, r) for n, r in able if same_threat(r.manifest.battery.threat, threat)]
+            able = [(n, r) for n, r in able if r.manifest.battery.threat == threat]
     first_hand = [(label, r) for label, r in able if r.manifest.battery.published == table.id]
     measured = tuple(_measure(n, r, table, published, column) for n, r in first_hand or able)
     return PaperCell(published, measured, "" if measured else NOT_MEASURED)

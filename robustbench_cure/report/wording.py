@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 from robustbench_cure.protocol.identity import DataInfo
-from robustbench_cure.protocol.specs import FGSM, PGD, SPSA, AttackSpec, DeepFool, Peer, UniformNoise
+from robustbench_cure.protocol.specs import AttackSpec
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
 NORMS: dict[str, str] = {"linf": "l∞", "l2": "l2"}
-LOSSES = {"ce": "cross-entropy", "margin": "margin loss", "dlr": "difference-of-logits-ratio loss"}
 MINUS = "−"
 
 
@@ -82,61 +80,5 @@ def data_words(data: DataInfo) -> str:
 
 def spec_words(spec: AttackSpec, threat: ThreatModel) -> str:
     """Every hyper-parameter of an attack in words; nothing is left to the reader's guess."""
-    text = _spec(spec, threat)
+    text = spec.words(threat)
     return text + (f"; on the first {count(spec.limit)} samples only" if spec.limit else "")
-
-
-def _spec(spec: AttackSpec, threat: ThreatModel) -> str:
-    eps = format_eps(threat.eps)
-    match spec:
-        case FGSM():
-            kind = "gradient-sign" if threat.norm == "linf" else "normalised-gradient"
-            return f"one {kind} step of length {eps}, no random start, cross-entropy"
-        case UniformNoise():
-            return f"{_many(spec.draws, 'uniform random point')} of the ball, the worst one counts"
-        case PGD():
-            parts = [
-                f"{_many(spec.steps, 'step')} of {spec.step_size}",
-                "random start" if spec.random_start else "no random start",
-                _many(spec.restarts, "restart"),
-                LOSSES[spec.loss],
-                _stop(spec.stop),
-            ]
-            return ", ".join(parts)
-        case DeepFool():
-            parts = [
-                f"at most {_many(spec.steps, 'step')}",
-                f"overshoot {spec.overshoot:g}",
-                f"{spec.candidates} candidate classes",
-                f"cut to the ball of radius {eps} at every step"
-                if spec.mode == "bounded"
-                else "to the nearest decision boundary, no radius",
-                "kept in [0, 1]" if spec.clip else "not kept in [0, 1]",
-            ]
-            return ", ".join(parts)
-        case SPSA():
-            parts = [
-                f"{_many(spec.steps, 'Adam step')} of {spec.step_size}",
-                f"{_many(spec.samples, 'random direction')} a step",
-                f"finite difference {spec.delta:g}",
-                LOSSES["margin"],
-                _stop(spec.stop),
-            ]
-            return ", ".join(parts)
-        case Peer():
-            library, _, name = spec.kind.partition(":")
-            values = ", ".join(f"{key} {value}" for key, value in sorted((spec.model_extra or {}).items()))
-            return f"{name} of {library}, radius {eps}; {values or 'no parameter set'}; the rest its defaults"
-
-
-def _stop(stop: str) -> str:
-    return "stop at first success" if stop == "first-success" else "all steps, point of lowest margin counts"
-
-
-def _many(n: int, what: str) -> str:
-    return f"{count(n)} {what}{'' if n == 1 else 's'}"
-
-
-def same_threat(first: ThreatModel, second: ThreatModel) -> bool:
-    """Whether two threat models allow the same perturbations."""
-    return (first.norm, Fraction(first.eps)) == (second.norm, Fraction(second.eps))

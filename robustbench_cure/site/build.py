@@ -115,7 +115,8 @@ def comparable(record: Record, table: PublishedTable) -> bool:
     Copies of a data set in files ("folder:cifar10-jpeg") count as the data set; the table says what they are.
     """
     name = record.manifest.data.name.rpartition(":")[2]
-    return record.manifest.battery.published == table.id or name.startswith(table.dataset)
+    same = name == table.dataset or name.startswith(f"{table.dataset}-")
+    return record.manifest.battery.published == table.id or same
 
 
 def _models(

@@ -42,7 +42,10 @@ STUDIES = {
     ),
     "curve": ("Accuracy and radius", "Accuracy under PGD at every radius: it should fall to chance."),
     "section": ("Decision regions", "Planes through an image and its nearest boundary."),
-    "surface": ("Loss surface", "The loss along the gradient and a random direction."),
+    "surface": (
+        "Loss surface",
+        "The loss along the nearest boundary's normal and a random direction.",
+    ),
     "gallery": ("Gallery", "Images, the perturbations that break them, and what the model sees."),
     "distance": ("Distance of the boundary", "Average robustness: how far the nearest boundaries are."),
     "boundary": ("Curvature of the boundary", "How the boundaries nearest to the images bend."),

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import tomli_w
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -123,8 +122,10 @@ def _text(rate: Rate | None) -> str:
     return f"{100 * rate.value:.2f}" if rate is not None and rate.total else ""
 
 
-def export_model_info(run: Path, out: Path, declared: Mapping[str, str], cards: tuple[str, ...] = ()) -> None:
-    """Write the claims of a run, and say what is missing in them.
+def export_model_info(
+    run: Path, out: Path, declared: Mapping[str, str], cards: tuple[str, ...] = ()
+) -> list[str]:
+    """Write the claims of a run; returns a line for each file, with what is missing in it.
 
     Raises:
         UsageError: no run, or one that RobustBench has no place for.
@@ -132,12 +133,13 @@ def export_model_info(run: Path, out: Path, declared: Mapping[str, str], cards: 
     runs = scan([run])
     if not runs.records:
         raise UsageError(f"{run}: no run in there: no manifest.json of `evaluate`")
+    lines = []
     for path, claim in claims(runs, declared, cards).items():
         write_text(out / path, json.dumps(claim, indent=2) + "\n")
         missing = [key for key in (*BY_HAND, "additional_data") if key not in claim]
         words = f"; not known and left out: {', '.join(missing)}" if missing else ""
-        click.echo(clean_text(f"{out / path}{words}"))
-    click.echo("autoattack_acc is left out: RobustBench runs AutoAttack itself")
+        lines.append(clean_text(f"{out / path}{words}"))
+    return [*lines, "autoattack_acc is left out: RobustBench runs AutoAttack itself"]
 
 
 # --- import -----------------------------------------------------------------------------------------------
@@ -162,8 +164,8 @@ class ModelInfoEntry(BaseModel):
     reported: float | None = Field(default=None, ge=0, le=100)
 
 
-def import_model_info(folder: Path, out: Path) -> None:
-    """Write the tables of a ``model_info`` folder as cards below ``out``, and name them.
+def import_model_info(folder: Path, out: Path) -> list[str]:
+    """Write the tables of a ``model_info`` folder as cards below ``out``; returns a line for each of them.
 
     Args:
         folder: ``model_info`` or any folder of it; entries are those at ``<dataset>/<threat>/<id>.json``.
@@ -172,11 +174,12 @@ def import_model_info(folder: Path, out: Path) -> None:
     Raises:
         UsageError: nothing there, or an entry that cannot be read; nothing is written then.
     """
+    lines = []
     for table in tables(folder):
         place = out / FOLDERS[PublishedTable] / f"{table['id']}.toml"
         write_text(place, tomli_w.dumps(table))
-        click.echo(clean_text(f"{place}: {count(len(table['rows']))} models"))
-    click.echo(clean_text(f"on the leaderboard with: cure-bench site RUNS --cards {out}"))
+        lines.append(clean_text(f"{place}: {count(len(table['rows']))} models"))
+    return [*lines, clean_text(f"on the leaderboard with: cure-bench site RUNS --cards {out}")]
 
 
 def tables(folder: Path) -> list[dict[str, Any]]:

@@ -170,7 +170,7 @@ def sources(laid: PaperTable) -> Table:
     rows = tuple((c.locator, names[c.column], f"{c.value}", WHOSE[c.kind]) for c in cells)
     data = tuple(c.model_dump(mode="json") for c in cells)
     heads = columns("Place", "Column", "Printed", "Whose")
-    return Table("Sources", laid.table.specification, heads, rows, data)
+    return Table("Sources", "", heads, rows, data)
 
 
 def provenance(groups: Sequence[tuple[str, Sequence[Fact]]]) -> list[Table]:

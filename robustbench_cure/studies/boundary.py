@@ -33,7 +33,7 @@ from robustbench_cure.stats import Rate
 from robustbench_cure.studies import plots
 from robustbench_cure.studies.engine import (
     Columns,
-    Row,
+    ModelRow,
     Shown,
     Study,
     counter,
@@ -230,14 +230,14 @@ def _row(name: str, table: pd.DataFrame) -> dict[str, Any]:
 EXTREMES = ("largest", "smallest")
 
 
-def _number(key: str, form: str) -> Callable[[Row], str]:
+def _number(key: str, form: str) -> Callable[[ModelRow], str]:
     return lambda row: f"{row[key]:{form}}" if np.isfinite(row[key]) else "-"
 
 
-def _counted(side: str) -> Callable[[Row], str]:
+def _counted(side: str) -> Callable[[ModelRow], str]:
     """Boundaries of the expected sign, out of those with a known one."""
 
-    def cell(row: Row) -> str:
+    def cell(row: ModelRow) -> str:
         n = row[f"{side}_n"]
         return f"{round(row[f'{side}_expected'] * n) if n else 0}/{n}"
 
@@ -276,7 +276,7 @@ def _draw_profiles(study: Study, profiles: dict[str, Values]) -> list[Shown]:
 
 def _draw_means(study: Study, samples: dict[str, pd.DataFrame]) -> Shown:
     """Distribution of the mean curvature, near the images and near their perturbed versions."""
-    curves: dict[str, dict[str, plots.Curve]] = {}
+    curves: dict[str, dict[str, plots.Points]] = {}
     for name, table in samples.items():
         curves[name] = {}
         for side in ("natural", "perturbed"):

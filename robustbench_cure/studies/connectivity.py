@@ -39,7 +39,7 @@ from robustbench_cure.studies.engine import (
     Arrays,
     Columns,
     Counter,
-    Row,
+    ModelRow,
     Shown,
     Study,
     counter,
@@ -329,7 +329,7 @@ def _stay_row(name: str, k: int, stayed: NDArray[Any]) -> dict[str, object]:
     }
 
 
-def _bent(row: Row, key: str) -> str:
+def _bent(row: ModelRow, key: str) -> str:
     """A number of the bent paths, or a dash without one."""
     if not row["bent"]:
         return "-"

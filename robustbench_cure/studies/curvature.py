@@ -36,7 +36,7 @@ from robustbench_cure.studies import plots
 from robustbench_cure.studies.engine import (
     Columns,
     Counter,
-    Row,
+    ModelRow,
     Shown,
     Study,
     counter,
@@ -192,7 +192,7 @@ def _row(name: str, table: pd.DataFrame) -> dict[str, object]:
     return {"model": name, "n": len(table), **means}
 
 
-def _mean(key: str) -> Callable[[Row], str]:
+def _mean(key: str) -> Callable[[ModelRow], str]:
     return lambda row: f"{row[key]:.3g}" if np.isfinite(row[key]) else "-"
 
 

@@ -25,7 +25,7 @@ from robustbench_cure.studies import plots
 from robustbench_cure.studies.boundary import nearest_of
 from robustbench_cure.studies.engine import (
     Columns,
-    Row,
+    ModelRow,
     Shown,
     Study,
     counter,
@@ -34,7 +34,7 @@ from robustbench_cure.studies.engine import (
     refuse_longer,
     refuse_step,
 )
-from robustbench_cure.studies.plots import Curve
+from robustbench_cure.studies.plots import Points
 
 #: The attacker who knows the detector, among the kinds of images.
 CHOSEN = "chosen r"
@@ -101,8 +101,8 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
         raise UsageError("--n 1: telling images apart needs at least 2")
     refuse_longer("--step", settings.step, study.inputs)
     images, tables, steps = [], [], []
-    shown: list[Row] = []
-    curves: dict[str, dict[str, Curve]] = {}
+    shown: list[ModelRow] = []
+    curves: dict[str, dict[str, Points]] = {}
     for name in study.models:
         scores, h = _scores(study, name, settings)
         rates, curves[name] = _rates(scores, study.seed)
@@ -200,7 +200,7 @@ def _chosen(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return known.loc[lowest].assign(kind=CHOSEN)
 
 
-def _rates(scores: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, dict[str, Curve]]:
+def _rates(scores: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, dict[str, Points]]:
     """How well every kind of perturbed images of one model is detected, and its ROC curve."""
     natural = scores[scores["kind"] == "natural"].set_index("sample_id")
     rows, curves = [], {}
@@ -256,7 +256,7 @@ def _rated(name: str, rate: Rate) -> dict[str, float]:
     return {name: rate.value, f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
-def roc(both: pd.DataFrame) -> Curve:
+def roc(both: pd.DataFrame) -> Points:
     """Perturbed images let through, and natural ones kept, per cent, at every threshold; may be empty."""
     known = both.dropna(subset=["score", "before"])
     if not len(known):
@@ -273,7 +273,7 @@ def _natural_row(name: str, scores: pd.DataFrame) -> dict[str, Any]:
     return {"model": name, "perturbed_by": "natural", "n": len(score), "flagged": flagged, **unknown}
 
 
-def _percent(key: str) -> Callable[[Row], str]:
+def _percent(key: str) -> Callable[[ModelRow], str]:
     return lambda row: f"{100 * row[key]:.0f} %" if np.isfinite(row[key]) else "-"
 
 
@@ -289,7 +289,7 @@ COLUMNS: Columns = {
 }
 
 
-def _draw(study: Study, curves: dict[str, dict[str, Curve]]) -> Shown:
+def _draw(study: Study, curves: dict[str, dict[str, Points]]) -> Shown:
     """Natural images kept against perturbed ones let through (thesis, Fig. 7.9)."""
     figure = plots.panels(curves, xlabel="perturbed let through (%)", ylabel="natural kept (%)", marks=False)
     for axes in figure.axes:

@@ -21,8 +21,8 @@ from robustbench_cure.geometry.distance import GRID, SHARE, OneStep, one_step, s
 from robustbench_cure.protocol.request import Request
 from robustbench_cure.stats import CONFIDENCE
 from robustbench_cure.studies import plots
-from robustbench_cure.studies.engine import Arrays, Columns, Row, Study, counter, open_study, paragraphs
-from robustbench_cure.studies.plots import Curve, Values
+from robustbench_cure.studies.engine import Arrays, Columns, ModelRow, Study, counter, open_study, paragraphs
+from robustbench_cure.studies.plots import Points, Values
 from robustbench_cure.threat import Norm
 from robustbench_cure.threat import distance as distance_between
 
@@ -64,7 +64,7 @@ def measure(study: Study, settings: Settings) -> pd.DataFrame:
     An interrupted run is continued.
     """
     norms, images, rows = settings.norms, [], []
-    curves: dict[str, dict[str, Curve]] = {SYMBOLS[norm]: {} for norm in norms}
+    curves: dict[str, dict[str, Points]] = {SYMBOLS[norm]: {} for norm in norms}
     for name, classifier in study.models.items():
         by_norm = _distances(study, name, norms)
         with counter(name, "radii", len(GRID), "FGSM") as advance:
@@ -157,7 +157,7 @@ def _row(table: pd.DataFrame, step: OneStep) -> dict[str, Any]:
     }
 
 
-def _share_farther(length: Values) -> Curve:
+def _share_farther(length: Values) -> Points:
     """Per cent of the images with a boundary farther than each distance; those without one never end."""
     near = np.sort(length[np.isfinite(length)])
     share = 100 * (1 - np.arange(len(near) + 1) / max(len(length), 1))
@@ -167,7 +167,7 @@ def _share_farther(length: Values) -> Curve:
 def _columns(images: int) -> Columns:
     """Cells of the page; ``images``: of the study."""
 
-    def reached(row: Row) -> bool:
+    def reached(row: ModelRow) -> bool:
         return bool(row["changed_by_fgsm"] >= SHARE)
 
     return {

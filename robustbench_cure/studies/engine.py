@@ -42,9 +42,9 @@ from robustbench_cure.report.table import columns as table_columns
 from robustbench_cure.studies import plots
 
 #: One row of a table, by column.
-Row: TypeAlias = Mapping[Any, Any]
+ModelRow: TypeAlias = Mapping[Any, Any]
 #: What stands under each head of the table on the page and in the terminal.
-Columns: TypeAlias = Mapping[str, Callable[[Row], str]]
+Columns: TypeAlias = Mapping[str, Callable[[ModelRow], str]]
 Arrays: TypeAlias = dict[str, NDArray[np.generic]]
 
 #: Images among which those that all models classify correctly are taken.
@@ -339,7 +339,7 @@ class Study(Results):
 
     def present(
         self,
-        rows: pd.DataFrame | Sequence[Row],
+        rows: pd.DataFrame | Sequence[ModelRow],
         columns: Columns,
         *,
         title: str,

@@ -21,7 +21,7 @@ from robustbench_cure.files import write_atomically
 
 Values: TypeAlias = NDArray[np.float64]
 #: Horizontal and vertical values of a curve.
-Curve: TypeAlias = tuple[Values, Values]
+Points: TypeAlias = tuple[Values, Values]
 
 #: Distinguishable without colour vision (Okabe and Ito 2008), with a line style each for print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -96,11 +96,11 @@ def reference(axes: Axes, level: float = 0, *, vertical: bool = False) -> None:
 
 
 def lines(
-    series: dict[str, Curve],
+    series: dict[str, Points],
     *,
     xlabel: str,
     ylabel: str,
-    bands: dict[str, Curve] | None = None,
+    bands: dict[str, Points] | None = None,
     marks: bool = False,
     ylim: tuple[float, float] | None = None,
 ) -> Figure:
@@ -124,7 +124,7 @@ def lines(
 
 
 def panels(
-    series: dict[str, dict[str, Curve]],
+    series: dict[str, dict[str, Points]],
     *,
     xlabel: str,
     ylabel: str,

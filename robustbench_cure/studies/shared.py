@@ -527,7 +527,7 @@ def _draw_fooling(study: Study, tables: dict[str, pd.DataFrame]) -> Shown:
 
 def _by_dimension(tables: dict[str, pd.DataFrame], column: str, *, ylabel: str, scale: float = 1) -> Figure:
     """A column of every subspace against m, with its standard deviation as a band; one panel a model."""
-    curves: dict[str, dict[str, plots.Curve]] = {}
+    curves: dict[str, dict[str, plots.Points]] = {}
     bands: dict[str, list[Values]] = {}
     for name, table in tables.items():
         curves[name], bands[name] = {}, []

@@ -22,7 +22,7 @@ from robustbench_cure.geometry.distance import smallest
 from robustbench_cure.geometry.subspaces import frequency_band, random_subspaces, zeta
 from robustbench_cure.protocol.request import Request
 from robustbench_cure.studies import plots
-from robustbench_cure.studies.engine import Columns, Row, Study, counter, open_study, paragraphs
+from robustbench_cure.studies.engine import Columns, ModelRow, Study, counter, open_study, paragraphs
 from robustbench_cure.studies.plots import Values
 
 Kind: TypeAlias = Literal["random", "dct"]
@@ -255,7 +255,7 @@ def _row(images: pd.DataFrame, kind: Kind, size: int, classes: int) -> dict[str,
     }
 
 
-def _star(row: Row) -> str:
+def _star(row: ModelRow) -> str:
     """Marks numbers of fewer images than there are."""
     return "" if row["n"] == row["images"] else "*"
 

@@ -39,7 +39,7 @@ from robustbench_cure.protocol.defaults import defaults_of
 from robustbench_cure.protocol.request import Request
 from robustbench_cure.stats import Rate
 from robustbench_cure.studies import plots
-from robustbench_cure.studies.engine import Columns, Row, Shown, Study, counter, open_study, paragraphs
+from robustbench_cure.studies.engine import Columns, ModelRow, Shown, Study, counter, open_study, paragraphs
 from robustbench_cure.studies.plots import Values
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
 
@@ -314,7 +314,7 @@ def _most_frequent(changes: pd.DataFrame) -> tuple[str, float]:
     return str(counts.idxmax()), float(counts.max() / counts.sum())
 
 
-def _label(row: Row) -> str:
+def _label(row: ModelRow) -> str:
     label = row["most_frequent_label"]
     return f"{label} ({100 * row['share_of_it']:.0f} %)" if label else "-"
 

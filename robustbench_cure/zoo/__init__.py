@@ -9,6 +9,7 @@ from torch import nn
 
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.catalog import did_you_mean
+from robustbench_cure.protocol.naming import ROBUSTBENCH
 from robustbench_cure.zoo.digits_cnn import digits_cnn
 from robustbench_cure.zoo.lenet import lenet
 from robustbench_cure.zoo.resnet import resnet18
@@ -40,12 +41,12 @@ def build(
     Raises:
         UsageError: unknown architecture or option, wrong type, or a value the builder refuses.
     """
-    if architecture.startswith("robustbench:"):
+    if architecture.startswith(ROBUSTBENCH):
         from robustbench_cure.interop.architectures import network  # slow to import, and rarely asked for
 
         if in_channels != 3:
             raise UsageError(f"architecture {architecture!r}: takes 3 channels, not {in_channels}")
-        return network(architecture.removeprefix("robustbench:"), num_classes, args)
+        return network(architecture.removeprefix(ROBUSTBENCH), num_classes, args)
     if architecture not in ARCHITECTURES:
         hint = did_you_mean(architecture, ARCHITECTURES) or f"; known: {', '.join(ARCHITECTURES)}"
         raise UsageError(f"unknown architecture {architecture!r}{hint}")
@@ -66,5 +67,5 @@ def build(
             )
     try:
         return builder(num_classes, in_channels, **args)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"architecture {architecture!r}: {error}") from None
