@@ -143,7 +143,8 @@ def seed(help_text: str) -> Option:
 
 def out(help_text: str, *, required: bool = False, default: Path | None = None) -> Option:
     """The option ``--out``: where results go."""
-    return click.option("--out", type=PATH, required=required, default=default, help=help_text)
+    given = {} if default is None else {"default": default}  # a default of None would count as one
+    return click.option("--out", type=PATH, required=required, help=help_text, **given)
 
 
 def dataset(help_text: str) -> Option:
