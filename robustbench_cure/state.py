@@ -38,15 +38,28 @@ def tensors_digest(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
-        name = key.replace("_orig_mod.", "")
-        if name.endswith("num_batches_tracked"):
-            continue
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
-            digest.update(bits(value).cpu().numpy().tobytes())
-        else:  # quantised layers and others keep what is no tensor there, too
-            digest.update(f"{name} {value!r}\0".encode())
+        if key.rpartition(".")[2] != "num_batches_tracked":
+            digest.update(key.replace("_orig_mod.", "").encode() + b"\0")
+            _add(digest, value)
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, value: object) -> None:
+    """Add shape, dtype and values of a tensor; quantised layers keep several of them, and other things."""
+    if isinstance(value, Tensor):
+        scale = (value.q_scale(), value.q_zero_point()) if _is_scaled(value) else ""
+        digest.update(f"{tuple(value.shape)} {value.dtype} {scale}\0".encode())
+        digest.update(bits(value).cpu().numpy().tobytes())
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _add(digest, part)
+    else:
+        digest.update(f"{value!r}\0".encode())
+
+
+def _is_scaled(tensor: Tensor) -> bool:
+    """Whether a tensor is quantised with one scale for all of it."""
+    return tensor.is_quantized and tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
 
 
 class Fingerprint:

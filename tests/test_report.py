@@ -253,6 +253,21 @@ def test_flags_are_ordered_by_severity_and_mark_the_run(run):
     assert line.unreliable
 
 
+def test_every_form_names_the_same_flags():
+    """Flags that follow from the table as well as those that the manifest holds."""
+    made = record(
+        battery(FGSM),
+        "11",
+        {"fgsm": ".."},
+        flags=[Flag(kind="search_in_fp32", evidence="all")],
+        data={"notes": "JPEG: lossy", "total": 4},
+    )
+    kinds = {flag.kind for flag in made.flags}
+    assert {"search_in_fp32", "lossy_data", "fewer_samples"} <= kinds
+    rows = list(csv.DictReader(io.StringIO(to_csv([attack_table([made])]))))
+    assert all(set(row["flags"].split()) == kinds for row in rows)
+
+
 def test_equal_names_are_told_apart(run):
     assert labels([run]) == ["Tiny net"]
     assert labels([run, run]) == ["Tiny net (tiny) (1)", "Tiny net (tiny) (2)"]

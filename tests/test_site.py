@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -107,6 +108,31 @@ def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
     assert "2 attacks" in row.how
     again = record(battery({**FGSM, "id": "again", "name": "Again"}), "1111", {"again": "x..."})
     assert leaderboards([one, again])[0].rows[0].how.count("1 attack,") == 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_weights_saved_again_are_the_same_model_in_any_order_of_the_runs(order):
+    """A record without a digest of tensors, one of the same file, one of the same tensors in another file."""
+    models = [
+        {"weights_sha256": "a" * 64, "source": "card"},
+        {"weights_sha256": "a" * 64, "tensors_sha256": "f" * 64, "source": "card"},
+        {"weights_sha256": "b" * 64, "tensors_sha256": "f" * 64, "name": "given"},
+    ]
+    runs = [
+        record(battery(FGSM), "1111", {"fgsm": m}, model=i) for m, i in zip(("x...", ".x..", "..x."), models)
+    ]
+    (board,) = leaderboards([runs[k] for k in order])
+    (row,) = board.rows
+    assert row.robust.rate == Rate(1, 4)
+    assert row.label == "Tiny net"  # the card's, not that of weights that were given
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_record_without_answers_joins_no_two_models_into_one(order):
+    answers = ([1.0, 2.0], [1.0, -2.0], [])
+    runs = [record(battery(FGSM), "1111", {"fgsm": "x..."}, model={"answers": a}) for a in answers]
+    (board,) = leaderboards([runs[k] for k in order])
+    assert sorted(len(row.records) for row in board.rows) == [1, 2]
 
 
 def test_other_functions_of_the_same_weights_are_other_models(tmp_path):

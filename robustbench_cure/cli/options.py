@@ -143,8 +143,9 @@ def seed(help_text: str) -> Option:
 
 def out(help_text: str, *, required: bool = False, default: Path | None = None) -> Option:
     """The option ``--out``: where results go."""
-    given = {} if default is None else {"default": default}  # a default of None would count as one
-    return click.option("--out", type=PATH, required=required, help=help_text, **given)
+    if default is None:  # which click would take for a default, and ask for nothing
+        return click.option("--out", type=PATH, required=required, help=help_text)
+    return click.option("--out", type=PATH, default=default, help=help_text)
 
 
 def dataset(help_text: str) -> Option:

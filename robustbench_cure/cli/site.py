@@ -36,6 +36,8 @@ def site(
     from robustbench_cure.site.runs import scan
     from robustbench_cure.site.tables import renew
 
+    if records_url and len(runs) != 1:
+        raise UsageError("--records-url is the address of one folder of RUNS: name that alone")
     content = scan(runs)
     if runs and not content.records:
         raise UsageError(f"{', '.join(map(str, runs))}: no run in there: no manifest.json of `evaluate`")

@@ -408,8 +408,8 @@ def _nothing_broken(record: Record) -> Flag | None:
 
 def _black_box(record: Record) -> Flag | None:
     samples = record.samples
-    white_box = [spec.id for spec in record.attacks if spec.gradients]
-    gradient_free = [spec.id for spec in record.attacks if not spec.gradients]
+    white_box = [spec.id for spec in record.attacks if spec.access == "white-box"]
+    gradient_free = [spec.id for spec in record.attacks if spec.access in ("gradient-free", "control")]
     if not white_box or not gradient_free:
         return None
     by_gradient = samples[[f"{name}.broken" for name in white_box]].any(axis=1)

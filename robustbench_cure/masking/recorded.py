@@ -65,7 +65,7 @@ class RecordedAttacks:
     @property
     def white_box_broken(self) -> Tensor:
         """Images that an attack with gradients broke, bool (m,)."""
-        return torch.stack([self._result(spec).broken for spec in self.attacks if spec.gradients]).any(0)
+        return torch.stack([self._result(s).broken for s in self.attacks if s.access == "white-box"]).any(0)
 
     @property
     def pgd_broken(self) -> Tensor:
@@ -90,7 +90,7 @@ class RecordedAttacks:
     @property
     def gradient_free(self) -> list[AttackSpec]:
         """Attacks that search without gradients: SPSA, Square of another library, and the like."""
-        return [spec for spec in self.attacks if not spec.gradients and not spec.control]
+        return [spec for spec in self.attacks if spec.access == "gradient-free"]
 
     @property
     def gradient_free_broken(self) -> Tensor:

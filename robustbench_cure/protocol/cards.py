@@ -31,7 +31,7 @@ from robustbench_cure.threat import Norm, ThreatModel, format_eps
 # --- batteries ---------------------------------------------------------------------------------------
 
 
-class _Threat(Strict):
+class ThreatSection(Strict):
     """A threat model as cards and manifests write it."""
 
     norm: Norm
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     Threat = ThreatModel
 else:  # read strictly, key by key, and parsed once
     Threat = Annotated[
-        _Threat,
+        ThreatSection,
         BeforeValidator(_written),
         AfterValidator(lambda written: ThreatModel.parse(written.norm, written.eps)),
         PlainSerializer(_written),

@@ -14,16 +14,41 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from robustbench_cure.protocol.schema import Fractional, Identifier, Positive, Strict
 from robustbench_cure.threat import ThreatModel, format_eps, parse_fraction
 
-#: Attacks of other libraries that see outputs alone: scores or labels.
-GRADIENT_FREE_PEERS = {
-    "autoattack": {"square"},
-    "torchattacks": {"GN", "OnePixel", "Pixle", "SPSA", "Square"},
+#: What an attack uses of the model: its gradients; its outputs alone; neither, it draws points at random or
+#: transforms images without asking (a control, which searches must beat); or several attacks of both sorts.
+Access = Literal["white-box", "gradient-free", "control", "mixed"]
+
+#: Attacks of other libraries that are not white-box, by what they use.
+PEER_ACCESS: dict[str, dict[Access, tuple[str, ...]]] = {
+    "autoattack": {"gradient-free": ("square",), "mixed": ("standard", "plus", "rand")},
+    "torchattacks": {
+        "gradient-free": ("OnePixel", "Pixle", "SPSA", "Square"),
+        "control": ("GN", "VANILA"),
+        "mixed": ("AutoAttack", "MultiAttack"),
+    },
     "foolbox": {
-        "BoundaryAttack", "GenAttack", "HopSkipJumpAttack", "PointwiseAttack", "SaltAndPepperNoiseAttack",
+        "gradient-free": (
+            "BinarizationRefinementAttack", "BinarySearchContrastReductionAttack", "BoundaryAttack",
+            "DatasetAttack", "GaussianBlurAttack", "GenAttack", "HopSkipJumpAttack", "InversionAttack",
+            "L2ContrastReductionAttack", "LinearSearchContrastReductionAttack", "PointwiseAttack",
+            "SpatialAttack",
+        ),
+        "control": (
+            "L2AdditiveGaussianNoiseAttack", "L2AdditiveUniformNoiseAttack",
+            "L2ClippingAwareAdditiveGaussianNoiseAttack", "L2ClippingAwareAdditiveUniformNoiseAttack",
+            "L2ClippingAwareRepeatedAdditiveGaussianNoiseAttack",
+            "L2ClippingAwareRepeatedAdditiveUniformNoiseAttack", "L2RepeatedAdditiveGaussianNoiseAttack",
+            "L2RepeatedAdditiveUniformNoiseAttack", "LinearSearchBlendedUniformNoiseAttack",
+            "LinfAdditiveUniformNoiseAttack", "LinfRepeatedAdditiveUniformNoiseAttack",
+            "SaltAndPepperNoiseAttack",
+        ),
     },
     "art": {
-        "BoundaryAttack", "GeoDA", "HopSkipJump", "PixelAttack", "SignOPTAttack", "SimBA", "SquareAttack",
-        "ThresholdAttack", "ZooAttack",
+        "gradient-free": (
+            "BoundaryAttack", "GeoDA", "HopSkipJump", "PixelAttack", "SignOPTAttack", "SimBA",
+            "SpatialTransformation", "SquareAttack", "ThresholdAttack", "ZooAttack",
+        ),
+        "mixed": ("AutoAttack",),
     },
 }  # fmt: skip
 
@@ -41,16 +66,19 @@ def _many(n: int, what: str) -> str:
 
 
 class _Attack(Strict):
-    #: White-box: it takes gradients of the model. False: gradient-free, it sees outputs alone.
-    gradients: ClassVar[bool] = True
-    #: It draws points at random and searches nothing: a control that real attacks must beat.
-    control: ClassVar[bool] = False
+    #: What it uses of the model.
+    access: ClassVar[Access] = "white-box"
 
     id: Identifier
     #: What the report prints, e.g. "PGD(20)".
     name: str
     #: Attack only the first `limit` samples of the (shuffled) set; 0 attacks all of them.
     limit: Annotated[int, Field(ge=0)]
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it uses gradients of the model, alone or among others."""
+        return self.access in ("white-box", "mixed")
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -107,8 +135,7 @@ class FGSM(_Attack):
 class UniformNoise(_Attack):
     """Control: random points of the ball, the worst of `draws` counts."""
 
-    gradients = False
-    control = True
+    access = "control"
 
     kind: Literal["uniform_noise"]
     draws: Positive
@@ -177,7 +204,7 @@ class DeepFool(_Attack):
 class SPSA(_Attack):
     """Gradient-free search from finite differences along random sign vectors."""
 
-    gradients = False
+    access = "gradient-free"
 
     kind: Literal["spsa"]
     steps: Positive
@@ -218,15 +245,11 @@ class Peer(_Attack):
         return self
 
     @property
-    def gradients(self) -> bool:  # type: ignore[override]  # decided by the kind, not by the class
-        """Whether it takes gradients of the model, as far as is known."""
+    def access(self) -> Access:  # type: ignore[override]  # decided by the kind, not by the class
+        """What it uses of the model, as far as is known; white-box where nothing else is."""
         library, _, name = self.kind.partition(":")
-        return name not in GRADIENT_FREE_PEERS.get(library, set())
-
-    @property
-    def control(self) -> bool:  # type: ignore[override]  # likewise
-        """Whether it draws points at random: Gaussian noise of torchattacks."""
-        return self.kind == "torchattacks:GN"
+        known = PEER_ACCESS.get(library, {})
+        return next((access for access, names in known.items() if name in names), "white-box")
 
     @property
     def options(self) -> dict[str, Any]:

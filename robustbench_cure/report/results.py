@@ -60,7 +60,7 @@ def _attack(record: Record, label: str, row: AccuracyRow | DistanceRow) -> dict[
         "passes_per_sample": row.queries,
         "seconds": row.seconds,
         "violations": row.violations,
-        "flags": " ".join(sorted({flag.kind for flag in m.flags})),
+        "flags": " ".join(sorted({flag.kind for flag in record.flags})),
         "unreliable": record.unreliable,
         "status": m.status,
         "seed": m.config.seed,

@@ -137,12 +137,12 @@ def _losses(record: Record) -> Item:
 
 def _gradient_free(record: Record) -> Item:
     name = "Gradient-free attack, no stronger than gradients on any sample"
-    white_box = _broken(record, lambda s: s.gradients)
-    gradient_free = _broken(record, lambda s: not s.gradients and not s.control)
+    white_box = _broken(record, lambda s: s.access == "white-box")
+    gradient_free = _broken(record, lambda s: s.access == "gradient-free")
     if gradient_free is None or white_box is None:
         return Item(name, "not in the record", "needs a gradient-free attack and white-box ones")
     alone = int((gradient_free & ~white_box).sum())
-    names = ", ".join(s.name for s in record.attacks if not s.gradients and not s.control)
+    names = ", ".join(s.name for s in record.attacks if s.access == "gradient-free")
     broken = count(int(gradient_free.sum()))
     evidence = f"{names} broke {broken}, {count(alone)} of them not broken by gradients"
     return Item(name, "not met" if alone else "met", evidence)
@@ -150,8 +150,8 @@ def _gradient_free(record: Record) -> Item:
 
 def _noise(record: Record) -> Item:
     name = "Random noise as a control, weaker than gradients"
-    noise = _broken(record, lambda s: s.control)
-    white_box = _broken(record, lambda s: s.gradients)
+    noise = _broken(record, lambda s: s.access == "control")
+    white_box = _broken(record, lambda s: s.access == "white-box")
     if noise is None or white_box is None:
         return Item(name, "not in the record", "needs uniform noise and attacks with gradients")
     alone = int((noise & ~white_box).sum())

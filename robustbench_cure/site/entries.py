@@ -18,7 +18,7 @@ from robustbench_cure.evaluation.external import Evidence
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import PublishedCell, PublishedRow, PublishedTable
-from robustbench_cure.protocol.identity import ModelInfo
+from robustbench_cure.protocol.identity import ModelInfo, same_answers
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import threat_words
 from robustbench_cure.stats import Rate
@@ -155,16 +155,28 @@ def leaderboards(
 
 
 def by_model(records: Sequence[Record]) -> list[list[Record]]:
-    """Records put together by the model they are of, in order of the first of each."""
-    groups: list[list[Record]] = []
-    for record in records:
-        model = record.manifest.model
-        own = next((group for group in groups if group[0].manifest.model.same_as(model)), None)
-        if own is None:
-            groups.append([record])
-        else:
-            own.append(record)
-    return groups
+    """Records put together by the model they are of, in order of the first of each.
+
+    Weights are equal by file or by tensors, so that a record may join groups that were apart before it. It
+    does not join those whose answers differ: older records have none, and agree with everything.
+    """
+    groups: list[list[int]] = []  # places in `records`
+    for place, record in enumerate(records):
+        joined = [place]
+        for group in list(groups):
+            related = any(
+                records[k].manifest.model.same_as(records[p].manifest.model) for k in group for p in joined
+            )
+            if related and all(_may_agree(records[k], records[p]) for k in group for p in joined):
+                groups.remove(group)
+                joined = [*group, *joined]
+        groups.append(sorted(joined))
+    return [_card_first([records[k] for k in group]) for group in sorted(groups)]
+
+
+def _card_first(members: list[Record]) -> list[Record]:
+    """Records of one model, those of its card's own weights before those of weights that were given."""
+    return sorted(members, key=lambda record: record.manifest.model.source != "card")
 
 
 def _groups(records: Sequence[Record]) -> list[list[Record]]:

@@ -112,7 +112,8 @@ class Runs:
         """Folder of a record below the directory it was read from, with ``/``; None: it is on no disk."""
         for root in self.roots:
             if record.path is not None and record.path.is_relative_to(root):
-                return record.path.relative_to(root).as_posix()
+                place = record.path.relative_to(root).as_posix()
+                return "" if place == "." else place
         return None
 
 
