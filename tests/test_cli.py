@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made import BATTERY_CARD
 from PIL import Image
 from safetensors import safe_open
 
@@ -25,26 +26,6 @@ from robustbench_cure.datasets import DATASETS
 from robustbench_cure.evaluation.record import Record
 
 QUICK = ("--help", "list models", "list batteries", "list attacks", "list datasets", "validate", "where")
-
-BATTERY = """\
-id = "tiny"
-version = 1
-name = "tiny"
-source = ""
-dataset = ""
-n = 0
-seed = 0
-published = ""
-notes = ""
-[threat]
-norm = "linf"
-eps = "1/10"
-[[attacks]]
-id = "fgsm"
-kind = "fgsm"
-name = "FGSM"
-limit = 0
-"""
 
 OWN = """\
 import os, time
@@ -81,7 +62,7 @@ N = 1100
 def place(tmp_path, monkeypatch):
     """A working directory with a model, a battery and images of one's own."""
     (tmp_path / "cards" / "attacks").mkdir(parents=True)
-    (tmp_path / "cards" / "attacks" / "tiny.toml").write_text(BATTERY)
+    (tmp_path / "cards" / "attacks" / "tiny.toml").write_text(BATTERY_CARD)
     (tmp_path / "own_nets.py").write_text(OWN)
     generator = np.random.default_rng(0)
     x = generator.uniform(0, 1, (N, 1, 2, 2)).astype(np.float32)
@@ -173,7 +154,7 @@ def test_the_listed_data_sets_are_those_that_load(command):
 
 def test_listings_wrap_words_and_lose_none(place, command):
     name = "a battery with " + "quite " * 30 + "a name"
-    text = BATTERY.replace('"tiny"', '"wordy"', 1).replace('name = "tiny"', f'name = "{name}"')
+    text = BATTERY_CARD.replace('"tiny"', '"wordy"', 1).replace('name = "tiny"', f'name = "{name}"')
     (place / "cards" / "attacks" / "wordy.toml").write_text(text)
     printed = command("list batteries").out
     assert max(map(len, printed.split("\n"))) <= 80

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import identity_with_backward
+from made import BATTERY_CARD, identity_with_backward
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -810,24 +810,9 @@ def test_an_average_of_networks_may_say_how_many_it_is_of(tmp_path):
 
 # --- the command line ------------------------------------------------------------------------------------
 
-BATTERY = """\
-id = "tiny"
-version = 1
-name = "tiny"
-source = ""
-dataset = ""
-n = 0
-seed = 0
-published = ""
-notes = ""
-[threat]
-norm = "linf"
-eps = "8/255"
-[[attacks]]
-id = "fgsm"
-kind = "fgsm"
-name = "FGSM"
-limit = 0
+BATTERY = (
+    BATTERY_CARD.replace('eps = "1/10"', 'eps = "8/255"')
+    + """\
 [[attacks]]
 id = "deepfool"
 kind = "deepfool"
@@ -839,6 +824,7 @@ overshoot = 0.02
 candidates = 4
 clip = true
 """
+)
 NETWORKS = """\
 import sys
 import torch

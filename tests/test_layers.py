@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "robustbench_cure"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "robustbench_cure"
 
 #: From the ground up. What stands on one floor does not know what else stands there.
 FLOORS = (
@@ -99,3 +100,14 @@ def test_no_modules_import_each_other_in_a_circle():
         ground = {module for module, targets in below.items() if not targets & below.keys()}
         assert ground, f"a circle among {', '.join(sorted(below))}"
         below = {module: targets for module, targets in below.items() if module not in ground}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
+def test_test_modules_share_through_modules_without_tests(path):
+    """What two test modules need lives in `made` or `tiny`: none imports another, by name or by file."""
+    local = {other.stem for other in TESTS.glob("*.py")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert named & local <= {"made", "tiny"}
+    assert "spec_from_file_location" not in {getattr(node, "attr", "") for node in ast.walk(tree)}

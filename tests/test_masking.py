@@ -46,26 +46,22 @@ EXPECTED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_networks_raise_nothing(name):
     assert diagnosed(name).raised == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_gradient_obfuscating_model_raises_exactly_its_checks(name):
     assert set(diagnosed(name).raised) == EXPECTED[name]
 
 
-@pytest.mark.slow
 def test_a_random_network_is_caught_whatever_else_its_noise_raises():
     raised = diagnosed("random").raised
     assert "unstable_predictions" in raised
     assert "unavailable_gradients" not in raised
 
 
-@pytest.mark.slow
 def test_every_check_reports_in_the_order_of_the_table():
     """Without a surrogate the last one is not run; the others are decided one way or the other."""
     findings = diagnosed("digits_cure").findings

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from made import diagnosed
+from made import diagnosed, with_columns
 from scipy.stats import binomtest
 from torch import nn
 
@@ -241,10 +241,6 @@ def record() -> Record:
     return evaluate(load_model("digits_pgd_at", device="cpu"), battery, load_dataset("digits"), n=80)
 
 
-def changed(record: Record, **columns) -> Record:
-    return Record(record.manifest, record.samples.assign(**columns))
-
-
 def test_an_honest_record_raises_nothing_and_shows_the_survivors(record):
     diagnosis = from_record(record)
     assert "".join(CHECKS[f.check].letter for f in diagnosis.findings) == "ABCFGHKL"
@@ -266,7 +262,7 @@ def test_findings_of_a_record_follow_its_columns(record):
     )
 
     def raised(**columns) -> str:
-        findings = from_record(changed(record, **columns)).findings
+        findings = from_record(with_columns(record, **columns)).findings
         return ", ".join(f.check for f in findings if f.status == "raised")
 
     lower = samples["spsa.margin"].where(~standing, samples["pgd100.margin"] - 5)
@@ -286,7 +282,7 @@ def test_pgd_that_has_no_margin_in_a_record_ended_at_the_image_itself(record):
     standing = ~broken & samples["spsa.attacked"]
     columns = {name: samples[name].mask(standing) for name in ("pgd20.margin", "pgd100.margin")}
     columns["spsa.margin"] = samples["spsa.margin"].mask(standing, samples["clean_margin"] - 5)
-    diagnosis = from_record(changed(record, **columns))
+    diagnosis = from_record(with_columns(record, **columns))
     assert diagnosis.scatter.pgd.tolist() == samples["clean_margin"][standing].tolist()
     assert statistics(diagnosis.scatter)["below"] == int(standing.sum())
 
@@ -302,7 +298,7 @@ def test_white_box_in_a_record_is_every_attack_that_takes_gradients(record, kind
     columns = {name.replace("fgsm.", "peer."): samples[name] for name in samples if name.startswith("fgsm.")}
     columns["peer.broken"] = standing
     columns["uniform_noise.broken"] = samples["uniform_noise.broken"] | standing
-    noisy = changed(record, **columns)
+    noisy = with_columns(record, **columns)
     peer = Peer(id="peer", name="Peer", kind=kind, limit=0)
     battery = record.manifest.battery
     battery = battery.model_copy(update={"attacks": (*battery.attacks, peer)})
@@ -312,7 +308,7 @@ def test_white_box_in_a_record_is_every_attack_that_takes_gradients(record, kind
 
 
 def test_a_record_without_power_is_inconclusive(record):
-    diagnosis = from_record(changed(record, **{"spsa.broken": record.samples["spsa.broken"] & False}))
+    diagnosis = from_record(with_columns(record, **{"spsa.broken": record.samples["spsa.broken"] & False}))
     assert [f.check for f in diagnosis.findings if f.status == "inconclusive"] == NEED_POWER
     assert diagnosis.conclusion.kind == "not conclusive"
 
@@ -328,7 +324,7 @@ def test_flags_of_a_record_raise_their_checks(record):
 
 def test_a_record_whose_images_are_all_broken_has_no_plot(record):
     samples = record.samples
-    diagnosis = from_record(changed(record, **{"pgd20.broken": samples["pgd20.attacked"]}))
+    diagnosis = from_record(with_columns(record, **{"pgd20.broken": samples["pgd20.attacked"]}))
     assert diagnosis.scatter is None
     assert diagnosis.findings[0].evidence == "PGD broke every image: there is nothing to compare"
 
@@ -345,7 +341,6 @@ def test_a_battery_without_gradient_free_attacks_has_no_section(record):
 # --- selftest -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_selftest_holds_here(tmp_path, monkeypatch):
     monkeypatch.setattr(selftest, "diagnosis", diagnosed)  # as it is, computed once for all tests
     result = invoke("selftest", "--out", str(tmp_path / "t.json"))

@@ -301,7 +301,6 @@ def test_the_battery_is_autoattack_standard():
             assert getattr(pairs[attack], names.get(key, key)) == value, (attack, key)
 
 
-@pytest.mark.slow
 def test_autoattack_as_a_whole_is_the_worst_case_of_its_parts():
     # A ball in which a few images stand: AutoAttack spends its whole budget on each of them.
     whole = judged("autoattack:standard", n=24, eps="1/4")

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from made import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, evidence, hostile, record
 from PIL import Image
-from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
 
 from robustbench_cure.cli import boundary as boundary_cli
 from robustbench_cure.cli import geometry as geometry_cli
 from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation.external import COLUMNS, Evidence, Submission
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.storage import find_records
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable
@@ -54,37 +53,6 @@ def other(name: str, marks: str, **more):
     """A record of another model: other weights, FGSM alone."""
     model = {"id": name, "name": name, "weights_sha256": (name * 64)[:64], **more.pop("model", {})}
     return record(battery(FGSM), "1" * len(marks), {"fgsm": marks}, model=model, **more)
-
-
-def evidence(run, broken: list[int], **more) -> Evidence:
-    """Verified images of somebody for some samples of a record."""
-    table, m = run.samples.iloc[broken], run.manifest
-    rows = pd.DataFrame(
-        {
-            "sample_id": table["sample_id"],
-            "image_sha256": table["image_sha256"],
-            "label": table["label"],
-            "broken": [True] * len(table),
-            "pred": [1] * len(table),
-            "margin": [-1.0] * len(table),
-            "linf": [0.01] * len(table),
-            "l2": [0.1] * len(table),
-            "violation": [""] * len(table),
-        }
-    ).astype(COLUMNS)
-    fields = {
-        "source": "Somebody",
-        "file": "x.npz",
-        "file_sha256": "0" * 64,
-        "model": m.model,
-        "battery": m.battery.id,
-        "battery_version": 1,
-        "threat": m.battery.threat,
-        "data": m.data,
-        "environment": m.environment,
-        "checked": "2026-03-01T00:00:00+00:00",
-    }
-    return Evidence(Submission(**(fields | more)), rows)
 
 
 # --- entries ---------------------------------------------------------------------------------------------
