@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,10 @@ from robustbench_cure.datasets import EvalSet, from_arrays
 from robustbench_cure.evaluation.external import COLUMNS, Evidence, Submission
 from robustbench_cure.evaluation.flags import FLAG_KINDS, Flag
 from robustbench_cure.evaluation.record import Cost, Environment, Manifest, Record, RunConfig, typed
-from robustbench_cure.masking.conclusions import Diagnosis
 from robustbench_cure.masking.evidence import Measurements, Settings
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.identity import DataInfo, ModelInfo
-from robustbench_cure.studies import selftest
 from robustbench_cure.threat import ThreatModel
-
-#: Of `diagnosed`, before a test replaces it.
-_diagnosis = selftest.diagnosis
 
 
 def images(n: int, shape=(3, 2, 2), *, seed: int = 0, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -133,12 +127,6 @@ class MatmulWatch(TorchFunctionMode):
         if "matmul" in function.__name__:
             self.allowed.append(torch.backends.cuda.matmul.allow_tf32)
         return function(*args, **(kwargs or {}))
-
-
-@cache
-def diagnosed(name: str, device: str = "cpu") -> Diagnosis:
-    """All checks on 60 digits, of an honest or a gradient-obfuscating model; made once a process."""
-    return _diagnosis(name, device)
 
 
 # --- records and batteries -------------------------------------------------------------------------------

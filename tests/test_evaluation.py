@@ -296,11 +296,9 @@ def test_records_and_classifiers_say_what_they_hold():
     model = classifier(linear())
     record = evaluate(model, battery(FGSM), images(40))
     worst = 100 * record.worst_case_accuracy.value
-    assert repr(record) == (
-        f"<Record model under {record.manifest.battery.id}: worst case {worst:.1f} %, clean 80.0 %, n = 40, "
-        "flags: none>"
-    )
-    assert repr(model) == f"<Classifier model: 3 classes, images {SHAPE}, cpu, search in fp32>"
+    said = (record.manifest.battery.id, f" {worst:.1f} %", " 80.0 %", "n = 40", "flags: none")
+    assert [word for word in said if word not in repr(record)] == []
+    assert [word for word in ("3 classes", str(SHAPE), "cpu", "fp32") if word not in repr(model)] == []
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_what_a_black_box_attack_broke_alone_is_a_share_of_the_samples_it_saw(al
     assert bool(found) == there
     if there:
         assert (found[0].value, found[0].attack) == (1 / 50, "spsa")
-        assert found[0].evidence == "1 of 50 samples were broken by spsa alone"
+        assert found[0].evidence.startswith("1 of 50 ")
 
 
 def test_stored_records_say_it_although_they_were_made_before():
@@ -130,7 +130,10 @@ def test_fail_on_names_the_flag_and_the_model(tmp_path, monkeypatch, capsys):
         return end.value.code
 
     assert code("a", "--fail-on", "fewer_samples", "--fail-on", "stochastic") == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "failed: fewer_samples is raised for digits_normal"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("failed: ")
+    assert {"fewer_samples", "digits_normal"} <= set(last.split())
+    assert "stochastic" not in last
     assert code("b", "--fail-on", "stochastic") == 0
     assert code("a", "--resume") == 0
     capsys.readouterr()

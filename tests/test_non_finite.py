@@ -137,7 +137,7 @@ HOLES = {
 }
 
 
-PGD = made.PGD | {"steps": 10, "step_size": "51/1020"}
+PGD = made.PGD | {"id": "pgd", "name": "PGD", "steps": 10, "step_size": "51/1020"}
 DEEPFOOL = made.DEEPFOOL | {"mode": "bounded", "steps": 20}
 SPSA = made.SPSA | {"limit": 0, "steps": 12, "samples": 8, "step_size": "1/20", "stop": "first-success"}
 battery = partial(made.battery, eps="51/255", dataset="digits")
@@ -154,7 +154,7 @@ def test_a_network_without_an_answer_in_the_ball_is_broken_there_for_every_attac
         proposed = samples[f"{spec.id}.linf"] > 0  # what has no gradient there proposes the image itself
         assert samples.loc[proposed, f"{spec.id}.broken"].all(), spec.id
     flags = [flag for flag in record.flags if flag.kind == "non_finite_logits"]
-    assert {flag.attack for flag in flags} >= {"noise", "pgd20", "spsa"}
+    assert {flag.attack for flag in flags} >= {"noise", "pgd", "spsa"}
     assert record.robust_accuracy("spsa").count == 0
     assert "non_finite_nearby" in {flag.kind for flag in record.flags}
     assert str(samples["sample_id"].iloc[0]) in flags[0].evidence

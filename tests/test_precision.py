@@ -84,7 +84,7 @@ def test_what_one_rounding_decides_is_searched_in_float32(attack):
 @pytest.mark.parametrize("delta", [1e-3, 1e-4])
 def test_spsa_is_not_blind_where_bfloat16_hides_its_differences(delta):
     """Margins and gradients agree, and yet most pixels at a distance of 1e-4 are the same in bfloat16."""
-    data, ball = load_dataset("digits").subset(40), ThreatModel("linf", "51/255")
+    data, ball = load_dataset("digits").subset(20), ThreatModel("linf", "51/255")
     x, y, stand = data.images, data.labels, []
     for precision in ("fp32", "bf16"):
         model = load_model("digits_cure", precision=precision)
@@ -172,7 +172,7 @@ class Inside(nn.Module):
         return self.net(self.down(self.up(x)))
 
 
-PGD = made.PGD | {"steps": 10, "step_size": "51/1020"}
+PGD = made.PGD | {"id": "pgd", "name": "PGD", "steps": 10, "step_size": "51/1020"}
 digits_battery = partial(made.battery, eps="51/255", dataset="digits")
 
 

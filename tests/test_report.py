@@ -147,13 +147,13 @@ def test_only_runs_of_one_battery_on_one_data_set_stand_side_by_side(run):
 
 def test_specifications_name_every_parameter(run):
     threat = run.manifest.battery.threat
-    words = [spec_words(spec, threat) for spec in run.attacks]
-    assert words == [
-        "one gradient-sign step of length 8/255, no random start, cross-entropy",
-        "20 steps of 2/255, random start, 1 restart, cross-entropy, stop at first success",
-        "100 Adam steps of 0.01, 128 random directions a step, finite difference 0.01, margin loss, "
-        "all steps, point of lowest margin counts; on the first 6 samples only",
-    ]
+    facts = {
+        "fgsm": ("8/255", "no random start", "cross-entropy"),
+        "pgd20": ("20 steps of 2/255", ", random start", "1 restart", "cross-entropy", "first success"),
+        "spsa": ("100 Adam steps of 0.01", "128 ", "difference 0.01", "margin loss", "all steps", "first 6 "),
+    }
+    for spec in run.attacks:
+        assert [fact for fact in facts[spec.id] if fact not in spec_words(spec, threat)] == []
     for found in catalog(Battery).values():
         for spec in found.card.attacks:
             text = spec_words(spec, found.card.threat)
@@ -228,7 +228,8 @@ def test_quoted_numbers_are_marked_and_never_the_same(table2, protocol2):
 def test_another_battery_stands_beside_only_where_the_own_one_was_not_run(table2, protocol2):
     other = battery(PGD, dataset="cifar10")
     lone = paper_table(cifar(other, "resnet18/cure"), table2).rows[1].cells[1]
-    assert lone.measurements[0].reasons == ("battery mini is not the one of this table",)
+    (reason,) = lone.measurements[0].reasons
+    assert "battery mini" in reason
     both = [cifar(other, "resnet18/cure"), cifar(protocol2, "resnet18/cure", marks="........--")]
     cell = paper_table(both, table2).rows[1].cells[1]
     assert [m.rate for m in cell.measurements] == [Rate(8, 10)]

@@ -257,10 +257,10 @@ def test_images_without_a_boundary_are_counted_and_too_few_of_them_refused(tmp_p
     table = pd.read_csv(tmp_path / "a" / "shared.csv").iloc[0]
     assert (table["n"], table["n_boundary"]) == (10, 6)
     assert set(pd.read_csv(tmp_path / "a" / "shared-bending.csv")["n"]) == {6}
-    with pytest.raises(UsageError, match="no boundary near the 4 images to judge on"):
+    with pytest.raises(UsageError, match=r"no boundary .* 4 images"):
         invoke(*given, "--learn", "12", "--dimension", "3", "--out", str(tmp_path / "b"))
     given = bowl(tmp_path, monkeypatch, [*far, *near])
-    with pytest.raises(UsageError, match="1 of the 5 images to learn from have a boundary, 11 shared"):
+    with pytest.raises(UsageError, match=r"1 of the 5 images .* 11 "):
         invoke(*given, "--learn", "5", "--dimension", "11", "--out", str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 

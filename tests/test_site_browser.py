@@ -194,7 +194,8 @@ def test_a_curve_shows_the_number_under_the_pointer(visit):
     assert text.evaluate("e => getComputedStyle(e).visibility") == "hidden"
     points.nth(1).locator(".reach").hover()
     assert text.evaluate("e => getComputedStyle(e).visibility") == "visible"
-    assert text.text_content() == "PGD(20), 2 steps: 70.0 % [39.7, 89.2]"
+    shown = text.text_content()
+    assert [fact for fact in ("PGD(20)", "2 steps", "70.0 %", "39.7", "89.2") if fact not in shown] == []
 
 
 def test_figures_of_a_study_are_shown(visit):
