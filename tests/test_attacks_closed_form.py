@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from made import Sphere
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
@@ -512,15 +513,7 @@ def test_spsa_that_cannot_reach_the_ball_is_refused(affine):
 
 # --- a curved boundary: the sphere -------------------------------------------------------------------
 
-CENTRE, RADIUS = 0.5, 0.4
-
-
-class Sphere(nn.Module):
-    """Logits (R^2, |x - c|^2): label 0 inside the sphere of radius R, all curvatures 1/R."""
-
-    def forward(self, x):
-        square = (x - CENTRE).flatten(1).square().sum(1)
-        return torch.stack((torch.full_like(square, RADIUS**2), square), 1)
+CENTRE, RADIUS = 0.5, Sphere.radius
 
 
 def sphere() -> Classifier:

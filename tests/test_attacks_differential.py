@@ -224,7 +224,7 @@ def test_bounded_deepfool_breaks_what_foolboxes_distances_say(classifier, networ
 # --- SPSA --------------------------------------------------------------------------------------------
 
 
-def test_spsa_is_no_weaker_than_torchattacks(classifier, peer_module, data, judge):
+def test_spsa_is_no_weaker_than_torchattacks(classifier, network, data, judge):
     import torchattacks
 
     x, y = data[0][:20], data[1][:20]
@@ -232,7 +232,7 @@ def test_spsa_is_no_weaker_than_torchattacks(classifier, peer_module, data, judg
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         attack = torchattacks.SPSA(
-            peer_module, eps=threat.radius, delta=0.01, lr=0.03, nb_iter=8, nb_sample=32, max_batch_size=32
+            network, eps=threat.radius, delta=0.01, lr=0.03, nb_iter=8, nb_sample=32, max_batch_size=32
         )
         theirs = attack(x, y).detach()
     ours = spsa(classifier, x, y, threat=threat, steps=8, samples=32, step_size=0.03, delta=0.01)

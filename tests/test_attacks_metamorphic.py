@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from made import Wrapped
 from torch import nn
 
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
@@ -341,12 +342,8 @@ def test_the_users_module_is_untouched(data, digits_net, name, training):
     assert all(p.grad is None for p in classifier.module.parameters())
 
 
-class InPlace(nn.Module):
+class InPlace(Wrapped):
     """A network that normalises its argument in place, as some do."""
-
-    def __init__(self, net) -> None:
-        super().__init__()
-        self.net = net
 
     def forward(self, x):
         x -= 0.25
@@ -484,22 +481,14 @@ class Constant(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
-class Quantised(nn.Module):
+class Quantised(Wrapped):
     """Rounds its input to five grey levels: the gradient is zero everywhere it exists."""
-
-    def __init__(self, net) -> None:
-        super().__init__()
-        self.net = net
 
     def forward(self, x):
         return self.net(torch.round(x * 4) / 4)
 
 
-class Detached(nn.Module):
-    def __init__(self, net) -> None:
-        super().__init__()
-        self.net = net
-
+class Detached(Wrapped):
     def forward(self, x):
         return self.net(x.detach())
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from made import BATTERY_CARD, Trap
 from PIL import Image
 from torch import nn
 
@@ -25,26 +26,6 @@ from robustbench_cure.cli.main import main
 
 PREFIX = "cure-bench: error: "
 OURS = Path(__file__).parent.parent
-
-BATTERY = """\
-id = "tiny"
-version = 1
-name = "tiny"
-source = ""
-dataset = ""
-n = 0
-seed = 0
-published = ""
-notes = ""
-[threat]
-norm = "linf"
-eps = "1/10"
-[[attacks]]
-id = "fgsm"
-kind = "fgsm"
-name = "FGSM"
-limit = 0
-"""
 
 PGD = """\
 [[attacks]]
@@ -99,7 +80,7 @@ class Bench:
         self.at, self.patch = at, patch
         (at / "cards" / "attacks").mkdir(parents=True)
         (at / "cards" / "models").mkdir()
-        (at / "cards" / "attacks" / "tiny.toml").write_text(BATTERY)
+        (at / "cards" / "attacks" / "tiny.toml").write_text(BATTERY_CARD)
         (at / "own_models.py").write_text(OWN)
         self.arrays()
 
@@ -285,22 +266,22 @@ def _(bench):
 
 @case("wrong type in a battery", "other.toml", "version: Input should be a valid integer")
 def _(bench):
-    return bench.battery(BATTERY.replace("version = 1", 'version = "1"'))
+    return bench.battery(BATTERY_CARD.replace("version = 1", 'version = "1"'))
 
 
 @case("unknown attack kind", "other.toml", "attacks.0", "'fgsmm'", "'pgd'")
 def _(bench):
-    return bench.battery(BATTERY.replace('kind = "fgsm"', 'kind = "fgsmm"'))
+    return bench.battery(BATTERY_CARD.replace('kind = "fgsm"', 'kind = "fgsmm"'))
 
 
 @case("PGD that cannot cross the ball", "other.toml", "attacks.pgd", "3 steps of 1/100", "radius 1/10")
 def _(bench):
-    return bench.battery(BATTERY + PGD)
+    return bench.battery(BATTERY_CARD + PGD)
 
 
 @case("radius that is no number", "other.toml", "threat.eps", "'eight' is not a fraction such as \"8/255\"")
 def _(bench):
-    return bench.battery(BATTERY.replace('"1/10"', '"eight"'))
+    return bench.battery(BATTERY_CARD.replace('"1/10"', '"eight"'))
 
 
 @case(
@@ -314,7 +295,7 @@ def _(bench):
 @case("DLR loss for two classes", "attack 'pgd'", "DLR loss needs at least 3 classes")
 def _(bench):
     spec = PGD.replace('"ce"', '"dlr"').replace('"1/100"', '"1/10"')
-    bench.battery(BATTERY + spec)
+    bench.battery(BATTERY_CARD + spec)
     bench.file("own_models.py", OWN + "\ndef two(): return Linear(classes=2)\n")
     bench.arrays(y=np.arange(20) % 2)
     return bench.toy.replace(":linear", ":two").replace("--battery tiny", "--battery other")
@@ -441,7 +422,7 @@ def _(bench):
 
 @case("npz with pickled objects", "toy.npz", "not a readable .npz file", "allow_pickle=False")
 def _(bench):
-    bench.arrays(x=np.array([Evil(bench.at / "ran")] * 20, dtype=object))
+    bench.arrays(x=np.array([Trap(bench.at / "ran")] * 20, dtype=object))
     return bench.toy
 
 
@@ -526,22 +507,12 @@ def _(bench):
     return f"{bench.toy} --model own.models:linear"
 
 
-class Evil:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def weights(name, content, *fragments):
     @case(name, *fragments)
     def _(bench):
         file = "w.pt" if content in ("pickle", "module") else "w.safetensors"
         if content == "pickle":
-            bench.file(file, pickle.dumps(Evil(bench.at / "ran")))
+            bench.file(file, pickle.dumps(Trap(bench.at / "ran")))
         elif content == "module":
             torch.save(nn.Linear(3, 3), bench.at / file)
         elif isinstance(content, dict):
@@ -642,7 +613,7 @@ RESUMED = {
     "fewer samples": (lambda bench: "--n 5", "data was"),
     "other data": (lambda bench: f"--data-dir {bench.arrays('other.npz', y=np.arange(20) % 2)}", "data was"),
     "another battery": (
-        lambda bench: bench.battery(BATTERY.replace("1/10", "1/5")).removeprefix("--model digits_cure "),
+        lambda bench: bench.battery(BATTERY_CARD.replace("1/10", "1/5")).removeprefix("--model digits_cure "),
         "battery was",
     ),
     "another precision": (lambda bench: "--precision bf16", "precision was fp32, now bf16"),
@@ -941,7 +912,7 @@ def test_a_model_that_fails_later_is_a_failed_run(bench, capsys, passes, message
     ],
 )
 def test_a_process_ends_with_the_code_and_the_line(bench, command, fragment):
-    bench.file("w.pt", pickle.dumps(Evil(bench.at / "ran")))
+    bench.file("w.pt", pickle.dumps(Trap(bench.at / "ran")))
     done = subprocess.run(
         [sys.executable, "-m", "robustbench_cure", *shlex.split(command)],
         capture_output=True,

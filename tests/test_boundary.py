@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from made import WEIGHTED, MatmulWatch, Quadric, invoke, toy
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks.noise import Noise
@@ -58,20 +58,6 @@ class Sphere(nn.Module):
         return torch.stack(
             (inside, self.change(offset.square().sum(1) - RADIUS**2), 0.1 * offset[:, 0] - 5), 1
         )
-
-
-class Quadric(nn.Module):
-    """Logits (0, F), F = u'Au/2 + b'u with u = x - 0.5: the boundary passes through the grey image."""
-
-    def __init__(self, matrix, slope) -> None:
-        super().__init__()
-        self.register_buffer("matrix", torch.as_tensor(matrix, dtype=torch.float32))
-        self.register_buffer("slope", torch.as_tensor(slope, dtype=torch.float32))
-
-    def forward(self, x):
-        u = (x - 0.5).flatten(1)
-        value = ((u @ self.matrix) * u).sum(1) / 2 + u @ self.slope
-        return torch.stack((torch.zeros_like(value), value), 1)
 
 
 def classifier(net, classes=2, **options):
@@ -185,24 +171,16 @@ def test_curvatures_are_those_of_the_reference_form(precision):
 
 
 def test_products_of_directions_are_not_rounded():
-    seen = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if "matmul" in function.__name__:
-                seen.append(torch.backends.cuda.matmul.allow_tf32)
-            return function(*args, **(kwargs or {}))
-
     rotation = random_basis(SIZE - 1, 0, torch.device("cpu"))
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        with Watch():
+        with MatmulWatch() as watch:
             projected_hessian(sphere(), around(1, RADIUS)[0], ZERO, ONE, h=0.3, rotation=rotation)
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-    assert len(seen) >= 2
-    assert not any(seen)
+    assert len(watch.allowed) >= 2
+    assert not any(watch.allowed)
 
 
 # --- principal curvatures ----------------------------------------------------------------------------
@@ -463,19 +441,11 @@ def test_a_threshold_is_judged_on_images_that_it_was_not_chosen_on():
 # --- the commands ------------------------------------------------------------------------------------
 
 
-def toy(tmp_path, monkeypatch, code, first, classes=3):
+def grey_but_one(tmp_path, monkeypatch, code, first, classes=3):
     """A model of your own for images of 6 x 6, grey but for the first pixel: its values, of 255."""
-    name = f"toy_{abs(hash(code))}"
-    (tmp_path / f"{name}.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    grey = np.full((len(first), 6, 6, 1), 128, dtype=np.uint8)
-    grey[:, 0, 0, 0] = first
-    np.savez(tmp_path / "toy.npz", x=grey, y=np.arange(len(first)) % classes)
-    return ("--model", f"{name}:build", "--dataset", "npz", "--data-dir", str(tmp_path / "toy.npz"))
-
-
-def invoke(verb: str, *arguments: str):
-    return CliRunner().invoke(cli, [verb, *arguments, "--device", "cpu"], catch_exceptions=False)
+    x = np.full((len(first), 6, 6, 1), 128, dtype=np.uint8)
+    x[:, 0, 0, 0] = first
+    return toy(tmp_path, monkeypatch, f"toy_{abs(hash(code))}", code, x, classes)
 
 
 def shown(output: str) -> list[str]:
@@ -563,7 +533,7 @@ def build(): return Island()
 @pytest.mark.parametrize(("near", "known"), [([180, 183, 185, 187], 4), ([180], 1), ([], 0)])
 def test_images_without_a_score_are_counted_and_left_out(tmp_path, monkeypatch, near, known):
     """Five times as far as the boundary: from near it still on the slope, from afar where all is flat."""
-    given = toy(tmp_path, monkeypatch, ISLAND, [140, 145, 150, *near])
+    given = grey_but_one(tmp_path, monkeypatch, ISLAND, [140, 145, 150, *near])
     run = invoke("detect", *given, "--directions", "5", "--scales", "5", "--out", str(tmp_path / "a"))
     assert run.exit_code == 0
     table = pd.read_csv(tmp_path / "a" / "detect.csv").set_index("perturbed_by")
@@ -592,7 +562,7 @@ def build(): return Coast()
 
 def test_only_known_curvatures_are_counted(tmp_path, monkeypatch):
     """Three images within a sphere, two where nothing is near."""
-    given = toy(tmp_path, monkeypatch, COAST, [60, 80, 100, 200, 220], 2)
+    given = grey_but_one(tmp_path, monkeypatch, COAST, [60, 80, 100, 200, 220], 2)
     run = invoke("boundary", *given, "--no-profile", "--directions", "3", "--out", str(tmp_path / "a"))
     row = pd.read_csv(tmp_path / "a" / "boundary.csv").iloc[0]
     assert (row["n"], row["of"], row["natural_n"], row["perturbed_n"]) == (3, 5, 3, 3)
@@ -635,17 +605,8 @@ def test_unfinished_work_of_another_measurement_is_refused(tmp_path, verb, chang
             invoke(verb, *given, *change)
 
 
-WEIGHTED = """
-import os, torch
-
-def build():
-    torch.manual_seed(int(os.environ["TOY"]))
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2))
-"""
-
-
 def test_unfinished_work_on_other_weights_is_refused(tmp_path, monkeypatch):
-    given = (*toy(tmp_path, monkeypatch, WEIGHTED, [140, 180], 2), "--directions", "2")
+    given = (*grey_but_one(tmp_path, monkeypatch, WEIGHTED, [140, 180], 2), "--directions", "2")
     monkeypatch.setenv("TOY", "1")
     invoke("boundary", *given, "--out", str(tmp_path / "a"))
     (tmp_path / "a" / "manifest.json").unlink()

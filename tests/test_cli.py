@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made import BATTERY_CARD
 from PIL import Image
 from safetensors import safe_open
 
@@ -25,26 +26,6 @@ from robustbench_cure.datasets import DATASETS
 from robustbench_cure.evaluation.record import Record
 
 QUICK = ("--help", "list models", "list batteries", "list attacks", "list datasets", "validate", "where")
-
-BATTERY = """\
-id = "tiny"
-version = 1
-name = "tiny"
-source = ""
-dataset = ""
-n = 0
-seed = 0
-published = ""
-notes = ""
-[threat]
-norm = "linf"
-eps = "1/10"
-[[attacks]]
-id = "fgsm"
-kind = "fgsm"
-name = "FGSM"
-limit = 0
-"""
 
 OWN = """\
 import os, time
@@ -81,7 +62,7 @@ N = 1100
 def place(tmp_path, monkeypatch):
     """A working directory with a model, a battery and images of one's own."""
     (tmp_path / "cards" / "attacks").mkdir(parents=True)
-    (tmp_path / "cards" / "attacks" / "tiny.toml").write_text(BATTERY)
+    (tmp_path / "cards" / "attacks" / "tiny.toml").write_text(BATTERY_CARD)
     (tmp_path / "own_nets.py").write_text(OWN)
     generator = np.random.default_rng(0)
     x = generator.uniform(0, 1, (N, 1, 2, 2)).astype(np.float32)
@@ -173,7 +154,7 @@ def test_the_listed_data_sets_are_those_that_load(command):
 
 def test_listings_wrap_words_and_lose_none(place, command):
     name = "a battery with " + "quite " * 30 + "a name"
-    text = BATTERY.replace('"tiny"', '"wordy"', 1).replace('name = "tiny"', f'name = "{name}"')
+    text = BATTERY_CARD.replace('"tiny"', '"wordy"', 1).replace('name = "tiny"', f'name = "{name}"')
     (place / "cards" / "attacks" / "wordy.toml").write_text(text)
     printed = command("list batteries").out
     assert max(map(len, printed.split("\n"))) <= 80
@@ -273,12 +254,18 @@ def test_saved_adversarials_lie_in_the_run(place, command):
 
 def test_trained_weights_are_used_as_the_command_says(place, command):
     said = command("train digits_normal --epochs 1 --out 'my weights.safetensors'").out
-    line = said.strip().split("\n")[-1].removeprefix("to evaluate them: cure-bench ")
-    assert line == "evaluate --model digits_normal --weights 'my weights.safetensors'"
+    line = said.strip().split("\n")[-1].partition("cure-bench ")[2]
+    assert shlex.split(line) == [
+        "evaluate",
+        "--model",
+        "digits_normal",
+        "--weights",
+        "my weights.safetensors",
+    ]
     command(f"{line} --battery tiny --n 10 --dataset digits --out run")
     info = Record.load(place / "run" / "digits_normal").manifest.model
     assert info.source == "weights given: my weights.safetensors"
-    assert info.name == "Digits CNN, normal training (my weights.safetensors)"
+    assert info.name.endswith("(my weights.safetensors)")
 
 
 def test_trained_weights_of_a_card_without_its_own_are_found(place, command):
@@ -310,7 +297,8 @@ def test_parts_of_a_run_join_to_the_whole(place, command):
     command(f"evaluate {TOY} --out whole")
     for part in (1, 2):
         said = command(f"evaluate {TOY} --shard {part}/2 --out part{part}").out
-        assert said == f"part {part} of 2 is in part{part}; join the parts with `cure-bench merge`\n"
+        assert f"part{part}" in said
+        assert "cure-bench merge" in said
         assert not (place / f"part{part}" / "report.html").exists()
     command("merge part2 part1 --out joined")
     assert table(place / "joined") == table(place / "whole")
@@ -342,10 +330,8 @@ def test_a_run_cut_short_goes_on_to_the_same_bytes(place, command, how):
     if how == signal.SIGINT:
         assert work.returncode == 130
         (last,) = err.splitlines()[2:]  # after the two lines that every run begins with
-        assert last == (
-            "cure-bench: error: interrupted; finished shards are kept: "
-            "go on with the same command and --resume --out cut"
-        )
+        assert last.startswith("cure-bench: error: interrupted")
+        assert "--resume --out cut" in last
         assert [path for path in shards.iterdir() if path.name.startswith(".")] == []
     before = (shards / "0000.parquet").stat().st_mtime_ns
     command(f"{line} --resume")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
+import made
 import numpy as np
 import pandas as pd
 import pytest
@@ -510,12 +512,10 @@ def test_there_is_no_picture_of_a_segment_or_of_no_path():
 
 # --- the command -------------------------------------------------------------------------------------
 
+invoke = partial(made.invoke, "connectivity")
+
 ONE = ("--model", "digits_cure", "--n", "100", "--pairs", "40", "--spacing", "0.02", "--draws", "50")
 COLUMNS = ["pairs", "n", "found", "straight", "bent"]
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli, ["connectivity", *arguments, "--device", "cpu"], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")

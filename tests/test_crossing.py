@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import made
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from robustbench_cure.geometry import distance as module
 from robustbench_cure.geometry.distance import along_line, along_segment, smallest
 
 SHAPE, SIZE = (3, 8, 8), 192
+images = partial(made.images, shape=SHAPE)
 
 
 class Walls(nn.Module):
@@ -35,10 +38,6 @@ def walls(*intervals, **options) -> Classifier:
 
 def grey(*values: float) -> torch.Tensor:
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
-
-
-def images(n: int) -> torch.Tensor:
-    return torch.rand((n, *SHAPE), generator=torch.Generator().manual_seed(0))
 
 
 UP = torch.full((1, *SHAPE), SIZE**-0.5)  # a unit length along it is SIZE**-0.5 in every pixel

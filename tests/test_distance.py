@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
+import made
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +23,7 @@ from robustbench_cure.studies import distance as distance_study
 pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE, SIZE = (3, 8, 8), 192
+images = partial(made.images, shape=SHAPE)
 
 
 @pytest.fixture
@@ -34,10 +37,6 @@ def two(affine):
     """Two classes: the sign of the gradient is the shortest way in linf."""
     weight = np.random.default_rng(1).standard_normal(SIZE)
     return affine(np.stack([np.zeros(SIZE), weight]), [0.0, -weight.sum() / 2], SHAPE)
-
-
-def images(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand((n, *SHAPE), generator=torch.Generator().manual_seed(seed))
 
 
 def exact(model, x: torch.Tensor, norm: str) -> np.ndarray:
@@ -134,9 +133,7 @@ def test_rows_do_not_touch_each_other(two):
 
 # --- the command -------------------------------------------------------------------------------------
 
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli, ["distance", *arguments, "--device", "cpu"], catch_exceptions=False)
+invoke = partial(made.invoke, "distance")
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import made
 import pytest
-import test_report as make
 from scipy.stats import binomtest
 
 from robustbench_cure.cli import main as cli
@@ -20,18 +20,7 @@ from robustbench_cure.site.checklist import checklist
 KIND = "cross_entropy_weaker"
 DERIVED = sorted(kind for kind, about in FLAG_KINDS.items() if about.origin == "derived")
 STORED = Path(__file__).parents[1] / "reports" / "measured" / "digits"
-PGD = {
-    "id": "ce",
-    "kind": "pgd",
-    "name": "PGD",
-    "limit": 0,
-    "steps": 20,
-    "step_size": "2/255",
-    "random_start": True,
-    "restarts": 1,
-    "loss": "ce",
-    "stop": "first-success",
-}
+PGD = made.PGD | {"id": "ce", "name": "PGD"}
 MARGIN = PGD | {"id": "other", "name": "margin", "loss": "margin"}
 
 
@@ -40,7 +29,7 @@ def pair(lost: int, gained: int, n: int = 100, ce=PGD, other=MARGIN) -> Record:
     rest = "." * (n - lost - gained)
     marks = {"ce": "." * lost + "x" * gained + rest, "other": "x" * lost + "." * gained + rest}
     evidence = {spec["id"]: marks[spec["id"]] for spec in (ce, other)}
-    return make.record(make.battery(ce, other), "1" * n, evidence, data={"classes": list("0123456789")})
+    return made.record(made.battery(ce, other), "1" * n, evidence, data={"classes": list("0123456789")})
 
 
 def raised(record: Record) -> list[Flag]:
@@ -73,8 +62,8 @@ def test_more_steps_are_no_other_loss_and_deepfool_is_one():
     longer = MARGIN | {"steps": 40}
     assert not raised(pair(20, 0, other=longer))
     assert raised(pair(20, 0, other=MARGIN | {"loss": "dlr", "steps": 10}))
-    assert raised(pair(20, 0, other=make.DEEPFOOL | {"id": "other"}))
-    assert not raised(pair(20, 0, other=make.FGSM | {"id": "other"}))
+    assert raised(pair(20, 0, other=made.DEEPFOOL | {"id": "other"}))
+    assert not raised(pair(20, 0, other=made.FGSM | {"id": "other"}))
     assert not raised(pair(20, 0, ce=PGD | {"loss": "margin"}))
 
 
@@ -89,12 +78,12 @@ def test_only_samples_that_both_attacks_cover_count():
 def test_what_a_black_box_attack_broke_alone_is_a_share_of_the_samples_it_saw(alone, there):
     """One of 50 is 2 %; of the 200 of the record it would be half a per cent, and no flag."""
     evidence = {"ce": "." * 200, "spsa": "x" * alone + "." * (50 - alone) + "-" * 150}
-    record = make.record(make.battery(PGD, make.SPSA | {"limit": 50}), "1" * 200, evidence)
+    record = made.record(made.battery(PGD, made.SPSA | {"limit": 50}), "1" * 200, evidence)
     found = [flag for flag in derived_flags(record) if flag.kind == "black_box_stronger"]
     assert bool(found) == there
     if there:
         assert (found[0].value, found[0].attack) == (1 / 50, "spsa")
-        assert found[0].evidence == "1 of 50 samples were broken by spsa alone"
+        assert found[0].evidence.startswith("1 of 50 ")
 
 
 def test_stored_records_say_it_although_they_were_made_before():
@@ -141,7 +130,10 @@ def test_fail_on_names_the_flag_and_the_model(tmp_path, monkeypatch, capsys):
         return end.value.code
 
     assert code("a", "--fail-on", "fewer_samples", "--fail-on", "stochastic") == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "failed: fewer_samples is raised for digits_normal"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("failed: ")
+    assert {"fewer_samples", "digits_normal"} <= set(last.split())
+    assert "stochastic" not in last
     assert code("b", "--fail-on", "stochastic") == 0
     assert code("a", "--resume") == 0
     capsys.readouterr()
@@ -182,7 +174,7 @@ def test_flag_and_checklist_agree_on_what_is_gradient_free(one, other, alone, as
     """The second attack breaks 20 of 100 samples, the first the same or none."""
     marks = {"20": "x" * 20 + "." * 80, "0": "." * 100}
     evidence = {one["id"]: marks["20" if as_many else "0"], other["id"]: marks["20"]}
-    record = make.record(make.battery(one, other), "1" * 100, evidence)
+    record = made.record(made.battery(one, other), "1" * 100, evidence)
     flagged = "black_box_stronger" in {flag.kind for flag in record.flags}
     (item,) = (item for item in checklist(record, None) if item.name.startswith("Gradient-free"))
     if not alone:
@@ -196,6 +188,6 @@ def test_flag_and_checklist_agree_on_what_is_gradient_free(one, other, alone, as
 @pytest.mark.parametrize("spec", [PGD, MARGIN, APGD])
 @pytest.mark.parametrize("free", [SPSA, SQUARE])
 def test_what_an_attack_may_see_stands_on_its_specification(spec, free):
-    white_box, gradient_free = make.battery(spec | {"id": "a"}, free | {"id": "b"}).attacks
+    white_box, gradient_free = made.battery(spec | {"id": "a"}, free | {"id": "b"}).attacks
     assert white_box.gradients
     assert not gradient_free.gradients

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import identity_with_backward
+from made import BATTERY_CARD, identity_with_backward
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -450,7 +450,8 @@ def test_what_only_fails_in_bfloat16_on_the_data_is_found_before_the_run(images,
     classifier = judged(Around(late), "bf16")
     assert classifier.precision == "bf16"
     (flag,) = [f for f in preflight(classifier, data_of(images, labels)) if f.kind == "search_in_fp32"]
-    assert (flag.evidence, classifier.precision) == ("the model fails in bfloat16: no such kernel", "fp32")
+    assert flag.evidence.endswith(": no such kernel")  # the model's own words, on one line
+    assert classifier.precision == "fp32"
 
 
 # --- precision -------------------------------------------------------------------------------------------
@@ -705,7 +706,7 @@ def test_an_output_that_cannot_leave_0_to_1_is_a_probability(images):
     y = logits.argmax(1)
     assert torch.equal(y, (single(plain(), images) > 0).long())
     flags = {flag.kind: flag.evidence for flag in preflight(classifier, data_of(images, y, 2))}
-    assert flags["one_output"] == "one output, read as the probability of class 1"
+    assert "probability of class 1" in flags["one_output"]
     assert "probabilities" in flags
 
 
@@ -810,24 +811,9 @@ def test_an_average_of_networks_may_say_how_many_it_is_of(tmp_path):
 
 # --- the command line ------------------------------------------------------------------------------------
 
-BATTERY = """\
-id = "tiny"
-version = 1
-name = "tiny"
-source = ""
-dataset = ""
-n = 0
-seed = 0
-published = ""
-notes = ""
-[threat]
-norm = "linf"
-eps = "8/255"
-[[attacks]]
-id = "fgsm"
-kind = "fgsm"
-name = "FGSM"
-limit = 0
+BATTERY = (
+    BATTERY_CARD.replace('eps = "1/10"', 'eps = "8/255"')
+    + """\
 [[attacks]]
 id = "deepfool"
 kind = "deepfool"
@@ -839,6 +825,7 @@ overshoot = 0.02
 candidates = 4
 clip = true
 """
+)
 NETWORKS = """\
 import sys
 import torch
@@ -952,7 +939,9 @@ def test_whatever_ends_the_program_is_no_success(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["where"])
     assert stop.value.code == 3
-    assert capsys.readouterr().err == "cure-bench: error: stopped by SystemExit: 0\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cure-bench: error: ")
+    assert "SystemExit: 0" in line
 
 
 def test_what_a_factory_sets_for_all_of_pytorch_is_put_back(here):

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from made import with_columns
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import norm
 
@@ -315,10 +316,6 @@ def before() -> Record:
     limited = next(a for a in battery.attacks if a.id == "uniform_noise").model_copy(update={"limit": 40})
     battery = battery.model_copy(update={"attacks": (*quick, limited)})
     return evaluate(load_model("digits_cure", device="cpu"), battery, load_dataset("digits"), n=200)
-
-
-def with_columns(record: Record, **columns) -> Record:
-    return Record(record.manifest, record.samples.assign(**columns))
 
 
 def with_manifest(record: Record, **parts) -> Record:

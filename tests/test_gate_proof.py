@@ -61,13 +61,11 @@ def tenth(attack: Callable[..., Candidates]) -> Callable[..., Candidates]:
     return weaker
 
 
-@pytest.mark.slow
 def test_attacks_that_do_a_tenth_of_their_steps_are_a_suspicious_rise(before):
     weak = ATTACKS | {kind: tenth(ATTACKS[kind]) for kind in ("pgd", "deepfool")}
     assert outcome(judged(cure(), attacks=weak), before) == ("suspicious rise", 1)
 
 
-@pytest.mark.slow
 def test_one_attack_that_got_weaker_is_noticed_behind_a_worst_case_that_stays(before):
     """DeepFool and the margin still break what PGD(20) no longer does."""
 
@@ -97,13 +95,11 @@ def zero(module: nn.Module) -> None:
     [part for part in module.modules() if isinstance(part, nn.Conv2d)][1].weight.zero_()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [noise, zero])
 def test_noise_on_the_weights_and_a_zeroed_layer_are_regressions(before, change):
     assert outcome(judged(changed(change)), before) == ("regression", 1)
 
 
-@pytest.mark.slow
 def test_the_copy_that_was_changed_passes_unchanged(before):
     assert outcome(judged(changed(lambda module: None)), before) == ("pass", 0)
 
@@ -116,7 +112,6 @@ def most(found: Comparison) -> float:
     return max(max(r.accuracy.pairs.lost, r.accuracy.pairs.gained) / r.accuracy.pairs.n for r in found.rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "settings", "allowed"),
     [
@@ -134,7 +129,6 @@ def test_another_batch_size_precision_or_seed_passes_within_the_stated_error(
     assert most(found) <= allowed
 
 
-@pytest.mark.slow
 def test_two_parts_joined_pass_without_a_discordant_pair(before, tmp_path):
     for part in (1, 2):
         judged(cure(), out=tmp_path / str(part), shard=(part, 2), shard_size=100)
@@ -144,7 +138,6 @@ def test_two_parts_joined_pass_without_a_discordant_pair(before, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_device_passes_within_the_stated_error(before):
     found = compare(judged(load_model("digits_cure", device="cuda")), before, Rules())
@@ -184,7 +177,6 @@ def test_workflows_are_yaml_whose_steps_are_complete():
         assert "--github" in gate
 
 
-@pytest.mark.slow
 def test_the_hook_of_the_documentation_runs(tmp_path):
     """As `pre-commit` would call it, on a network of ours in the place of the user's."""
     _, hook = blocks("yaml")

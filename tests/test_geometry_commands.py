@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from made import invoke
 from mpl_toolkits.mplot3d import Axes3D
 from torch import nn
 
@@ -40,10 +41,6 @@ from robustbench_cure.studies.engine import Study
 from robustbench_cure.studies.plots import FORMATS
 
 pytestmark = pytest.mark.usefixtures("svg_only")
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli, [*arguments, "--device", "cpu"], catch_exceptions=False)
 
 
 def refused(*arguments: str) -> str:

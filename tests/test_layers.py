@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "robustbench_cure"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "robustbench_cure"
 
 #: From the ground up. What stands on one floor does not know what else stands there.
 FLOORS = (
@@ -128,3 +129,14 @@ def test_relative_imports_are_refused(tmp_path):
     (tmp_path / "below.py").write_text("from ..cli import main\n")
     with pytest.raises(AssertionError, match="relative"):
         list(imports(tmp_path / "below.py", for_types=True))
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
+def test_test_modules_share_through_modules_without_tests(path):
+    """What two test modules need lives in `made` or `tiny`: none imports another, by name or by file."""
+    local = {other.stem for other in TESTS.glob("*.py")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert named & local <= {"made", "tiny"}
+    assert "spec_from_file_location" not in {getattr(node, "attr", "") for node in ast.walk(tree)}

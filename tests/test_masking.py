@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from made import Roots, Waves, classified, diagnosed, identity_with_backward, images, measurements
+from made import Roots, Waves, classified, identity_with_backward, images, measurements
 from scipy.stats import binomtest
 from torch import nn
 
@@ -19,10 +20,11 @@ from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.masking import binarization, checks
 from robustbench_cure.masking.binarization import separate
 from robustbench_cure.masking.checks import CHECKS, Finding, from_json, to_json
-from robustbench_cure.masking.conclusions import conclude, in_order
+from robustbench_cure.masking.conclusions import Diagnosis, conclude, in_order
 from robustbench_cure.masking.evidence import AttackResult, Measurements, Settings
 from robustbench_cure.masking.obfuscated import OBFUSCATED
 from robustbench_cure.masking.power import Power, controlled, on_broken, powers
+from robustbench_cure.studies import selftest
 from robustbench_cure.threat import ThreatModel
 
 BALL = ThreatModel.parse("linf", "8/255")
@@ -46,26 +48,40 @@ EXPECTED = {
 }
 
 
-@pytest.mark.slow
+#: Of `diagnosed`, before a test replaces it.
+DIAGNOSIS = selftest.diagnosis
+
+
+@cache
+def diagnosed(name: str) -> Diagnosis:
+    """All checks on 60 digits, of an honest or a gradient-obfuscating model; made once a process."""
+    return DIAGNOSIS(name, "cpu")
+
+
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_networks_raise_nothing(name):
     assert diagnosed(name).raised == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_gradient_obfuscating_model_raises_exactly_its_checks(name):
     assert set(diagnosed(name).raised) == EXPECTED[name]
 
 
-@pytest.mark.slow
 def test_a_random_network_is_caught_whatever_else_its_noise_raises():
     raised = diagnosed("random").raised
     assert "unstable_predictions" in raised
     assert "unavailable_gradients" not in raised
 
 
-@pytest.mark.slow
+def test_the_selftest_holds_here(monkeypatch):
+    """What it asks of the diagnoses, as they are above; its closed forms: see the tests of the commands."""
+    monkeypatch.setattr(selftest, "diagnosis", lambda name, device: diagnosed(name))
+    tried = list(selftest._masking("cpu"))
+    assert len(tried) == 5
+    assert all(one.holds for one in tried), tried
+
+
 def test_every_check_reports_in_the_order_of_the_table():
     """Without a surrogate the last one is not run; the others are decided one way or the other."""
     findings = diagnosed("digits_cure").findings

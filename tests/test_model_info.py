@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_report import CLEAN, EVIDENCE, FGSM, PGD, SPSA, battery, record
-from test_site import evidence
+from made import CLEAN, EVIDENCE, FGSM, PGD, SPSA, battery, evidence, record
 
 from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
@@ -81,7 +80,6 @@ def test_the_command_writes_the_file_and_names_what_is_missing(tmp_path, capsys)
     assert "no run in there" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_every_key_is_one_of_robustbenchs():
     from robustbench_cure.interop.robustbench import import_robustbench
 

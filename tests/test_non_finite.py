@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import made
 import pytest
 import torch
+from made import FGSM, NOISE
 from torch import nn
 
 from robustbench_cure import from_arrays, load_dataset, load_model
@@ -12,7 +16,6 @@ from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.evaluate import evaluate
 from robustbench_cure.masking.evidence import wider
-from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 8, 8)
@@ -134,28 +137,10 @@ HOLES = {
 }
 
 
-def battery(*attacks, eps="51/255"):
-    head = {"id": "b", "version": 1, "name": "b", "source": "", "dataset": "digits", "n": 0, "seed": 0}
-    head |= {"published": "", "notes": "", "threat": {"norm": "linf", "eps": eps}}
-    return Battery.model_validate(head | {"attacks": list(attacks)})
-
-
-NOISE = {"id": "noise", "name": "noise", "kind": "uniform_noise", "limit": 0, "draws": 2}
-FGSM = {"id": "fgsm", "name": "FGSM", "kind": "fgsm", "limit": 0}
-PGD = {
-    "id": "pgd",
-    "name": "PGD",
-    "kind": "pgd",
-    "limit": 0,
-    "steps": 10,
-    "step_size": "51/1020",
-    "loss": "ce",
-}
-PGD |= {"random_start": True, "restarts": 1, "stop": "first-success"}
-DEEPFOOL = {"id": "deepfool", "name": "DF", "kind": "deepfool", "limit": 0, "mode": "bounded", "steps": 20}
-DEEPFOOL |= {"overshoot": 0.02, "candidates": 10, "clip": True}
-SPSA = {"id": "spsa", "name": "SPSA", "kind": "spsa", "limit": 0, "steps": 12, "samples": 8}
-SPSA |= {"step_size": "1/20", "delta": 0.01, "stop": "first-success"}
+PGD = made.PGD | {"id": "pgd", "name": "PGD", "steps": 10, "step_size": "51/1020"}
+DEEPFOOL = made.DEEPFOOL | {"mode": "bounded", "steps": 20}
+SPSA = made.SPSA | {"limit": 0, "steps": 12, "samples": 8, "step_size": "1/20", "stop": "first-success"}
+battery = partial(made.battery, eps="51/255", dataset="digits")
 
 
 @pytest.mark.parametrize("hole", HOLES)

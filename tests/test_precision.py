@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import made
 import pytest
 import torch
 from torch import nn
@@ -21,7 +24,6 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.evaluation.evaluate import evaluate
 from robustbench_cure.evaluation.preflight import preflight
-from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.threat import ThreatModel
 
 SHAPE, BALL = (1, 2, 2), ThreatModel("linf", "1/10")
@@ -82,7 +84,7 @@ def test_what_one_rounding_decides_is_searched_in_float32(attack):
 @pytest.mark.parametrize("delta", [1e-3, 1e-4])
 def test_spsa_is_not_blind_where_bfloat16_hides_its_differences(delta):
     """Margins and gradients agree, and yet most pixels at a distance of 1e-4 are the same in bfloat16."""
-    data, ball = load_dataset("digits").subset(40), ThreatModel("linf", "51/255")
+    data, ball = load_dataset("digits").subset(20), ThreatModel("linf", "51/255")
     x, y, stand = data.images, data.labels, []
     for precision in ("fp32", "bf16"):
         model = load_model("digits_cure", precision=precision)
@@ -170,22 +172,8 @@ class Inside(nn.Module):
         return self.net(self.down(self.up(x)))
 
 
-def digits_battery(*attacks):
-    head = {"id": "b", "version": 1, "name": "b", "source": "", "dataset": "digits", "n": 0, "seed": 0}
-    head |= {"published": "", "notes": "", "threat": {"norm": "linf", "eps": "51/255"}}
-    return Battery.model_validate(head | {"attacks": list(attacks)})
-
-
-PGD = {
-    "id": "pgd",
-    "name": "PGD",
-    "kind": "pgd",
-    "limit": 0,
-    "steps": 10,
-    "step_size": "51/1020",
-    "loss": "ce",
-}
-PGD |= {"random_start": True, "restarts": 1, "stop": "first-success"}
+PGD = made.PGD | {"id": "pgd", "name": "PGD", "steps": 10, "step_size": "51/1020"}
+digits_battery = partial(made.battery, eps="51/255", dataset="digits")
 
 
 def test_a_network_that_needs_float32_is_searched_in_float32():
@@ -342,12 +330,8 @@ def test_what_is_adversarial_already_is_not_lost_by_another_search():
     assert not bool((never.searched_again & broken[1]).all())
 
 
-class OnlyFar(nn.Module):
+class OnlyFar(made.Wrapped):
     """Honest on the images and near them; further away bfloat16 is shown the negative, if pixel 0 is dark."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
 
     def forward(self, x):
         far = (x[:, :, 1:] - 0.5).abs().amax((1, 2, 3), keepdim=True) > 0.07

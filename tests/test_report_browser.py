@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+from made import CLEAN, DEEPFOOL, FGSM, battery, hostile, record
 
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.protocol.cards import Battery, PublishedTable
 from robustbench_cure.protocol.catalog import find
 from robustbench_cure.report.render import write_reports
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
-]
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-def builder():
-    """The record builder of the tests beside this one."""
-    path = Path(__file__).with_name("test_report.py")
-    spec = importlib.util.spec_from_file_location("report_builder", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     """A page with all there is: several models, a paper table, flags, hostile names, a minimal attack."""
-    make = builder()
     strong = find(Battery, "strong").card
-    evidence = {spec.id: "xx......--" for spec in strong.attacks}
+    marks = {spec.id: "xx......--" for spec in strong.attacks}
     flags = [Flag(kind="stochastic", evidence="3 of 64 images"), Flag(kind="lossy_data", evidence="all")]
     records = [
-        make.record(strong, make.CLEAN, evidence, model={"name": f"Model {i}"}, flags=flags[: i % 3])
-        for i in range(4)
+        record(strong, CLEAN, marks, model={"name": f"Model {i}"}, flags=flags[: i % 3]) for i in range(4)
     ]
     protocol = find(Battery, "table1").card
     paper = {spec.id: "xx......--" for spec in protocol.attacks}
     model = {"name": "ResNet-18", "published_row": "resnet18/normal"}
-    records.append(make.record(protocol, make.CLEAN, paper, model=model, data={"name": "cifar10"}))
-    mixed = make.battery(make.FGSM, make.DEEPFOOL)
-    records.append(make.record(mixed, "11", {"fgsm": "x.", "deepfool": "xo"}))
-    records.append(make.hostile())
+    records.append(record(protocol, CLEAN, paper, model=model, data={"name": "cifar10"}))
+    mixed = battery(FGSM, DEEPFOOL)
+    records.append(record(mixed, "11", {"fgsm": "x.", "deepfool": "xo"}))
+    records.append(hostile())
     table = find(PublishedTable, "table1").card
     return write_reports(records, tmp_path_factory.mktemp("report"), {"table1": table})[-1]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -76,26 +40,9 @@ def scheme(request) -> str:
 
 
 @pytest.fixture
-def visit(browser, report):
-    """Open the report; at the end nothing may have been requested but the file, nor any error raised."""
-    contexts, requests, troubles = [], [], []
-
-    def start(**options):
-        context = browser.new_context(offline=True, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
-        page.goto(report.as_uri())
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    assert set(requests) == {report.as_uri()}
-    assert troubles == []
+def visit(open_page, report):
+    """Open the report, which may ask for nothing but itself."""
+    return partial(open_page, report, within=report)
 
 
 def luminance(page, prop: str) -> float:

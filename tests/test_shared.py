@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import made
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from made import WEIGHTED, MatmulWatch, Quadric, toy
 
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks.noise import Noise
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("svg_only")
 
 SHAPE = (1, 4, 5)
 SIZE = 20
+invoke = partial(made.invoke, "shared")
 
 
 def frame(m: int, d: int = SIZE, seed: int = 0) -> torch.Tensor:
@@ -108,26 +110,18 @@ def test_shares_of_a_subspace():
 
 
 def test_products_with_subspaces_are_not_rounded():
-    seen = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if "matmul" in function.__name__:
-                seen.append(torch.backends.cuda.matmul.allow_tf32)
-            return function(*args, **(kwargs or {}))
-
     tangent, matrix = tangent_frame(torch.eye(SIZE)[0]), torch.eye(SIZE - 1)
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        with Watch():
+        with MatmulWatch() as watch:
             extreme_eigenvectors(tangent, matrix)
             in_inputs(tangent, matrix)
             random_in(frame(5), streams(3), 0)
             random_outside(frame(5), streams(3), 0)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-    assert len(seen) == 6
-    assert not any(seen)
+    assert len(watch.allowed) == 6
+    assert not any(watch.allowed)
 
 
 def test_draws_point_everywhere_in_their_subspace():
@@ -140,22 +134,13 @@ def test_draws_point_everywhere_in_their_subspace():
         assert float(unit.square().mean(0)[0]) == pytest.approx(share, rel=0.5)
 
 
-class Quadric(nn.Module):
-    def __init__(self, diagonal) -> None:
-        super().__init__()
-        self.register_buffer("diagonal", torch.tensor(diagonal))
-
-    def forward(self, x):
-        u = (x - 0.5).flatten(1)
-        value = (self.diagonal * u.square()).sum(1) / 2 + 2 * u[:, 0]
-        return torch.stack((torch.zeros_like(value), value), 1)
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_relative_curvature_is_that_of_the_tangent_part(sign):
     """The normal is the first input: what bends along it, 50, is no curvature of the boundary."""
     diagonal = [50.0] + [sign * 10.0] + [sign * 1.0] * (SIZE - 2)
-    model = Classifier(Quadric(diagonal), num_classes=2, input_shape=SHAPE)
+    model = Classifier(
+        Quadric(torch.tensor(diagonal).diag(), 2 * torch.eye(SIZE)[0]), num_classes=2, input_shape=SHAPE
+    )
     n = 30
     grey, zeros = torch.full((n, *SHAPE), 0.5), torch.zeros(n, dtype=torch.int64)
     near = Nearest(zeros, zeros + 1, grey, grey, torch.ones(n, dtype=torch.float64))
@@ -202,18 +187,6 @@ class Bowl(torch.nn.Module):
 
 def build(): return Bowl()
 """
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli, ["shared", *arguments, "--device", "cpu"], catch_exceptions=False)
-
-
-def toy(tmp_path, monkeypatch, name, code, x, classes):
-    """A model of your own, and images for it, uint8 (N,6,6,1)."""
-    (tmp_path / f"{name}.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    np.savez(tmp_path / "toy.npz", x=x, y=np.arange(len(x)) % classes)
-    return ("--model", f"{name}:build", "--dataset", "npz", "--data-dir", str(tmp_path / "toy.npz"))
 
 
 def bowl(tmp_path, monkeypatch, first):
@@ -284,10 +257,10 @@ def test_images_without_a_boundary_are_counted_and_too_few_of_them_refused(tmp_p
     table = pd.read_csv(tmp_path / "a" / "shared.csv").iloc[0]
     assert (table["n"], table["n_boundary"]) == (10, 6)
     assert set(pd.read_csv(tmp_path / "a" / "shared-bending.csv")["n"]) == {6}
-    with pytest.raises(UsageError, match="no boundary near the 4 images to evaluate on"):
+    with pytest.raises(UsageError, match=r"no boundary .* 4 images"):
         invoke(*given, "--learn", "12", "--dimension", "3", "--out", str(tmp_path / "b"))
     given = bowl(tmp_path, monkeypatch, [*far, *near])
-    with pytest.raises(UsageError, match="1 of the 5 images to learn from have a boundary, 11 shared"):
+    with pytest.raises(UsageError, match=r"1 of the 5 images .* 11 "):
         invoke(*given, "--learn", "5", "--dimension", "11", "--out", str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 
@@ -431,16 +404,6 @@ def test_unfinished_work_of_another_measurement_is_refused(tmp_path):
     for change in (["--step", "0.3"], ["--seed", "1"], ["--dimension", "3"], ["--learn", "3"]):
         with pytest.raises(UsageError, match="of another measurement"):
             invoke(*given, *change)
-
-
-WEIGHTED = """
-import os, torch
-
-def build():
-    torch.manual_seed(int(os.environ["TOY"]))
-    hidden = torch.nn.Linear(36, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2)
-    return torch.nn.Sequential(torch.nn.Flatten(), *hidden)
-"""
 
 
 def test_unfinished_work_on_other_weights_is_refused(tmp_path, monkeypatch):

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from made import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, evidence, hostile, record
 from PIL import Image
-from test_report import CLEAN, DEEPFOOL, EVIDENCE, FGSM, HOSTILE, PGD, SPSA, battery, hostile, record
 
 from robustbench_cure.cli import boundary as boundary_cli
 from robustbench_cure.cli import geometry as geometry_cli
 from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation.external import COLUMNS, Evidence, Submission
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.storage import find_records
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable
@@ -57,37 +56,6 @@ def other(name: str, marks: str, **more):
     return record(battery(FGSM), "1" * len(marks), {"fgsm": marks}, model=model, **more)
 
 
-def evidence(run, broken: list[int], **more) -> Evidence:
-    """Verified images of somebody for some samples of a record."""
-    table, m = run.samples.iloc[broken], run.manifest
-    rows = pd.DataFrame(
-        {
-            "sample_id": table["sample_id"],
-            "image_sha256": table["image_sha256"],
-            "label": table["label"],
-            "broken": [True] * len(table),
-            "pred": [1] * len(table),
-            "margin": [-1.0] * len(table),
-            "linf": [0.01] * len(table),
-            "l2": [0.1] * len(table),
-            "violation": [""] * len(table),
-        }
-    ).astype(COLUMNS)
-    fields = {
-        "source": "Somebody",
-        "file": "x.npz",
-        "file_sha256": "0" * 64,
-        "model": m.model,
-        "battery": m.battery.id,
-        "battery_version": 1,
-        "threat": m.battery.threat,
-        "data": m.data,
-        "environment": m.environment,
-        "checked": "2026-03-01T00:00:00+00:00",
-    }
-    return Evidence(Submission(**(fields | more)), rows)
-
-
 # --- entries ---------------------------------------------------------------------------------------------
 
 
@@ -118,9 +86,8 @@ def test_weights_saved_again_are_the_same_model_in_any_order_of_the_runs(order):
         {"weights_sha256": "a" * 64, "tensors_sha256": "f" * 64, "source": "card"},
         {"weights_sha256": "b" * 64, "tensors_sha256": "f" * 64, "name": "given"},
     ]
-    runs = [
-        record(battery(FGSM), "1111", {"fgsm": m}, model=i) for m, i in zip(("x...", ".x..", "..x."), models)
-    ]
+    marks = ("x...", ".x..", "..x.")
+    runs = [record(battery(FGSM), "1111", {"fgsm": marks[k]}, model=model) for k, model in enumerate(models)]
     (board,) = leaderboards([runs[k] for k in order])
     (row,) = board.rows
     assert row.robust.rate == Rate(1, 4)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
+import made
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from made import Sphere
 from scipy.fft import dctn
-from torch import nn
 
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.noise import Noise
@@ -31,10 +33,7 @@ pytestmark = pytest.mark.usefixtures("svg_only")
 L2 = ThreatModel.unbounded("l2")
 SHAPE = (3, 8, 8)
 SIZE = math.prod(SHAPE)
-
-
-def images(n: int, seed: int = 0, shape=SHAPE) -> torch.Tensor:
-    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))
+images = partial(made.images, shape=SHAPE)
 
 
 def distances(model: Classifier, x: torch.Tensor, basis: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,14 +163,6 @@ def test_the_whole_space_is_a_subspace_and_smaller_ones_are_farther(digits_net, 
     assert (few > free)[~few.isnan()].all()
 
 
-class Sphere(nn.Module):
-    """Label 0 inside a sphere of radius 0.4 around the middle of the box."""
-
-    def forward(self, x):
-        square = (x - 0.5).flatten(1).square().sum(1)
-        return torch.stack((torch.full_like(square, 0.16), square), 1)
-
-
 def test_inside_a_sphere_the_step_is_newtons_along_the_projection():
     sphere = Classifier(Sphere(), num_classes=2, input_shape=SHAPE)
     offset = torch.randn((9, SIZE), generator=torch.Generator().manual_seed(0))
@@ -242,9 +233,7 @@ def test_beta_of_an_affine_model_is_one_and_keeps_to_its_interval(plane, m):
 
 # --- the command -------------------------------------------------------------------------------------
 
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli, ["subspace", *arguments, "--device", "cpu"], catch_exceptions=False)
+invoke = partial(made.invoke, "subspace")
 
 
 def test_the_command_writes_numbers_that_follow_from_its_images(tmp_path):

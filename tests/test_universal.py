@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
+import made
 import numpy as np
 import pandas as pd
 import pytest
@@ -270,10 +272,7 @@ def test_models_that_cannot_be_moved_leave_nothing():
 
 # --- the command -------------------------------------------------------------------------------------
 
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli, ["universal", *arguments, "--device", "cpu"], catch_exceptions=False)
-
+invoke = partial(made.invoke, "universal")
 
 PAIR = ("--model", "digits_normal", "--model", "digits_cure", "--n", "20", "--passes", "2")
 

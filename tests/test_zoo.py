@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.server
-import os
 import pickle
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from made import Trap
 from torch import nn
 
 from robustbench_cure.adapt import Normalised
@@ -250,20 +250,12 @@ def test_weights_of_another_network_are_refused_and_leave_it_untouched(tmp_path,
     assert all(torch.equal(v, target.state_dict()[k]) for k, v in before.items())
 
 
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_malicious_pickle_is_refused_without_running_it(tmp_path, zipped):
     trap = tmp_path / "trap"
-    state = net().state_dict() | {"evil": Evil(trap)}
+    state = net().state_dict() | {"evil": Trap(trap)}
     torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil(trap)))
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap(trap)))
     for name in ("w.pt", "raw.pt"):
         with pytest.raises(UsageError, match="could run code") as caught:
             load_weights(net(), tmp_path / name)

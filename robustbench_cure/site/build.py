@@ -188,9 +188,7 @@ def _raw(record: Record, runs: Runs, url: str) -> pages.RawRecord:
     manifest, place = record.manifest, runs.place(record)
     name = f"{manifest.battery.name}, {manifest.data.name}, n = {manifest.data.n:,}"
     parts = [] if record.path is None else [p for n in RAW if (p := record.path / n).is_file()]
-    address = (
-        "/".join([url.rstrip("/"), *([quote(place)] if place else [])]) if url and place is not None else ""
-    )
+    address = f"{url.rstrip('/')}/{quote(place)}".rstrip("/") if url and place is not None else ""
     files = [
         (f"{address}/{path.name}" if address else "", path.name, _size(path.stat().st_size)) for path in parts
     ]

@@ -18,7 +18,7 @@ from robustbench_cure.evaluation.external import Evidence
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import PublishedCell, PublishedRow, PublishedTable
-from robustbench_cure.protocol.identity import ModelInfo, same_answers
+from robustbench_cure.protocol.identity import ModelInfo
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import threat_words
 from robustbench_cure.stats import Rate
@@ -160,14 +160,14 @@ def by_model(records: Sequence[Record]) -> list[list[Record]]:
     Weights are equal by file or by tensors, so that a record may join groups that were apart before it. It
     does not join those whose answers differ: older records have none, and agree with everything.
     """
+    models = [record.manifest.model for record in records]
     groups: list[list[int]] = []  # places in `records`
-    for place, record in enumerate(records):
+    for place in range(len(records)):
         joined = [place]
         for group in list(groups):
-            related = any(
-                records[k].manifest.model.same_as(records[p].manifest.model) for k in group for p in joined
-            )
-            if related and all(_may_agree(records[k], records[p]) for k in group for p in joined):
+            pairs = [(models[k], models[p]) for k in group for p in joined]
+            related = any(one.same_as(other) for one, other in pairs)
+            if related and all(same_answers(one.answers, other.answers) for one, other in pairs):
                 groups.remove(group)
                 joined = [*group, *joined]
         groups.append(sorted(joined))
