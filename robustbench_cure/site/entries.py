@@ -18,7 +18,7 @@ from robustbench_cure.evaluation.external import Evidence
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import PublishedCell, PublishedRow, PublishedTable
-from robustbench_cure.protocol.identity import ModelInfo
+from robustbench_cure.protocol.identity import ModelInfo, same_answers
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import threat_words
 from robustbench_cure.stats import Rate
