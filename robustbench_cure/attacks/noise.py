@@ -51,7 +51,14 @@ class Noise:
     def for_samples(
         cls, seed: int, purpose: str, sample_ids: Sequence[str], device: str | torch.device = "cpu"
     ) -> Noise:
-        """Streams of samples known by stable ids, for one purpose (an attack's kind)."""
+        """Streams of samples known by stable ids, for one purpose.
+
+        Args:
+            seed: of the run.
+            purpose: what draws from them, as an attack's kind.
+            sample_ids: stable names of the B samples.
+            device: where the numbers are drawn.
+        """
         texts = (f"{seed}/{purpose}/{name}".encode() for name in sample_ids)
         digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
         keys = [int.from_bytes(digest, "little", signed=True) for digest in digests]
@@ -59,7 +66,13 @@ class Noise:
 
     @classmethod
     def for_rows(cls, n: int, seed: int = 0, device: str | torch.device = "cpu") -> Noise:
-        """Streams of ``n`` anonymous rows: for use of an attack outside an evaluation."""
+        """Streams of anonymous rows: for use of an attack outside an evaluation.
+
+        Args:
+            n: number of rows.
+            seed: of the streams.
+            device: where the numbers are drawn.
+        """
         return cls.for_samples(seed, "rows", [str(i) for i in range(n)], device)
 
     def __len__(self) -> int:

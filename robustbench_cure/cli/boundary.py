@@ -33,7 +33,7 @@ DIRECTIONS = click.option(
     type=click.IntRange(1),
     default=100,
     show_default=True,
-    help="Random ones, of the mean curvature.",
+    help="Random directions of the mean curvature.",
 )
 
 
@@ -44,7 +44,7 @@ DIRECTIONS = click.option(
     type=click.Choice(["both", "l2", "linf"]),
     default="both",
     show_default=True,
-    help="In which distances are measured.",
+    help="Norm of the distances.",
 )
 @taking(Request)
 def distance(request: Request, norm: Literal["both", "l2", "linf"]) -> None:
@@ -102,7 +102,9 @@ def subspace(
     show_default=True,
     help="Share of images that may keep their label.",
 )
-@click.option("--passes", type=click.IntRange(1), default=10, show_default=True, help="Over the images.")
+@click.option(
+    "--passes", type=click.IntRange(1), default=10, show_default=True, help="Passes over the images."
+)
 @taking(Request)
 def universal(
     request: Request,
@@ -173,7 +175,12 @@ def boundary(
     "--scales", default="1,2,5", show_default=True, help="Of the smallest perturbation; 1 or more, ascending."
 )
 @click.option(
-    "--classes", "candidates", type=click.IntRange(2), default=10, show_default=True, help="Considered."
+    "--classes",
+    "candidates",
+    type=click.IntRange(2),
+    default=10,
+    show_default=True,
+    help="Number of classes that are considered.",
 )
 @taking(Request)
 def detect(
@@ -228,7 +235,13 @@ def shared(
 
 @click.command()
 @STUDY
-@click.option("--pairs", type=click.IntRange(1), default=100, show_default=True, help="Of each of 3 kinds.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Pairs of each of the three kinds.",
+)
 @click.option(
     "--spacing",
     type=float,
@@ -237,7 +250,7 @@ def shared(
     help="Of samples on a path, in distances of its ends.",
 )
 @click.option(
-    "--draws", type=click.IntRange(1), default=1000, show_default=True, help="Of convex combinations."
+    "--draws", type=click.IntRange(1), default=1000, show_default=True, help="Number of convex combinations."
 )
 @taking(Request)
 def connectivity(request: Request, pairs: int, spacing: float, draws: int) -> None:

@@ -63,7 +63,7 @@ AUTO: Literal["auto"] = "auto"
     DEVICE,
     PRECISION,
     BATCH_SIZE,
-    seed("Of the attacks; default: the battery's."),
+    seed("Seed of the attacks; default: the battery's."),
     out("Run directory; default: runs/<battery>-<time>."),
     click.option("--resume", is_flag=True, help="Go on with the run that --out holds."),
     click.option(

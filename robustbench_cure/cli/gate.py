@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     default=1.0,
     show_default=True,
     metavar="%",
-    help="Of each exact one-sided test.",
+    help="Level of each exact one-sided test.",
 )
 @click.option(
     "--accept",

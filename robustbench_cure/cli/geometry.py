@@ -19,7 +19,11 @@ STEP = click.option(
     "--step", type=float, help="h of the finite differences; default: CURE's on the data set."
 )
 ITERATIONS = click.option(
-    "--iterations", type=click.IntRange(2), default=30, show_default=True, help="Of Lanczos."
+    "--iterations",
+    type=click.IntRange(2),
+    default=30,
+    show_default=True,
+    help="Iterations of the Lanczos method.",
 )
 
 
@@ -42,7 +46,11 @@ ITERATIONS = click.option(
 )
 @ITERATIONS
 @click.option(
-    "--directions", type=click.IntRange(1), default=100, show_default=True, help="Of the Frobenius norm."
+    "--directions",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Random directions of the Frobenius norm.",
 )
 @taking(Request)
 def curvature(
@@ -97,7 +105,13 @@ def curve(request: Request, norm: Norm, eps: str | None, steps: int | None) -> N
 
 @click.command()
 @STUDY
-@click.option("--points", type=click.IntRange(3), default=201, show_default=True, help="Along each side.")
+@click.option(
+    "--points",
+    type=click.IntRange(3),
+    default=201,
+    show_default=True,
+    help="Points along each side of the plane.",
+)
 @taking(Request)
 def section(request: Request, points: int) -> None:
     """Decision regions around an image; --seed chooses the image."""
@@ -108,7 +122,13 @@ def section(request: Request, points: int) -> None:
 
 @click.command()
 @STUDY
-@click.option("--points", type=click.IntRange(3), default=81, show_default=True, help="Along each side.")
+@click.option(
+    "--points",
+    type=click.IntRange(3),
+    default=81,
+    show_default=True,
+    help="Points along each side of the plane.",
+)
 @taking(Request)
 def surface(request: Request, points: int) -> None:
     """The loss around an image; --seed chooses the image."""

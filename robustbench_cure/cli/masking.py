@@ -30,11 +30,15 @@ class _Even(click.IntRange):
 
 @click.command()
 @STUDY
-@click.option("--norm", type=click.Choice(["linf", "l2"]), help="Default: that of the model's battery.")
-@click.option("--eps", metavar="8/255", help="Default: that of the model's battery.")
+@click.option(
+    "--norm",
+    type=click.Choice(["linf", "l2"]),
+    help="Norm of the ball; default: that of the model's battery.",
+)
+@click.option("--eps", metavar="8/255", help="Its radius; default: that of the model's battery.")
 @PRECISION
-@click.option("--steps", type=_Even(2), default=100, show_default=True, help="Of PGD.")
-@click.option("--spsa-steps", type=click.IntRange(4), default=20, show_default=True, help="Of SPSA.")
+@click.option("--steps", type=_Even(2), default=100, show_default=True, help="Steps of PGD.")
+@click.option("--spsa-steps", type=click.IntRange(4), default=20, show_default=True, help="Steps of SPSA.")
 @click.option(
     "--spsa-samples",
     type=click.IntRange(1),
@@ -42,14 +46,14 @@ class _Even(click.IntRange):
     show_default=True,
     help="Directions of each estimate of SPSA.",
 )
-@click.option("--queries", type=click.IntRange(2), default=500, show_default=True, help="Of Square.")
-@click.option("--draws", type=click.IntRange(1), default=50, show_default=True, help="Of random noise.")
+@click.option("--queries", type=click.IntRange(2), default=500, show_default=True, help="Queries of Square.")
+@click.option("--draws", type=click.IntRange(1), default=50, show_default=True, help="Draws of random noise.")
 @click.option(
     "--restarts",
     type=click.IntRange(2),
     default=5,
     show_default=True,
-    help="Of the PGD with several starts.",
+    help="Starts of the PGD that has several.",
 )
 @click.option(
     "--binarization",

@@ -167,16 +167,22 @@ NETWORK = with_options(
     click.option("--mean", type=Numbers(), metavar="M,M,M", help="Channel means of a model of your own."),
     click.option("--std", type=Numbers(), metavar="S,S,S", help="Channel standard deviations, likewise."),
 )
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:1."
+)
 PRECISION = click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the search; every success is verified in fp32.",
+    help="Precision of the search; every success is verified in fp32.",
 )
 BATCH_SIZE = click.option(
-    "--batch-size", type=AutoOr(None), default="auto", show_default=True, help="Images a pass."
+    "--batch-size",
+    type=AutoOr(None),
+    default="auto",
+    show_default=True,
+    help="Images in one pass; auto: as many as fit well.",
 )
 CARDS = click.option(
     "--cards", multiple=True, metavar="DIR", help="Directory with further cards; repeatable."
@@ -191,7 +197,7 @@ STUDY = with_options(
     NETWORK,
     DEVICE,
     BATCH_SIZE,
-    seed("Of whatever is random; section, surface: of the image."),
+    seed("Seed of random draws, and of the image that section and surface show."),
     out("Folder; default: runs/<verb>-<time>."),
     CARDS,
 )

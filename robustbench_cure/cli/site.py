@@ -60,10 +60,10 @@ def site(
     help="Run to write RobustBench's model_info of.",
 )
 @out("Folder of model_info/; default: here.", default=Path())
-@click.option("--link", default="", help="Of the paper.")
+@click.option("--link", default="", help="Address of the paper.")
 @click.option("--name", default="", help="Title of the paper.")
-@click.option("--authors", default="", help="Separated by commas.")
-@click.option("--venue", default="", help='As "CVPR 2019".')
+@click.option("--authors", default="", help="Authors, separated by commas.")
+@click.option("--venue", default="", help='Where it appeared, as "CVPR 2019".')
 @CARDS
 def export(run: Path, out: Path, cards: tuple[str, ...], **declared: str) -> None:
     """Write the records of a run in the form of other benchmarks."""

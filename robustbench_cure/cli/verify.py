@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=PATH)
 @click.option("--model", required=True, metavar="ID", help=MODEL_HELP + ".")
 @click.option("--battery", metavar="ID", help="Whose threat model counts; default: the card's.")
-@click.option("--against", multiple=True, type=PATH, help="Run to lower; repeatable.")
+@click.option("--against", multiple=True, type=PATH, help="Run whose numbers it lowers; repeatable.")
 @click.option("--source", default="", help="Who made the images, and how; printed on the leaderboard.")
 @click.option("--tensor", default="", metavar="NAME", help="Which tensor, where the file holds several.")
 @DATA

@@ -154,6 +154,13 @@ def admit(
 ) -> list[Flag]:
     """Check whether a model can be evaluated at all, before anything is written.
 
+    Args:
+        classifier: the model.
+        battery: the protocol, whose attacks must fit the model.
+        data: the images; the first of those selected are shown to the model.
+        n: how many samples (0: what the battery asks for, or all).
+        allow_unreliable: accept a stochastic or batch-dependent model.
+
     Returns:
         The flags of `preflight`.
 

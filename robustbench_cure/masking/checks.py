@@ -145,7 +145,19 @@ def finding(
     beyond: Literal[">", "<"] = ">",
     p: float | None = None,
 ) -> Finding:
-    """A finding, with the ids of its rows (bool (m,)) where it is raised."""
+    """A finding, with the ids of the images that it is about where it is raised.
+
+    Args:
+        check: its name.
+        raised: whether the check is raised.
+        value: what was measured.
+        threshold: what it is compared with.
+        evidence: a sentence with the numbers.
+        ids: names of the m images.
+        rows: images that it is about, bool (m,); None: no single ones.
+        beyond: side of the threshold on which the check is raised.
+        p: p-value of the test that decides with it; None: no test.
+    """
     chosen = [] if rows is None or not raised else rows.nonzero().squeeze(1).tolist()
     return Finding(
         check=check,
