@@ -7,10 +7,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from robustbench_cure.threat import ThreatModel, distance, format_eps, parse_fraction
+from robustbench_cure.threat import (
+    PIXEL_TOLERANCE,
+    RELATIVE_TOLERANCE,
+    ThreatModel,
+    distance,
+    format_eps,
+    parse_fraction,
+)
 
 NORMS = ("linf", "l2")
 
@@ -94,6 +101,7 @@ def test_distance_of_no_rows_and_of_empty_images(norm):
 # --- projection --------------------------------------------------------------------------------------
 
 
+@example(norm="l2", eps=Fraction(26, 15), scale=1e6, seed=9563)
 @settings(max_examples=60, deadline=None)
 @given(
     norm=st.sampled_from(NORMS),
@@ -105,7 +113,9 @@ def test_projection_lies_in_ball_and_box_and_is_idempotent(norm, eps, scale, see
     threat = ThreatModel(norm, min(eps, Fraction(1)) if norm == "linf" else eps)
     x, moved = images(4, seed), images(4, seed) + shifts(4, scale, seed)
     projected = threat.project(x, moved)
-    assert (numpy_norm(projected - x, norm) <= threat.radius + 1e-7).all()
+    # Roundings of float32 may lead out by a tenth of what membership allows, and by one of a pixel.
+    slack = threat.radius * RELATIVE_TOLERANCE / 10 + PIXEL_TOLERANCE
+    assert (numpy_norm(projected - x, norm) <= threat.radius + slack).all()
     assert threat.contains(x, projected).all()
     assert projected.amin() >= 0
     assert projected.amax() <= 1
