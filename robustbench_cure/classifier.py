@@ -387,11 +387,7 @@ class Classifier:
             )
         if not self._asked:
             self._asked = True
-            try:
-                tensors = tensors_digest(bare(self.module))
-            except Exception:  # the user's own code: a state that cannot be asked for is not known
-                tensors = ""
-            known = {"answers": self.answers(), "tensors_sha256": tensors}
+            known = {"answers": self.answers(), "tensors_sha256": tensors_digest(bare(self.module))}
             self._info = self._info.model_copy(update=known)
         return self._info
 

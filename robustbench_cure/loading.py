@@ -8,7 +8,7 @@ from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import EvalSet, load_dataset
 from robustbench_cure.errors import UsageError
 from robustbench_cure.protocol.cards import Battery, ModelCard
-from robustbench_cure.protocol.catalog import catalog, load_battery
+from robustbench_cure.protocol.catalog import catalog, load_battery, roots
 from robustbench_cure.protocol.naming import ModelName, resolve_model
 from robustbench_cure.protocol.request import Request
 from robustbench_cure.zoo.models import load_model
@@ -34,8 +34,9 @@ def named_models(request: Request) -> tuple[ModelName, ...]:
 
 def _embedded() -> tuple[str, ...]:
     """Models of the embedded data set whose weights lie beside their cards, cards of the user's own apart."""
-    cards = (found.card for found in catalog(ModelCard).values())
-    return tuple(sorted(c.id for c in cards if c.dataset == EMBEDDED and c.weights and c.weights.file))
+    _, package = roots()[-1]  # the last root is the package's own
+    found = [file.card for file in catalog(ModelCard).values() if file.path.is_relative_to(package)]
+    return tuple(sorted(c.id for c in found if c.dataset == EMBEDDED and c.weights and c.weights.file))
 
 
 def named_battery(name: str | None, models: Sequence[ModelName], cards: tuple[str, ...]) -> Battery:

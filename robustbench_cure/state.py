@@ -13,16 +13,22 @@ def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, uint8 (N,), on its device: NaN is equal to itself, -0.0 is not 0.0."""
     plain = tensor.detach()
     plain = plain.int_repr() if plain.is_quantized else plain
-    return plain.resolve_conj().contiguous().flatten().view(torch.uint8)
+    return plain.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of the state dict, hex; of nothing for a network without a state."""
+    """SHA-256 over names and bytes of the state dict, hex; empty where it cannot be read.
+
+    What older records know a network by that came from no file; see `tensors_digest` for all others.
+    """
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        # Quantised layers and others keep what is no tensor there, too.
-        held = bits(value).cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-        digest.update(key.encode() + held)
+    try:
+        for key, value in sorted(module.state_dict().items()):
+            # Quantised layers and others keep what is no tensor there, too.
+            held = bits(value).cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            digest.update(key.encode() + held)
+    except Exception:  # the user's own code, or tensors without bytes of their own
+        return ""
     return digest.hexdigest()
 
 
@@ -35,20 +41,25 @@ def tensors_digest(module: nn.Module) -> str:
 
     Args:
         module: the bare network, see `adapt.bare`.
+
+    Returns:
+        The digest; empty where the state cannot be read.
     """
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        if key.rpartition(".")[2] != "num_batches_tracked":
-            digest.update(key.replace("_orig_mod.", "").encode() + b"\0")
-            _add(digest, value)
+    try:
+        for key, value in sorted(module.state_dict().items()):
+            if key.rpartition(".")[2] != "num_batches_tracked":
+                digest.update(key.replace("_orig_mod.", "").encode() + b"\0")
+                _add(digest, value)
+    except Exception:  # the user's own code, or tensors without bytes of their own
+        return ""
     return digest.hexdigest()
 
 
 def _add(digest: hashlib._Hash, value: object) -> None:
     """Add shape, dtype and values of a tensor; quantised layers keep several of them, and other things."""
     if isinstance(value, Tensor):
-        scale = (value.q_scale(), value.q_zero_point()) if _is_scaled(value) else ""
-        digest.update(f"{tuple(value.shape)} {value.dtype} {scale}\0".encode())
+        digest.update(f"{tuple(value.shape)} {value.dtype} {_scales(value)}\0".encode())
         digest.update(bits(value).cpu().numpy().tobytes())
     elif isinstance(value, list | tuple):
         for part in value:
@@ -57,9 +68,14 @@ def _add(digest: hashlib._Hash, value: object) -> None:
         digest.update(f"{value!r}\0".encode())
 
 
-def _is_scaled(tensor: Tensor) -> bool:
-    """Whether a tensor is quantised with one scale for all of it."""
-    return tensor.is_quantized and tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+def _scales(tensor: Tensor) -> object:
+    """What turns the integers of a quantised tensor into its values; nothing for others."""
+    if not tensor.is_quantized:
+        return ""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    channels = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return tensor.q_per_channel_axis(), [values.tolist() for values in channels]
 
 
 class Fingerprint:

@@ -434,7 +434,8 @@ def test_answers_tell_apart_what_weights_do_not():
         nn.Sequential(net, nn.Softmax(1)),
     ]
     for other in others:
-        info = info_of(other).model_copy(update={"weights_sha256": plain.weights_sha256})
+        weights = {"weights_sha256": plain.weights_sha256, "tensors_sha256": plain.tensors_sha256}
+        info = info_of(other).model_copy(update=weights)
         assert not info.same_as(plain)
         assert info.model_copy(update={"answers": []}).same_as(plain)  # not known: weights alone tell
     assert not info_of(shake(PreActivation(), seed=1)).same_as(plain)
@@ -472,6 +473,36 @@ def test_any_change_of_a_tensor_is_another_digest():
     }
     assert len(seen) == 7
     assert digest(a=one) == digest(a=one.clone())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_weights_differ_by_their_integers_and_by_their_scales():
+    def quantised(scale=0.1, zero=3, row=None, change=0.0):
+        values = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+        values[32, 32] += change
+        whole = (values / 0.1).round().to(torch.int8)
+        if row is None:
+            tensor = torch._make_per_tensor_quantized_tensor(whole, scale, zero)
+        else:
+            scales = torch.full((64,), scale, dtype=torch.float64)
+            scales[row] *= 2
+            tensor = torch._make_per_channel_quantized_tensor(whole, scales, torch.full((64,), zero), 0)
+        net = nn.Module()
+        net.register_buffer("w", tensor)
+        return tensors_digest(net)
+
+    changed = [{}, {"scale": 0.2}, {"zero": 4}, {"change": 1.0}, {"row": 5}, {"row": 6}]
+    assert len({quantised(**change) for change in changed}) == len(changed)
+    assert quantised(row=5) == quantised(row=5)
+
+
+def test_a_state_that_cannot_be_read_is_not_known():
+    class Silent(nn.Sequential):
+        def state_dict(self, *_, **__):
+            raise RuntimeError("no state")
+
+    info = info_of(Silent(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)))
+    assert (info.weights_sha256, info.tensors_sha256) == ("", "")
 
 
 def test_records_of_older_versions_still_match_by_their_weights_file():

@@ -179,7 +179,7 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "derived",
         "warning",
         "A gradient-free attack succeeded where gradients failed",
-        "SPSA or random noise broke images that every gradient attack of the battery left standing",
+        "a gradient-free attack, or random noise, broke images that no white-box attack of the battery broke",
         "the gradients may be masked, so that white-box numbers overstate robustness",
         "compare final margins sample by sample, add restarts and a margin loss, and attack adaptively",
     ),

@@ -79,8 +79,15 @@ class RecordedAttacks:
 
     @property
     def random(self) -> AttackResult:
-        """The worst of random points around each image."""
-        return self._result(self.of("uniform_noise")[0])
+        """The worst of random points around each image, of all controls of the battery."""
+        results = [self._result(spec) for spec in self.controls]
+        margin = torch.stack([result.margin for result in results]).amin(0)
+        return AttackResult(margin, torch.stack([result.broken for result in results]).any(0))
+
+    @property
+    def controls(self) -> list[AttackSpec]:
+        """Attacks that draw points and search nothing: uniform noise, and noise of other libraries."""
+        return [spec for spec in self.attacks if spec.access == "control"]
 
     @property
     def spsa(self) -> AttackResult:
@@ -148,7 +155,7 @@ def from_record(record: Record) -> RecordedDiagnosis | None:
     findings += [unstable_predictions(every), probability_outputs(every)]
     if every.of("fgsm"):
         findings.append(fgsm_beats_pgd(every))
-    if every.of("uniform_noise"):
+    if every.controls:
         findings.append(noise_beats_white_box(every))
     if every.gradient_free:
         name = "gradient_free_beats_white_box"

@@ -5,7 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,10 +59,19 @@ class ModelInfo(Section):
         return self.same_weights(other) and same_answers(self.answers, other.answers)
 
     def same_weights(self, other: ModelInfo) -> bool:
-        """Whether both have the same weights: equal files, or equal tensors in different files."""
-        known = bool(self.tensors_sha256 and other.tensors_sha256)
-        equal = known and self.tensors_sha256 == other.tensors_sha256
-        return equal or self.weights_sha256 == other.weights_sha256
+        """Whether both have the same weights: equal tensors or, where these are not known, equal files."""
+        if self.tensors_sha256 and other.tensors_sha256:
+            return self.tensors_sha256 == other.tensors_sha256
+        return self.weights_sha256 == other.weights_sha256
+
+
+def known_tensors(models: Iterable[ModelInfo]) -> dict[str, str]:
+    """SHA-256 of a weights file -> that of its tensors, from the models that have both.
+
+    Records of versions that knew no digest of tensors are given it by others of the same file: equality of
+    weights, by file or by tensors, is then the same in any order.
+    """
+    return {m.weights_sha256: m.tensors_sha256 for m in models if m.weights_sha256 and m.tensors_sha256}
 
 
 def same_answers(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -20,7 +20,7 @@ Access = Literal["white-box", "gradient-free", "control", "mixed"]
 
 #: Attacks of other libraries that are not white-box, by what they use.
 PEER_ACCESS: dict[str, dict[Access, tuple[str, ...]]] = {
-    "autoattack": {"gradient-free": ("square",), "mixed": ("standard", "plus", "rand")},
+    "autoattack": {"gradient-free": ("square",), "mixed": ("standard", "plus")},
     "torchattacks": {
         "gradient-free": ("OnePixel", "Pixle", "SPSA", "Square"),
         "control": ("GN", "VANILA"),
@@ -29,12 +29,13 @@ PEER_ACCESS: dict[str, dict[Access, tuple[str, ...]]] = {
     "foolbox": {
         "gradient-free": (
             "BinarizationRefinementAttack", "BinarySearchContrastReductionAttack", "BoundaryAttack",
-            "DatasetAttack", "GaussianBlurAttack", "GenAttack", "HopSkipJumpAttack", "InversionAttack",
-            "L2ContrastReductionAttack", "LinearSearchContrastReductionAttack", "PointwiseAttack",
+            "DatasetAttack", "GaussianBlurAttack", "GenAttack", "HopSkipJumpAttack",
+            "LinearSearchContrastReductionAttack", "PointwiseAttack",
             "SpatialAttack",
         ),
         "control": (
-            "L2AdditiveGaussianNoiseAttack", "L2AdditiveUniformNoiseAttack",
+            "InversionAttack", "L2ContrastReductionAttack", "L2AdditiveGaussianNoiseAttack",
+            "L2AdditiveUniformNoiseAttack",
             "L2ClippingAwareAdditiveGaussianNoiseAttack", "L2ClippingAwareAdditiveUniformNoiseAttack",
             "L2ClippingAwareRepeatedAdditiveGaussianNoiseAttack",
             "L2ClippingAwareRepeatedAdditiveUniformNoiseAttack", "L2RepeatedAdditiveGaussianNoiseAttack",

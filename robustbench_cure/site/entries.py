@@ -18,7 +18,7 @@ from robustbench_cure.evaluation.external import Evidence
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import PublishedCell, PublishedRow, PublishedTable
-from robustbench_cure.protocol.identity import ModelInfo, same_answers
+from robustbench_cure.protocol.identity import ModelInfo, known_tensors
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import threat_words
 from robustbench_cure.stats import Rate
@@ -143,6 +143,7 @@ def leaderboards(
         published: printed tables; those without a threat model or not in per cent are left out.
         extra_data: what is declared of a record's model.
     """
+    complete(records, external)
     places: dict[tuple[str, str, ThreatModel], list[Entry]] = {}
     for members in _groups(records):
         data, threat = members[0].manifest.data, members[0].manifest.battery.threat
@@ -154,24 +155,31 @@ def leaderboards(
     return sorted(ranked, key=lambda b: (not any(r.records for r in b.rows), b.data, b.split, b.threat.eps))
 
 
-def by_model(records: Sequence[Record]) -> list[list[Record]]:
-    """Records put together by the model they are of, in order of the first of each.
+def complete(records: Sequence[Record], external: Sequence[Evidence] = ()) -> dict[str, str]:
+    """Give models without a digest of tensors that of their weights file, in place; see `known_tensors`."""
+    holders = [record.manifest for record in records] + [evidence.submission for evidence in external]
+    known = known_tensors(holder.model for holder in holders)
+    for holder in holders:
+        model = holder.model
+        if not model.tensors_sha256 and model.weights_sha256 in known:
+            update = {"tensors_sha256": known[model.weights_sha256]}
+            holder.model = model.model_copy(update=update)
+    return known
 
-    Weights are equal by file or by tensors, so that a record may join groups that were apart before it. It
-    does not join those whose answers differ: older records have none, and agree with everything.
-    """
-    models = [record.manifest.model for record in records]
-    groups: list[list[int]] = []  # places in `records`
-    for place in range(len(records)):
-        joined = [place]
-        for group in list(groups):
-            pairs = [(models[k], models[p]) for k in group for p in joined]
-            related = any(one.same_as(other) for one, other in pairs)
-            if related and all(same_answers(one.answers, other.answers) for one, other in pairs):
-                groups.remove(group)
-                joined = [*group, *joined]
-        groups.append(sorted(joined))
-    return [_card_first([records[k] for k in group]) for group in sorted(groups)]
+
+def by_model(records: Sequence[Record]) -> list[list[Record]]:
+    """Records put together by the model they are of, in order of the first of each."""
+    complete(records)
+    groups: list[list[Record]] = []
+    for record in records:
+        model = record.manifest.model
+        # Of all of them: an older record has no answers, and agrees with several functions of its weights.
+        own = next((g for g in groups if all(r.manifest.model.same_as(model) for r in g)), None)
+        if own is None:
+            groups.append([record])
+        else:
+            own.append(record)
+    return [_card_first(group) for group in groups]
 
 
 def _card_first(members: list[Record]) -> list[Record]:
