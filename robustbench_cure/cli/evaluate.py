@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from robustbench_cure.protocol.cards import Battery
     from robustbench_cure.protocol.naming import ModelName
 
-#: What ``--n auto`` stands for until the tolerance is known.
-AUTO: Literal["auto"] = "auto"
+#: Number of samples that stands for ``--n auto`` until the tolerance is known.
+AUTO = 0
 
 
 @click.command()
@@ -189,8 +189,7 @@ def _sized(request: EvaluateRequest, tolerance: Fraction | None) -> EvaluateRequ
     Raises:
         UsageError: only one of the two was given, or the tolerance is too small or too large.
     """
-    given: object = request.n
-    if (given == AUTO) != (tolerance is not None):
+    if (request.n == AUTO) != (tolerance is not None):
         raise UsageError("--n auto and --tolerance POINTS go together")
     if tolerance is None:
         return request

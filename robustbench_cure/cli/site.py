@@ -65,10 +65,13 @@ def site(
 @click.option("--authors", default="", help="Authors, separated by commas.")
 @click.option("--venue", default="", help='Where it appeared, as "CVPR 2019".')
 @CARDS
-def export(run: Path, out: Path, cards: tuple[str, ...], **declared: str) -> None:
+def export(
+    run: Path, out: Path, link: str, name: str, authors: str, venue: str, cards: tuple[str, ...]
+) -> None:
     """Write the records of a run in the form of other benchmarks."""
     from robustbench_cure.site.robustbench import export_model_info
 
+    declared = {"link": link, "name": name, "authors": authors, "venue": venue}
     for line in export_model_info(run, out, declared, cards):
         click.echo(line)
 

@@ -23,6 +23,7 @@ from robustbench_cure.files import write_text
 from robustbench_cure.masking.conclusions import Diagnosis, diagnose
 from robustbench_cure.masking.evidence import Settings
 from robustbench_cure.masking.obfuscated import OBFUSCATED
+from robustbench_cure.protocol.defaults import defaults_of
 from robustbench_cure.threat import ThreatModel
 from robustbench_cure.zoo.models import load_model
 
@@ -46,7 +47,7 @@ MUST_RAISE = {
 #: Model that must raise none, and that the others are made of.
 HONEST = "digits_cure"
 WORK = Settings(steps=20, spsa_steps=8, spsa_samples=16, draws=10, restarts=2, queries=100, planted=12)
-IMAGES, THREAT = 60, ThreatModel.parse("linf", "51/255")
+IMAGES, THREAT = 60, ThreatModel("linf", defaults_of("digits").eps)
 
 
 @dataclass(frozen=True)
