@@ -176,8 +176,9 @@ def check_same_run(before: Manifest, now: Manifest, where: Path) -> None:
     Raises:
         UsageError: names the first thing that differs.
     """
-    if not before.model.same_weights(now.model):
-        _refuse(where, "model weights", before.model.weights_sha256, now.model.weights_sha256)
+    files = before.model.weights_sha256, now.model.weights_sha256
+    if not before.model.same_weights(now.model) and files[0] != files[1]:
+        _refuse(where, "model weights", *files)
     if not before.model.same_as(now.model):
         raise UsageError(
             f"{where}: holds a run of the same weights in another network (code, mean or std); "
