@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.geometry.hessian import columns, eigenvalues
+from robustbench_cure.geometry.hessian import columns, spectrum
 from robustbench_cure.geometry.lanczos import lanczos
 from robustbench_cure.geometry.space import Space, normalised_space
 
@@ -48,7 +48,7 @@ def main() -> None:
     ours = rate(lambda: columns(space, u[0], y[0], basis, 1.5), count, options.seconds)
     print(f"raw gradients          {raw:9.0f} /s")
     print(f"columns of the Hessian {ours:9.0f} /s   {100 * ours / raw:.0f} % of raw")
-    dense = timed(lambda: eigenvalues(space, u[0], y[0], h=1.5))
+    dense = timed(lambda: spectrum(space, u[0], y[0], h=1.5).values)
     print(f"profile of one image   {dense:9.2f} s    {d / dense:.0f} gradients/s with its eigenvalues")
     if options.hessian:
         exact = timed(lambda: autograd_hessian(space, u[0], y[0]))

@@ -14,7 +14,7 @@ from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa,
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.registry import ATTACKS
-from robustbench_cure.threat import ThreatModel
+from robustbench_cure.threat import BOX_TOLERANCE, ThreatModel
 
 THREAT = ThreatModel.parse("linf", "8/255")
 WORK = {
@@ -93,7 +93,10 @@ def test_right_inputs_pass_and_so_do_none(attack):
         (images()[:0], LABELS[:0]),
         (images()[:0], torch.tensor([])),
     ):
-        attack(network(), x, y, threat=THREAT, **WORK[attack])
+        found = attack(network(), x, y, threat=THREAT, **WORK[attack])
+        for candidates in found if isinstance(found, list) else [found]:
+            assert candidates.x_adv.shape == x.shape
+            assert bool(((candidates.x_adv >= 0) & (candidates.x_adv <= 1 + BOX_TOLERANCE)).all())
 
 
 def test_every_attack_of_the_package_is_tested():

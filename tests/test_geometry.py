@@ -21,7 +21,6 @@ from robustbench_cure.geometry.hessian import (
     alignment,
     along_sign,
     columns,
-    eigenvalues,
     frobenius,
     random_basis,
     spectrum,
@@ -62,11 +61,11 @@ def test_the_profile_of_a_quadratic_is_its_spectrum_for_every_step(h, basis):
     u, y = points(2, 20)
     rotation = random_basis(20, 3, torch.device("cpu")) if basis else None
     for row, label in zip(u, y, strict=True):
-        found = eigenvalues(space, row, label, h=h, basis=rotation)
+        found = spectrum(space, row, label, h=h, basis=rotation).values
         assert torch.allclose(found.double(), torch.linalg.eigvalsh(space.A).flip(0), atol=2e-4 / min(h, 1))
     assert max(space.sizes) == 7
     count = []
-    eigenvalues(space, u[0], y[0], h=h, advance=count.append)
+    spectrum(space, u[0], y[0], h=h, advance=count.append)
     assert sum(count) == 20
 
 
@@ -76,7 +75,7 @@ def test_a_random_basis_is_a_rotation_fixed_by_its_seed():
     assert torch.equal(q, random_basis(30, 0, torch.device("cpu")))
     assert not torch.equal(q, random_basis(30, 1, torch.device("cpu")))
     with pytest.raises(ValueError, match=r"must be \(20, 20\)"):
-        eigenvalues(Quadratic(20), *(t[0] for t in points(1, 20)), h=1.0, basis=q)
+        spectrum(Quadratic(20), *(t[0] for t in points(1, 20)), h=1.0, basis=q)
 
 
 def test_an_operator_that_is_not_symmetric_is_symmetrised():
@@ -85,7 +84,7 @@ def test_an_operator_that_is_not_symmetric_is_symmetrised():
     symmetric = space.A.clone()
     space.A = space.A + (skew - skew.T)
     u, y = points(1, 12)
-    found = eigenvalues(space, u[0], y[0], h=1.0)
+    found = spectrum(space, u[0], y[0], h=1.0).values
     assert torch.allclose(found.double(), torch.linalg.eigvalsh(symmetric).flip(0), atol=1e-4)
     ends = lanczos(space, u, y, h=1.0, iterations=12)
     assert ends.largest[0] == pytest.approx(float(torch.linalg.eigvalsh(symmetric)[-1]), abs=1e-4)
@@ -239,7 +238,7 @@ def test_the_hessian_of_linear_logits_in_normalised_units():
     y = torch.tensor([2])
     found = columns(space, u[0], y[0], torch.eye(12), 0.01)
     assert torch.allclose(found.double(), hessian, atol=2e-3 * float(hessian.norm()))
-    values = eigenvalues(space, u[0], y[0], h=0.01)
+    values = spectrum(space, u[0], y[0], h=0.01).values
     # Rank L - 1 at most, and none negative: what is below stems from the finite step.
     assert (values[4:].abs() < 1e-2 * values[0]).all()
     assert values[3] > 0

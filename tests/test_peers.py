@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import random
 import sys
@@ -19,6 +20,7 @@ from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.interop import peers
 from robustbench_cure.protocol.cards import Battery, parse_card
+from robustbench_cure.protocol.specs import PEER_ACCESS
 from robustbench_cure.report.wording import spec_words
 from robustbench_cure.threat import ThreatModel
 
@@ -323,3 +325,21 @@ def test_reports_name_library_and_parameters():
     facts = ("PGD", "torchattacks", "8/255", "alpha 2/255", "steps 7", "defaults")
     assert [fact for fact in facts if fact not in words] == []
     assert "library:Name" in listing("attacks", ())
+
+
+# --- what they use of the model -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PEER_ACCESS)
+def test_attacks_that_are_not_white_box_are_named_as_their_library_names_them(name):
+    """A name that no library has would leave the attack it is meant for among the white-box ones."""
+    module = importlib.import_module(peers.LIBRARIES[name])
+    try:
+        known = set(module.names())
+    except ImportError:
+        pytest.skip(f"no {name}")
+    listed = [attack for attacks in PEER_ACCESS[name].values() for attack in attacks]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) <= known
+    noisy = {attack for attack in known if "Noise" in attack}
+    assert noisy <= set(PEER_ACCESS[name].get("control", ()))

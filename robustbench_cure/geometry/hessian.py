@@ -214,19 +214,6 @@ def spectrum(
     return Spectrum(values, in_inputs.view(u.shape))
 
 
-def eigenvalues(
-    space: InputLoss,
-    u: Tensor,
-    y: Tensor,
-    *,
-    h: float,
-    basis: Tensor | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> Tensor:
-    """The values of `spectrum`, float32 (d,), descending, on the CPU."""
-    return spectrum(space, u, y, h=h, basis=basis, advance=advance).values
-
-
 def _top(symmetric: Tensor) -> Tensor:
     """Unit eigenvector of the largest eigenvalue; by Lanczos where all of them would take much longer."""
     d = len(symmetric)

@@ -139,7 +139,7 @@ def _models(
                     (leaderboard, row)
                     for leaderboard in ranked
                     for row in leaderboard.rows
-                    if row.is_about(model)
+                    if row.is_of(records)
                 ),
                 tuple(masking_sections(runs.studies, model)),
                 tuple((folder, study) for folder, study in folders if study in own),

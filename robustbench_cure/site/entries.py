@@ -67,6 +67,7 @@ class Entry:
         date: of the measurement, ISO; empty: none.
         flags: of the records, severest first, one of each kind and evidence.
         records: what it was measured from; empty for published rows.
+        group: number of the model in `by_model`; -1 for published rows.
         tables: ids of the published tables it was printed in.
     """
 
@@ -83,6 +84,7 @@ class Entry:
     date: str = ""
     flags: tuple[Flag, ...] = ()
     records: tuple[Record, ...] = ()
+    group: int = -1
     tables: tuple[str, ...] = ()
     rank: int = 0
     unranked: str = ""
@@ -102,9 +104,9 @@ class Entry:
         """SHA-256 of the weights; empty for published rows."""
         return self.model.weights_sha256 if self.model else ""
 
-    def is_about(self, model: ModelInfo) -> bool:
-        """Whether the number was measured on this model."""
-        return self.model is not None and self.model.same_as(model)
+    def is_of(self, records: Sequence[Record]) -> bool:
+        """Whether it was measured from some of these records, which are all that one model has."""
+        return any(own is record for own in self.records for record in records)
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ def leaderboards(
     """
     complete(records, external)
     places: dict[tuple[str, str, ThreatModel], list[Entry]] = {}
-    for members in _groups(records):
+    for (group, _), members in _groups(records).items():
         data, threat = members[0].manifest.data, members[0].manifest.battery.threat
-        rows = _measured(members, external, extra_data(members[0]))
+        rows = _measured(members, group, external, extra_data(members[0]))
         places.setdefault((data.name, data.split, threat), []).extend(rows)
     for (dataset, threat), entries in _published(published).items():
         places.setdefault((dataset, "test", threat), []).extend(entries)
@@ -155,7 +157,7 @@ def leaderboards(
     return sorted(ranked, key=lambda b: (not any(r.records for r in b.rows), b.data, b.split, b.threat.eps))
 
 
-def complete(records: Sequence[Record], external: Sequence[Evidence] = ()) -> dict[str, str]:
+def complete(records: Sequence[Record], external: Sequence[Evidence] = ()) -> None:
     """Give models without a digest of tensors that of their weights file, in place; see `known_tensors`."""
     holders = [record.manifest for record in records] + [evidence.submission for evidence in external]
     known = known_tensors(holder.model for holder in holders)
@@ -164,38 +166,43 @@ def complete(records: Sequence[Record], external: Sequence[Evidence] = ()) -> di
         if not model.tensors_sha256 and model.weights_sha256 in known:
             update = {"tensors_sha256": known[model.weights_sha256]}
             holder.model = model.model_copy(update=update)
-    return known
 
 
 def by_model(records: Sequence[Record]) -> list[list[Record]]:
-    """Records put together by the model they are of, in order of the first of each."""
+    """Records put together by the model they are of, in order of the first of each.
+
+    In a group the record that says most of the model comes first. An older record has no answers, and agrees
+    with every function of its weights: it joins them where there is only one, and else stands alone.
+    """
     complete(records)
+    place = {id(record): k for k, record in enumerate(records)}
     groups: list[list[Record]] = []
-    for record in records:
+    for record in sorted(records, key=lambda r: _says_least(r.manifest.model)):
         model = record.manifest.model
-        # Of all of them: an older record has no answers, and agrees with several functions of its weights.
-        own = next((g for g in groups if all(r.manifest.model.same_as(model) for r in g)), None)
-        if own is None:
-            groups.append([record])
+        own = [g for g in groups if all(r.manifest.model.same_as(model) for r in g)]
+        if own and (model.answers or len(own) == 1):
+            own[0].append(record)
         else:
-            own.append(record)
-    return [_card_first(group) for group in groups]
+            groups.append([record])
+    return sorted(groups, key=lambda group: min(place[id(record)] for record in group))
 
 
-def _card_first(members: list[Record]) -> list[Record]:
-    """Records of one model, those of its card's own weights before those of weights that were given."""
-    return sorted(members, key=lambda record: record.manifest.model.source != "card")
+def _says_least(model: ModelInfo) -> tuple[bool, bool]:
+    return not model.answers, model.source != "card"
 
 
-def _groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Records of the same model on the same images under the same threat model: one body of evidence."""
-    groups: dict[tuple[object, ...], list[Record]] = {}
+def _groups(records: Sequence[Record]) -> dict[tuple[int, object], list[Record]]:
+    """Records of the same model on the same images under the same threat model: one body of evidence.
+
+    By the model's number in `by_model`, and what tells images and threat models apart.
+    """
+    groups: dict[tuple[int, object], list[Record]] = {}
     for number, members in enumerate(by_model(records)):
         for record in members:
             m = record.manifest
-            key = (number, m.data.name, m.data.split, m.data.digest, m.battery.threat)
-            groups.setdefault(key, []).append(record)
-    return list(groups.values())
+            terms = (m.data.name, m.data.split, m.data.digest, m.battery.threat)
+            groups.setdefault((number, terms), []).append(record)
+    return groups
 
 
 def joined(records: Sequence[Record]) -> pd.Series:
@@ -207,7 +214,9 @@ def joined(records: Sequence[Record]) -> pd.Series:
     return robust
 
 
-def _measured(records: list[Record], external: Sequence[Evidence], extra_data: str) -> list[Entry]:
+def _measured(
+    records: list[Record], group: int, external: Sequence[Evidence], extra_data: str
+) -> list[Entry]:
     robust = joined(records)
     by_power = [(r.robust_accuracy(s.id).value, r, s) for r in records for s in r.attacks]
     attacks = {s.model_dump_json(exclude={"id", "name"}) for _, _, s in by_power}
@@ -229,6 +238,7 @@ def _measured(records: list[Record], external: Sequence[Evidence], extra_data: s
         date=max(r.manifest.finished[:10] for r in records),
         flags=tuple(sorted(flags.values(), key=lambda f: SEVERITIES.index(f.about.severity))),
         records=tuple(records),
+        group=group,
     )
     theirs = [e for e in external if e.applies_to(records[0])]
     left = robust.copy()
@@ -303,7 +313,7 @@ def _ranked(rows: Sequence[Entry]) -> list[Entry]:
             return row.unranked
         if row.unreliable:
             return "flagged unreliable: these numbers cannot be compared"
-        if any(other.is_about(row.records[0].manifest.model) and other.n > row.n for other in rows):
+        if any(other.group == row.group and other.n > row.n for other in rows):
             return "the same model was measured on more samples"
         return ""
 
@@ -311,7 +321,7 @@ def _ranked(rows: Sequence[Entry]) -> list[Entry]:
     lowered = [row for row in rows if row.kind == "external"]
 
     def height(row: Entry) -> float:
-        own = [other for other in lowered if row.model and other.is_about(row.model) and other.n == row.n]
+        own = [other for other in lowered if other.group == row.group and other.n == row.n]
         return (own[0] if own else row).robust.value or 0.0
 
     noted = [replace(row, unranked=reason(row)) for row in rows]

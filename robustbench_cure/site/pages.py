@@ -145,7 +145,7 @@ def index(leaderboards: Sequence[Leaderboard], papers: Sequence[PaperTable], mod
     records = [record for model in models for record in model.records]
 
     def page_of(row: Entry) -> str:
-        return next(model.page for model in models if row.is_about(model.records[0].manifest.model))
+        return next(model.page for model in models if row.is_of(model.records))
 
     kinds = {"measured": 0, "external": 0, "published": 0}
     for leaderboard in leaderboards:
