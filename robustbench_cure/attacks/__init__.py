@@ -6,6 +6,7 @@ between calls, no global random numbers, inputs untouched. The evaluation verifi
 
 from __future__ import annotations
 
+from robustbench_cure.attacks.apgd import apgd
 from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.deepfool import deepfool
 from robustbench_cure.attacks.fgsm import fgsm
@@ -17,6 +18,7 @@ from robustbench_cure.attacks.uniform_noise import uniform_noise
 __all__ = [
     "Candidates",
     "Noise",
+    "apgd",
     "deepfool",
     "fgsm",
     "pgd",
