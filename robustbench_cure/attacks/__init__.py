@@ -9,6 +9,7 @@ from __future__ import annotations
 from robustbench_cure.attacks.apgd import apgd
 from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.deepfool import deepfool
+from robustbench_cure.attacks.fab import fab
 from robustbench_cure.attacks.fgsm import fgsm
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import pgd, pgd_checkpoints
@@ -20,6 +21,7 @@ __all__ = [
     "Noise",
     "apgd",
     "deepfool",
+    "fab",
     "fgsm",
     "pgd",
     "pgd_checkpoints",
