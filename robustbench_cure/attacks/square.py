@@ -1,8 +1,9 @@
 """Square Attack: random search over square windows, without gradients.
 
-Source: Andriushchenko et al. 2020, arXiv 1912.00049: algorithm 1, with the start and the windows of algorithm
-2 (linf, section 3.3) and of algorithm 3 (l2, section 3.4). A proposal replaces the best point where the margin
-J = z_y - max_{j != y} z_j falls. All points lie on the surface of the ball, before they are cut to the box:
+Source: Andriushchenko et al. 2020, arXiv 1912.00049: algorithm 1, with the start and the windows of
+algorithm 2 (linf, section 3.3) and of algorithm 3 (l2, section 3.4). A proposal replaces the best point where
+the margin J = z_y - max_{j != y} z_j falls. All points lie on the surface of the ball, before they are cut to
+the box:
 
     linf:  start: vertical stripes of x +- eps.
            proposal: in a square window, every channel is x + eps or x - eps.
@@ -68,7 +69,7 @@ def square(
 ) -> Candidates:
     """Attack by random search with margins alone, without gradients.
 
-    Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3, with the deviations in the module.
+    Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3; deviations: see the module.
 
     Args:
         classifier: the model under attack.
@@ -119,7 +120,7 @@ def square(
         ask = classifier.logits if reference else classifier.search_logits
 
         # The search of each row: best point of this restart, its margin and its query; queries used up.
-        current, margin = x.clone(), torch.full_like(lowest, torch.inf)
+        current, margin = x.clone(memory_format=torch.contiguous_format), torch.full_like(lowest, torch.inf)
         found, query, restart = torch.zeros((3, len(x)), dtype=torch.int64, device=x.device)
         active = ActiveSet(len(x), classifier.batch_size, x.device, among=chosen)
         for rows in active:
@@ -251,10 +252,11 @@ def bumps_of_opposite_sign(side: int) -> Tensor:
         down = (torch.arange(height) - height // 2).abs()[:, None]
         across = (torch.arange(side) - side // 2).abs()[None]
         terms = torch.arange(1, rings + 1, dtype=torch.float64).pow(-2)
-        return terms.flip(0).cumsum(0).flip(0)[torch.maximum(down, across)]
+        sums = terms.flip(0).cumsum(0).flip(0)
+        return sums[torch.maximum(down, across)]
 
     both = torch.cat((bump(side // 2), -bump(side - side // 2)))
-    return (both / both.norm()).float()
+    return (both / both.square().sum().sqrt()).float()
 
 
 def bump_table(largest: int) -> Tensor:
@@ -303,7 +305,7 @@ def propose_linf(
     """
     draws = noise.uniform((2 + x.shape[1],), stream)
     pixels, _ = _window(draws[:, :2], side, x)
-    new = here.flatten(2)
+    new = here.view(*x.shape[:2], -1)
     old = new.gather(2, pixels)
     shift = torch.where(draws[:, 2:, None] < 0.5, -2 * threat.radius, 2 * threat.radius)
     moved = threat.project(x.flatten(2).gather(2, pixels), old + shift)
@@ -322,9 +324,9 @@ def propose_l2(
 ) -> Tensor:
     """Add bumps in one window of each row, with the norm that another window gives up.
 
-    Source: algorithm 3 of the paper. The first window gets the direction of its perturbation plus bumps, each
-    of norm 1, for every channel alone; the second window gets none. The norm of both, and what is left of eps,
-    is the first window's.
+    Source: algorithm 3 of the paper. In every channel alone, the first window gets the direction of its
+    perturbation plus bumps, each of norm 1; the second window gets no perturbation. The norm of both, and an
+    equal share of what is left of eps, goes to the first window.
 
     Args:
         here: best points, float32 (B,C,H,W), contiguous; overwritten by the proposals.
@@ -342,10 +344,10 @@ def propose_l2(
     draws = noise.uniform((5 + channels,), stream)
     first, (top, left) = _window(draws[:, :2], side, x)
     second, _ = _window(draws[:, 2:4], side, x)
-    new, images = here.flatten(2), x.flatten(2)
-    before = new.clone()
-    delta = new - images
-    unused = threat.radius**2 - delta.square().sum((1, 2))[:, None]
+    new, images = here.view(*x.shape[:2], -1), x.flatten(2)
+    unused = threat.radius**2 - functional.mse_loss(new, images, reduction="none").sum((1, 2))[:, None]
+    first_x, second_x = images.gather(2, first), images.gather(2, second)
+    first_before, second_before = new.gather(2, first), new.gather(2, second)
 
     # Which entries of the windows count: no pixel twice.
     step = torch.arange(int(side.max()), device=x.device)
@@ -354,9 +356,9 @@ def propose_l2(
     row, column = second // x.shape[3], second % x.shape[3]
     top, left, end = top[:, None, None], left[:, None, None], side[:, None, None]
     shared = (row >= top) & (row < top + end) & (column >= left) & (column < left + end)
-    old = delta.gather(2, first)
+    old = first_before - first_x
     squares = (old.square() * inside).sum(2)
-    given = (delta.gather(2, second).square() * (inside & ~shared)).sum(2)
+    given = ((second_before - second_x).square() * (inside & ~shared)).sum(2)
 
     near = torch.minimum(step, side[:, None] - 1)
     upright = (draws[:, 4] < 0.5)[:, None, None]
@@ -368,9 +370,12 @@ def propose_l2(
     available = (squares + given + unused / channels).clamp_min(0).sqrt()
     moved = direction * (available / length)[:, :, None]
 
-    new.scatter_(2, second, images.gather(2, second))
-    new.scatter_(2, first, (images.gather(2, first) + moved).clamp(0, 1))
-    return (new != before).flatten(1).any(1)
+    after = (first_x + moved).clamp(0, 1)
+    new.scatter_(2, second, second_x)
+    new.scatter_(2, first, after)
+    return (after != first_before).flatten(1).any(1) | ((second_before != second_x) & ~shared).flatten(1).any(
+        1
+    )
 
 
 def _window(draws: Tensor, side: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
