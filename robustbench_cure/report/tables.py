@@ -141,6 +141,12 @@ def attack_rows(record: Record) -> list[AccuracyRow | DistanceRow]:
     return [clean, *rows, *_audit_row(record), worst]
 
 
+def accuracy_rows(record: Record) -> list[AccuracyRow]:
+    """Those of `attack_rows` whose accuracy is a share of all samples: no minimal-norm attack, no audit."""
+    rows = attack_rows(record)
+    return [row for row in rows if isinstance(row, AccuracyRow) and row.kind != "audit"]
+
+
 def _audit_row(record: Record) -> list[AccuracyRow]:
     """All attacks of the audit together, on the samples that it drew."""
     battery, audit = record.manifest.battery, record.audit
