@@ -294,13 +294,20 @@ def test_the_battery_is_autoattack_standard():
     from pyautoattack import AutoAttack
 
     own = AutoAttack(torch.nn.Identity(), norm="Linf", eps=8 / 255, version="standard", seed=0)
-    specs = {spec.kind.partition(":")[2]: spec.options for spec in load_battery("autoattack").attacks}
+    specs = {spec.name.lower(): spec.hyper for spec in load_battery("autoattack").attacks}
     assert list(specs) == own.attacks_to_run
+    assert load_battery("autoattack").cascade
     pairs = {"apgd-ce": own.apgd, "apgd-t": own.apgd_targeted, "fab-t": own.fab, "square": own.square}
-    names = {"rho": "thr_decr", "resc_schedule": "rescale_schedule"}
+    names = {"rho": "thr_decr", "targets": "n_target_classes", "queries": "n_queries"}
+    names |= {"steps": "n_iter", "restarts": "n_restarts"}
+    ours = {"order": "logits", "give_up": False, "stop": "first-success"}
     for attack, options in specs.items():
-        for key, value in options.items():
+        theirs = {key: value for key, value in options.items() if key not in (*ours, "loss")}
+        theirs.pop("targets", 0) if not options.get("targets", 1) else None
+        for key, value in theirs.items():
             assert getattr(pairs[attack], names.get(key, key)) == value, (attack, key)
+        assert {key: options[key] for key in ours if key in options}.items() <= ours.items()
+    assert (specs["apgd-ce"]["loss"], specs["apgd-t"]["loss"]) == ("ce", "dlr")
 
 
 def test_autoattack_as_a_whole_is_the_worst_case_of_its_parts():
