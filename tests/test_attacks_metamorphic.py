@@ -53,7 +53,7 @@ ATTACKERS = {
     "pgd-never": with_step(pgd, steps=5, stop="never", random_start=False),
     "deepfool": plain(deepfool, mode="bounded", steps=12),
     "fab": plain(fab, steps=6, targets=1),
-    "fab-restarts": plain(fab, steps=1, restarts=4, targets=1),
+    "fab-restarts": plain(fab, steps=2, restarts=4, targets=1),
     "fab-never": plain(fab, steps=4, targets=1, stop="never"),
     "spsa": plain(spsa, steps=4, samples=16, step_size=0.3),
     "spsa-never": plain(spsa, steps=3, samples=16, step_size=0.3, stop="never"),

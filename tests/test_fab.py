@@ -345,7 +345,7 @@ def test_random_starts_are_half_way_to_what_is_known(affine):
     for norm, scale in (("linf", 1.0), ("l2", 8.0)):
         for eps, stop, expected in (("1/20", "first-success", 1 / 40 / scale), ("1", "never", 0.0525)):
             model = ramp(affine).classifier
-            linearised, _ = watched(model)
+            linearised, labelled = watched(model)
             threat = (
                 ThreatModel(norm, Fraction(eps)) if norm == "linf" or eps == "1/20" else ThreatModel(norm, 8)
             )
@@ -360,6 +360,9 @@ def test_random_starts_are_half_way_to_what_is_known(affine):
             far = threat.distance(GREY[:1].expand_as(starts), starts)
             torch.testing.assert_close(far, torch.full((8,), expected * scale), rtol=1e-4, atol=0)
             assert len(starts.flatten(1).unique(dim=0)) == 8
+            # All starts for one target come before those for the next, which is out of reach.
+            lost = [bool((model.logits(each).argmax(1) == 1).all()) for each in labelled]
+            assert lost == [True] * 3 + [False] * 3
 
 
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bfloat16")
