@@ -435,3 +435,22 @@ def test_no_steps_and_no_starts_are_refused(affine, wrong):
     options = {"threat": ThreatModel("l2", 1), "steps": 1, "targets": 1} | wrong
     with pytest.raises(ValueError, match="at least 1 each"):
         fab(ramp(affine).classifier, GREY, LABELS, **options)
+
+
+@pytest.mark.parametrize(
+    ("margin", "reached"),
+    [
+        (lambda mean: 0.05 + 0.1 * (-10 * (mean - 0.5)).exp(), 0.5 + 1.05 * 0.15),  # falls, and is never lost
+        (lambda mean: torch.where(mean < 0.505, 0.8 - mean, torch.where(mean < 0.8, 1.0, -1.0)), 0.5),
+    ],
+    ids=["an iterate in the ball", "the image, where the margin rises on the way to the boundary"],
+)
+def test_survivors_get_the_point_of_lowest_margin_of_each_kind(margin, reached):
+    def function(x):
+        z = margin(x.mean(1))
+        return torch.stack((z, 0 * z), 1)
+
+    classifier = Classifier(Given(function), num_classes=2, input_shape=SHAPE)
+    found = fab(classifier, GREY, LABELS, threat=ThreatModel.parse("linf", "1/5"), steps=1, targets=1)
+    torch.testing.assert_close(found.x_adv, torch.full_like(GREY, reached))
+    assert found.steps.tolist() == [int(reached != 0.5)] * 2

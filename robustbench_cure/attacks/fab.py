@@ -142,7 +142,7 @@ def fab(
             nearer = hit & (far < reached[rows])
             kept = rows[nearer]
             nearest[kept], reached[kept], updates[kept] = ahead[nearer], far[nearer], taken[kept]
-            better = inside & torch.where(hit, nearer, ~broken[rows] & (margin < lowest[rows]))
+            better = inside & torch.where(hit, nearer, margin < lowest[rows])
             kept = rows[better]
             found.x_adv[kept], found.steps[kept] = ahead[better], taken[kept]
             lowest[kept] = margin[better]
