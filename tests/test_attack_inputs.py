@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, square, uniform_noise
+from robustbench_cure.attacks import deepfool, fab, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.registry import ATTACKS
@@ -22,6 +23,7 @@ WORK = {
     pgd: {"steps": 2, "step_size": 0.02},
     pgd_checkpoints: {"checkpoints": (1, 2), "step_size": 0.02},
     deepfool: {},
+    fab: {"steps": 2, "targets": 3},
     spsa: {"steps": 4, "samples": 4},
     square: {"queries": 4},
     uniform_noise: {"draws": 2},

@@ -12,6 +12,7 @@ from torch import nn
 
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, square, uniform_noise
+from robustbench_cure.attacks import Noise, deepfool, fab, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.deepfool import nearest_boundary_step
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.pgd import pgd_checkpoints
@@ -53,6 +54,8 @@ def run_spsa(classifier, x, y, threat):
 
 def run_square(classifier, x, y, threat):
     return square(classifier, x, y, threat=threat, queries=600)
+def run_fab(classifier, x, y, threat):
+    return fab(classifier, x, y, threat=threat, steps=10, targets=classifier.num_classes - 1)
 
 
 GRADIENT_ATTACKS = {
@@ -60,6 +63,7 @@ GRADIENT_ATTACKS = {
     "pgd-ce": run_pgd("ce"),
     "pgd-margin": run_pgd("margin"),
     "deepfool": run_deepfool,
+    "fab": run_fab,
 }
 ALL_ATTACKS = GRADIENT_ATTACKS | {"spsa": run_spsa, "square": run_square}
 
@@ -130,8 +134,8 @@ def test_no_attack_succeeds_inside_the_exact_radius_of_many_faces(affine, judge,
     threat = ball(norm, np.median(radii))
     broken = is_broken(judge, model, x, y, ALL_ATTACKS[name](model.classifier, x, y, threat), threat)
     assert not broken[radii > threat.radius * 1.0001].any()
-    # ... and what it does find lies beyond: deepfool and pgd find nearly all of it.
-    if name in ("pgd-margin", "deepfool"):
+    # ... and what it does find lies beyond: deepfool, fab and pgd find nearly all of it.
+    if name in ("pgd-margin", "deepfool", "fab"):
         assert broken[radii < threat.radius * 0.999].mean() > 0.9
 
 
@@ -708,6 +712,7 @@ def test_exhaustive_search_agrees_with_the_attacks(plane, judge, norm):
         "pgd-ce": pgd(classifier, x, y, threat=threat, steps=20, step_size=eps / 4),
         "fgsm": run_fgsm(classifier, x, y, threat),
         "deepfool": run_deepfool(classifier, x, y, threat),
+        "fab": run_fab(classifier, x, y, threat),
         "spsa": run_spsa(classifier, x, y, threat),
         "noise": uniform_noise(classifier, x, y, threat=threat, draws=30),
     }

@@ -14,6 +14,7 @@ from made import Wrapped
 from torch import nn
 
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, square, uniform_noise
+from robustbench_cure.attacks import Noise, deepfool, fab, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.classifier import Classifier, has_bf16
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
@@ -52,6 +53,9 @@ ATTACKERS = {
     "pgd-restarts": with_step(pgd, steps=4, restarts=3, loss="margin"),
     "pgd-never": with_step(pgd, steps=5, stop="never", random_start=False),
     "deepfool": plain(deepfool, mode="bounded", steps=12),
+    "fab": plain(fab, steps=6, targets=1),
+    "fab-restarts": plain(fab, steps=2, restarts=4, targets=1),
+    "fab-never": plain(fab, steps=4, targets=1, stop="never"),
     "spsa": plain(spsa, steps=4, samples=16, step_size=0.3),
     "spsa-never": plain(spsa, steps=3, samples=16, step_size=0.3, stop="never"),
     "square": plain(square, queries=80),
@@ -59,6 +63,7 @@ ATTACKERS = {
     "square-never": plain(square, queries=40, stop="never"),
 }
 RANDOM = ("noise", "pgd", "pgd-restarts", "spsa", "spsa-never", "square", "square-restarts", "square-never")
+RANDOM = ("noise", "pgd", "pgd-restarts", "fab-restarts", "spsa", "spsa-never")
 
 every_attack = pytest.mark.parametrize("name", ATTACKERS)
 both_norms = pytest.mark.parametrize("norm", list(EPS))

@@ -41,7 +41,7 @@ def box_projection(norm: Norm, points: Tensor, normal: Tensor, rise: Tensor) -> 
     rise = rise[:, None].nan_to_num(0.0, torch.inf, -torch.inf) / largest.where(largest > 0, torch.inf)
     towards = normal.where(rise >= 0, -normal)  # where w . d grows
     weight = normal.abs()
-    room = torch.where(towards > 0, 1 - points, points).masked_fill_(normal == 0, 0.0).clamp_min_(0.0)
+    room = torch.where(towards > 0, 1 - points, points).clamp_min_(0.0)
     target = rise.abs()
 
     speed = torch.ones_like(weight) if norm == "linf" else weight
