@@ -268,11 +268,11 @@ def bump_table(sides: Tensor) -> tuple[Tensor, Tensor]:
         The K different sides, int64 (K,), ascending; and their bumps, float32 (K,S,S), S the largest side,
         padded with zeros.
     """
-    different = sides.unique()
-    bumps = torch.zeros((len(different), *[int(different.max())] * 2))
-    for each, side in zip(bumps, different.tolist(), strict=True):
+    different = sorted(set(sides.flatten().tolist()))
+    bumps = torch.zeros((len(different), different[-1], different[-1]))
+    for each, side in zip(bumps, different, strict=True):
         each[:side, :side] = bumps_of_opposite_sign(side)
-    return different, bumps.to(sides.device)
+    return torch.tensor(different, device=sides.device), bumps.to(sides.device)
 
 
 def start(x: Tensor, threat: ThreatModel, noise: Noise, stream: Tensor) -> Tensor:
