@@ -24,7 +24,8 @@ next window; the ball's radius is kept by what a window may use, not by scaling 
 
 What the code of AutoAttack does otherwise. It draws one window for all rows of a batch. Its windows never
 reach the last row and the last column of an image; here, as the paper says, all positions are equally likely.
-It counts a margin of zero as success whatever the first of the equal labels is.
+It counts a margin of zero as success whatever the first of the equal labels is. Its grid of tiles fits square
+images of 32 pixels; here it is centred on any image.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from robustbench_cure.threat import ThreatModel
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-@torch.inference_mode(False)  # what the callers' tensors need elsewhere
+@torch.inference_mode(False)  # as in the other attacks; no gradient is taken
 def square(
     classifier: Classifier,
     x: Tensor,
