@@ -24,7 +24,8 @@ next window; the ball's radius is kept by what a window may use, not by scaling 
 
 What the code of AutoAttack does otherwise. It draws one window for all rows of a batch. Its windows never
 reach the last row and the last column of an image; here, as the paper says, all positions are equally likely.
-It counts a margin of zero as success whatever the first of the equal labels is.
+It counts a margin of zero as success whatever the first of the equal labels is. Its grid of tiles fits square
+images of 32 pixels; here it is centred on any image.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from robustbench_cure.threat import ThreatModel
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-@torch.inference_mode(False)  # what the callers' tensors need elsewhere
+@torch.inference_mode(False)  # as in the other attacks; no gradient is taken
 def square(
     classifier: Classifier,
     x: Tensor,
@@ -106,7 +107,7 @@ def square(
     noise = noise or Noise.for_rows(len(x), device=x.device)
     height, width = x.shape[2:]
     sides = window_sides(threat.norm, queries, height, width, p_init, rescale=rescale_schedule).to(x.device)
-    bumps = bump_table(int(sides.max())).to(x.device) if threat.norm == "l2" else None
+    table = bump_table(sides) if threat.norm == "l2" else None
 
     # One entry for each row; the candidates hold the best image of all restarts.
     lowest = x.new_full((len(x),), torch.inf)  # its margin
@@ -128,10 +129,10 @@ def square(
             here, numbers, streams = current[rows], query[rows], (restart[rows] << 32) + query[rows]
             starts = numbers == 0
             side = sides[(numbers - 1).clamp_min(0)]
-            if bumps is None:
+            if table is None:
                 changed = propose_linf(here, x[rows], threat, noise[rows], streams, side)
             else:
-                changed = propose_l2(here, x[rows], threat, noise[rows], streams, side, bumps)
+                changed = propose_l2(here, x[rows], threat, noise[rows], streams, side, table)
             if bool(starts.any()):
                 here[starts] = start(x[rows[starts]], threat, noise[rows[starts]], streams[starts])
                 margin[rows[starts]] = torch.inf
@@ -241,7 +242,8 @@ def bumps_of_opposite_sign(side: int) -> Tensor:
     """The perturbation eta of l2 windows, two bumps one above the other, of norm 1; float32 (side, side).
 
     Source: section 3.4 of the paper, Eq. 2. A bump of n = height // 2 rings falls off from its centre:
-    at Chebyshev distance d it is the sum of 1 / k^2 for k = d + 1, ..., n + 1, n for the longer side.
+    at Chebyshev distance d it is the sum of 1 / k^2 for k = d + 1, ..., n + 1, n for the longer side. Both
+    bumps have the same norm, as in the authors' code.
 
     Args:
         side: of the window in pixels, at least 1.
@@ -252,19 +254,26 @@ def bumps_of_opposite_sign(side: int) -> Tensor:
         down = (torch.arange(height) - height // 2).abs()[:, None]
         across = (torch.arange(side) - side // 2).abs()[None]
         terms = torch.arange(1, rings + 1, dtype=torch.float64).pow(-2)
-        sums = terms.flip(0).cumsum(0).flip(0)
-        return sums[torch.maximum(down, across)]
+        values = terms.flip(0).cumsum(0).flip(0)[torch.maximum(down, across)]
+        unit: Tensor = values / values.square().sum().sqrt()
+        return unit
 
     both = torch.cat((bump(side // 2), -bump(side - side // 2)))
     return (both / both.square().sum().sqrt()).float()
 
 
-def bump_table(largest: int) -> Tensor:
-    """`bumps_of_opposite_sign` of every side up to ``largest``, float32 (largest + 1, largest, largest)."""
-    table = torch.zeros((largest + 1, largest, largest))
-    for side in range(1, largest + 1):
-        table[side, :side, :side] = bumps_of_opposite_sign(side)
-    return table
+def bump_table(sides: Tensor) -> tuple[Tensor, Tensor]:
+    """`bumps_of_opposite_sign` of every side that occurs in ``sides``, int64, any shape.
+
+    Returns:
+        The K different sides, int64 (K,), ascending; and their bumps, float32 (K,S,S), S the largest side,
+        padded with zeros.
+    """
+    different = sorted(set(sides.flatten().tolist()))
+    bumps = torch.zeros((len(different), different[-1], different[-1]))
+    for each, side in zip(bumps, different, strict=True):
+        each[:side, :side] = bumps_of_opposite_sign(side)
+    return torch.tensor(different, device=sides.device), bumps.to(sides.device)
 
 
 def start(x: Tensor, threat: ThreatModel, noise: Noise, stream: Tensor) -> Tensor:
@@ -320,7 +329,7 @@ def propose_l2(
     noise: Noise,
     stream: Tensor,
     side: Tensor,
-    bumps: Tensor,
+    table: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Add bumps in one window of each row, with the norm that another window gives up.
 
@@ -335,17 +344,16 @@ def propose_l2(
         noise: random streams of the rows.
         stream: number of the draw, int64 (B,).
         side: of the windows in pixels, int64 (B,).
-        bumps: of every side, see `bump_table`.
+        table: sides and bumps, see `bump_table`.
 
     Returns:
         Whether the proposal is another point, bool (B,).
     """
-    channels = x.shape[1]
-    draws = noise.uniform((5 + channels,), stream)
+    sides, bumps = table
+    draws = noise.uniform((5 + x.shape[1],), stream)
     first, (top, left) = _window(draws[:, :2], side, x)
     second, _ = _window(draws[:, 2:4], side, x)
     new, images = here.view(*x.shape[:2], -1), x.flatten(2)
-    unused = threat.radius**2 - functional.mse_loss(new, images, reduction="none").sum((1, 2))[:, None]
     first_x, second_x = images.gather(2, first), images.gather(2, second)
     first_before, second_before = new.gather(2, first), new.gather(2, second)
 
@@ -356,21 +364,24 @@ def propose_l2(
     row, column = second // x.shape[3], second % x.shape[3]
     top, left, end = top[:, None, None], left[:, None, None], side[:, None, None]
     shared = (row >= top) & (row < top + end) & (column >= left) & (column < left + end)
+
+    # Squared norms, (B, C), in float64: those of a row must not depend on the padding of its windows.
     old = first_before - first_x
-    squares = (old.square() * inside).sum(2)
-    given = ((second_before - second_x).square() * (inside & ~shared)).sum(2)
+    own = (old.square() * inside).sum(2, dtype=torch.float64)
+    given = ((second_before - second_x).square() * (inside & ~shared)).sum(2, dtype=torch.float64)
+    used = functional.mse_loss(new, images, reduction="none").flatten(1).sum(1, dtype=torch.float64)
+    available = (own + given + (threat.radius**2 - used[:, None]) / x.shape[1]).clamp_min(0).sqrt()
 
     near = torch.minimum(step, side[:, None] - 1)
     upright = (draws[:, 4] < 0.5)[:, None, None]
     down, across = near[:, :, None], near[:, None, :]
-    eta = bumps[side[:, None, None], torch.where(upright, down, across), torch.where(upright, across, down)]
+    which = torch.searchsorted(sides, side)[:, None, None]
+    eta = bumps[which, torch.where(upright, down, across), torch.where(upright, across, down)]
     signs = torch.where(draws[:, 5:, None] < 0.5, -1.0, 1.0)
-    direction = eta.flatten(1)[:, None] * signs + old / squares.sqrt().clamp_min(1e-12)[:, :, None]
-    length = (direction.square() * inside).sum(2).sqrt().clamp_min(1e-12)
-    available = (squares + given + unused / channels).clamp_min(0).sqrt()
-    moved = direction * (available / length)[:, :, None]
+    direction = eta.flatten(1)[:, None] * signs + old / own.sqrt().clamp_min(1e-12).float()[..., None]
+    length = (direction.square() * inside).sum(2, dtype=torch.float64).sqrt().clamp_min(1e-12)
+    after = (first_x + direction * (available / length).float()[..., None]).clamp(0, 1)
 
-    after = (first_x + moved).clamp(0, 1)
     new.scatter_(2, second, second_x)
     new.scatter_(2, first, after)
     return (after != first_before).flatten(1).any(1) | ((second_before != second_x) & ~shared).flatten(1).any(
