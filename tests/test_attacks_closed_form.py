@@ -11,7 +11,7 @@ from made import Sphere
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, apgd, deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.deepfool import nearest_boundary_step
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.pgd import pgd_checkpoints
@@ -36,6 +36,13 @@ def run_pgd(loss):
     return run
 
 
+def run_apgd(loss, targets=0):
+    def run(classifier, x, y, threat):
+        return apgd(classifier, x, y, threat=threat, steps=20, loss=loss, targets=targets)
+
+    return run
+
+
 def run_fgsm(classifier, x, y, threat):
     return fgsm(classifier, x, y, threat=threat)
 
@@ -55,6 +62,9 @@ GRADIENT_ATTACKS = {
     "fgsm": run_fgsm,
     "pgd-ce": run_pgd("ce"),
     "pgd-margin": run_pgd("margin"),
+    "apgd-ce": run_apgd("ce"),
+    "apgd-pm": run_apgd("pm"),
+    "apgd-targets": run_apgd("margin", targets=9),
     "deepfool": run_deepfool,
 }
 ALL_ATTACKS = GRADIENT_ATTACKS | {"spsa": run_spsa}
@@ -127,7 +137,7 @@ def test_no_attack_succeeds_inside_the_exact_radius_of_many_faces(affine, judge,
     broken = is_broken(judge, model, x, y, ALL_ATTACKS[name](model.classifier, x, y, threat), threat)
     assert not broken[radii > threat.radius * 1.0001].any()
     # ... and what it does find lies beyond: deepfool and pgd find nearly all of it.
-    if name in ("pgd-margin", "deepfool"):
+    if name in ("pgd-margin", "apgd-pm", "apgd-targets", "deepfool"):
         assert broken[radii < threat.radius * 0.999].mean() > 0.9
 
 

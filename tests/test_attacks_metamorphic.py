@@ -13,7 +13,7 @@ import torch
 from made import Wrapped
 from torch import nn
 
-from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, apgd, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.classifier import Classifier, has_bf16
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
@@ -46,6 +46,10 @@ def plain(attack, **options):
 
 
 ATTACKERS = {
+    "apgd": plain(apgd, steps=8),
+    "apgd-targets": plain(apgd, steps=4, restarts=2, loss="dlr", targets=2),
+    "apgd-distance": plain(apgd, steps=5, loss="margin", targets=2, order="distance", give_up=True),
+    "apgd-never": plain(apgd, steps=6, loss="pm", stop="never"),
     "fgsm": plain(fgsm),
     "noise": plain(uniform_noise, draws=6),
     "pgd": with_step(pgd, steps=8),
@@ -55,7 +59,17 @@ ATTACKERS = {
     "spsa": plain(spsa, steps=4, samples=16, step_size=0.3),
     "spsa-never": plain(spsa, steps=3, samples=16, step_size=0.3, stop="never"),
 }
-RANDOM = ("noise", "pgd", "pgd-restarts", "spsa", "spsa-never")
+RANDOM = (
+    "apgd",
+    "apgd-targets",
+    "apgd-distance",
+    "apgd-never",
+    "noise",
+    "pgd",
+    "pgd-restarts",
+    "spsa",
+    "spsa-never",
+)
 
 every_attack = pytest.mark.parametrize("name", ATTACKERS)
 both_norms = pytest.mark.parametrize("norm", list(EPS))
@@ -63,7 +77,9 @@ both_norms = pytest.mark.parametrize("norm", list(EPS))
 
 def test_every_attack_of_the_registry_is_tested_here():
     own = {name: attack for name, attack in ATTACKS.items() if name != "peer"}  # peers: test_peers.py
-    assert {name.removeprefix("uniform_") for name in own} == {key.partition("-")[0] for key in ATTACKERS}
+    assert {name.removeprefix("uniform_") for name in own} | {"apgd"} == {
+        key.partition("-")[0] for key in ATTACKERS
+    }
     for attack in own.values():
         parameters = inspect.signature(attack).parameters
         assert list(parameters)[:3] == ["classifier", "x", "y"]

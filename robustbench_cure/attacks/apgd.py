@@ -34,7 +34,7 @@ from torch import Tensor
 from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import Stop, check_inputs
-from robustbench_cure.attacks.losses import LOSSES, TARGETED_LOSSES, margins, misclassified, targeted_margin
+from robustbench_cure.attacks.losses import LOSSES, TARGETED_LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.precision import compare_at, within_rounding
 from robustbench_cure.attacks.targets import Order, ranked_targets
@@ -43,8 +43,10 @@ from robustbench_cure.threat import ThreatModel
 
 #: Share of the step in an update; the rest is that of the step before.
 MOMENTUM = 0.75
-#: A start is hopeless where its margin would stay positive even if every remaining step lowered it by this
-#: many times as much as a mean step since the last checkpoint did.
+#: At a checkpoint a start is hopeless where its margin, to whichever class, would stay positive even if every
+#: remaining step lowered it by this many times what a mean step since the last checkpoint did. Progress
+#: slows down, so that even 1 is generous. Of 3,357 starts of 100 steps that 2 gives up, on four networks with
+#: adversarial or CURE training, none succeeds when it goes on; of those that 1 gives up, one.
 GIVE_UP = 2.0
 
 
@@ -144,7 +146,7 @@ def apgd(
             torch.zeros_like(start),
         )
         last_loss, checkpoint_loss = torch.zeros_like(lowest), torch.zeros_like(lowest)
-        # Lowest margin to the classes aimed at since the start, and as it was at the last checkpoint.
+        # Lowest margin since the start, and as it was at the last checkpoint.
         gap, checkpoint_gap = torch.zeros_like(lowest), torch.zeros_like(lowest)
 
         active = ActiveSet(len(x), classifier.batch_size, x.device, among=pending)
@@ -163,8 +165,8 @@ def apgd(
             first = updates == 0
             objective: Callable[[Tensor], Tensor] = partial(LOSSES[loss], labels=labels)
             if targets:
-                aim = classes[rows, start[rows] // restarts]
-                objective = partial(TARGETED_LOSSES[loss], labels=labels, targets=aim)
+                aims = classes[rows, start[rows] // restarts]
+                objective = partial(TARGETED_LOSSES[loss], labels=labels, targets=aims)
             logits, gradient = classifier.value_and_gradient(here, objective, reference=reference)
             candidates.forwards[rows] += 1
             candidates.backwards[rows] += 1
@@ -190,8 +192,7 @@ def apgd(
             improved = value > best_loss[rows]
             best[rows[improved]], best_gradient[rows[improved]] = here[improved], gradient[improved]
             best_loss[rows] = value.where(improved, best_loss[rows])
-            aimed = -targeted_margin(logits, labels, aim) if targets else margin
-            gap[rows] = torch.minimum(gap[rows], aimed)
+            gap[rows] = torch.minimum(gap[rows], margin)
             checkpoint_loss[fresh], checkpoint_gap[fresh] = best_loss[fresh], gap[fresh]
 
             # At a checkpoint: halve the step size of rows without progress, and go back to their best point.
