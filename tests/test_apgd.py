@@ -375,6 +375,27 @@ def test_distances_are_those_of_the_largest_logits_where_classes_are_many(affine
     assert backwards == 30
 
 
+@both_norms
+def test_rows_do_not_see_each_other(norm):
+    """Not through the batch, whose rows are at different steps and targets, and not through their order."""
+    data, threat = load_dataset("digits").subset(40), DIGITS_BALL if norm == "linf" else ball("l2", 0.9)
+    net, x, y = load_model("digits_pgd_at", precision="fp32").module, data.images, data.labels
+    options = {"threat": threat, "steps": 8, "restarts": 2, "loss": "dlr", "targets": 2, "give_up": True}
+    runs = []
+    for size in (1, 3, 40):
+        model = Classifier(net, num_classes=10, input_shape=(1, 8, 8), batch_size=size)
+        runs.append(apgd(model, x, y, noise=Noise.for_rows(40, 5), **options))
+    turned = torch.arange(39, -1, -1)
+    backwards = apgd(model, x[turned], y[turned], noise=Noise.for_rows(40, 5)[turned], **options)
+    reached = [margins(model.logits(found.x_adv), y) for found in runs]
+    reached.append(margins(model.logits(backwards.x_adv), y[turned])[turned])
+    for other in reached[1:]:
+        assert (other - reached[0]).abs().lt(1e-3).float().mean() > 0.9  # a sign may turn by rounding
+        assert int(((other < 0) ^ (reached[0] < 0)).sum()) <= 1
+    assert reached[0].unique().numel() == 40
+    assert 5 < int((reached[0] >= 0).sum()) < 35
+
+
 # --- networks that hide their gradient ---------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ def plain(attack, **options):
 
 ATTACKERS = {
     "apgd": plain(apgd, steps=8),
-    "apgd-targets": plain(apgd, steps=4, restarts=2, loss="dlr", targets=2),
+    "apgd-targets": plain(apgd, steps=4, restarts=2, loss="margin", targets=2),
     "apgd-distance": plain(apgd, steps=5, loss="margin", targets=2, order="distance", give_up=True),
     "apgd-never": plain(apgd, steps=6, loss="pm", stop="never"),
     "fgsm": plain(fgsm),
