@@ -485,6 +485,22 @@ def test_rows_that_are_robust_within_rounding_in_bf16_are_searched_again(stop, c
     assert found["fp32"][1][2:] == [8, 8]
 
 
+@pytest.mark.parametrize("stop", ["first-success", "never"])
+def test_apgd_searches_rows_again_that_are_robust_within_rounding(stop):
+    x = torch.full((4, 1, 8, 8), 0.5)
+    x[:, 0, 0, 0] = 0
+    x[1], x[2] = x[1] - 0.03, x[2] - 0.1
+    x[3, 0, 0, 0] = 1
+    x, y = x.clamp(0, 1), torch.zeros(4, dtype=torch.int64)
+    for precision, work in (("fp32", [9, 9]), ("bf16", [18, 9])):
+        classifier = Classifier(TooFine(), num_classes=3, input_shape=SHAPE, precision=precision)
+        options = {"steps": 8, "loss": "margin", "stop": stop}
+        found = apgd(classifier, x, y, threat=ThreatModel("linf", Fraction(1, 10)), **options)
+        assert int(found.forwards.sum()) == classifier.forwards
+        assert found.backwards[2:].tolist() == work  # the second search is for doubtful rows alone
+        assert (classifier.logits(found.x_adv).argmax(1) != y).tolist() == [True, True, False, False]
+
+
 # --- models without a gradient -----------------------------------------------------------------------
 
 

@@ -109,9 +109,7 @@ def apgd(
     # One entry for each row; the candidates hold the best image so far.
     candidates = Candidates.start(x)
     lowest = torch.full((len(x),), torch.inf, dtype=torch.float32, device=x.device)  # its margin
-    uncertain = torch.zeros(
-        len(x), dtype=torch.bool, device=x.device
-    )  # rounding may decide that margin's sign
+    uncertain = torch.zeros_like(lowest, dtype=torch.bool)  # a rounding may decide that margin's sign
     pending = torch.ones_like(uncertain)  # attacked, and not adversarial yet
     targets = min(targets, classifier.num_classes - 1)
     classes = torch.zeros((len(x), 1), dtype=torch.int64, device=x.device)
@@ -140,11 +138,8 @@ def apgd(
         # The point of highest loss since the start, and its gradient.
         best, best_gradient, best_loss = x.clone(), torch.zeros_like(x), torch.zeros_like(lowest)
         # Step size; whether it was halved at the last checkpoint; updates since then that increased the loss.
-        step_size, halved, increases = (
-            torch.zeros_like(lowest),
-            torch.ones_like(pending),
-            torch.zeros_like(start),
-        )
+        step_size, halved = torch.zeros_like(lowest), torch.ones_like(pending)
+        increases = torch.zeros_like(start)
         last_loss, checkpoint_loss = torch.zeros_like(lowest), torch.zeros_like(lowest)
         # Lowest margin since the start, and as it was at the last checkpoint.
         gap, checkpoint_gap = torch.zeros_like(lowest), torch.zeros_like(lowest)
@@ -154,9 +149,8 @@ def apgd(
             fresh = rows[taken[rows] == 0]
             if len(fresh):
                 stream = (start[fresh] // restarts << 32) + start[fresh] % restarts
-                current[fresh] = best[fresh] = previous[fresh] = draw_start(
-                    x[fresh], threat, noise[fresh], stream
-                )
+                point = draw_start(x[fresh], threat, noise[fresh], stream)
+                current[fresh], previous[fresh], best[fresh] = point, point, point
                 best_gradient[fresh], best_loss[fresh], gap[fresh] = 0.0, -torch.inf, torch.inf
                 step_size[fresh], halved[fresh], increases[fresh] = 2 * threat.radius, True, 0
                 last_loss[fresh] = -torch.inf if loss == "ce" else 0.0
