@@ -126,18 +126,18 @@ class Listening(Wrapped):
 
 
 @both_norms
-@pytest.mark.parametrize("steps", [7, 100])
+@pytest.mark.parametrize(("steps", "rho"), [(7, 0.75), (100, 0.75), (100, 0.5)])
 @pytest.mark.parametrize(("loss", "targets"), [("ce", 0), ("dlr", 0), ("dlr", 1)])
-def test_it_walks_the_path_of_the_authors_code(norm, steps, loss, targets):
+def test_it_walks_the_path_of_the_authors_code(norm, steps, rho, loss, targets):
     torch.manual_seed(0)
     net, threat = Smooth(), ThreatModel(norm, "8/255" if norm == "linf" else "1/4")
     x = torch.rand(60, 1, 8, 8)
     y = net(x).argmax(1)
     ours = Trace(net, num_classes=10, input_shape=(1, 8, 8), batch_size=60)
-    apgd(ours, x, y, threat=threat, steps=steps, loss=loss, targets=targets, stop="never")
+    apgd(ours, x, y, threat=threat, steps=steps, rho=rho, loss=loss, targets=targets, stop="never")
 
     listening = Listening(net)
-    options = {"n_iter": steps, "norm": NORMS[norm], "eps": threat.radius, "device": "cpu"}
+    options = {"n_iter": steps, "norm": NORMS[norm], "eps": threat.radius, "rho": rho, "device": "cpu"}
     theirs = (
         APGDAttack_targeted(listening, **options) if targets else APGDAttack(listening, loss=loss, **options)
     )
@@ -155,7 +155,7 @@ def test_it_walks_the_path_of_the_authors_code(norm, steps, loss, targets):
         assert same.all()
     else:  # at its maximum in l2 the loss rises or falls by rounding, and with it the step is halved or not
         assert same[: checkpoints(steps)[0] + 1].all()
-        assert same.all(0).float().mean() > 0.5
+        assert same.all(0).float().mean() > 0.3
     assert torch.equal(torch.stack(ours.seen).argmax(2).eq(y).all(0), stand)
     if loss == "ce":
         reached = torch.stack([functional.cross_entropy(z, y, reduction="none") for z in ours.seen]).amax(0)
@@ -486,7 +486,8 @@ class Liar(nn.Module):
 
     def forward(self, x):
         margin = 0.7 - (x - 0.5).mean((1, 2, 3)) / 0.1  # lost at 0.07
-        if torch.is_autocast_enabled("cpu") and float(x.detach().amax()) > -1:
+        # The look at the values comes first: it keeps torch.fx from tracing the branch away.
+        if float(x.detach().amax()) > -1 and torch.is_autocast_enabled("cpu"):
             margin = margin - margin.detach() - 1
         return torch.stack((margin, torch.zeros_like(margin)), 1)
 

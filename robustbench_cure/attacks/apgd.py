@@ -170,7 +170,6 @@ def apgd(
             if first_success and bool(hit.any()):
                 exact = classifier.logits(here[hit])
                 candidates.forwards[rows[hit]] += 1
-                margin[hit] = margins(exact, labels[hit])
                 hit = hit.masked_scatter(hit, misclassified(exact, labels[hit]))
             hit &= first_success
             better = (margin < lowest[rows]) | hit
