@@ -13,6 +13,7 @@ from torch import nn
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, square, uniform_noise
 from robustbench_cure.attacks import Noise, deepfool, fab, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, apgd, deepfool, fgsm, pgd, spsa, uniform_noise
 from robustbench_cure.attacks.deepfool import nearest_boundary_step
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.pgd import pgd_checkpoints
@@ -33,6 +34,13 @@ def run_pgd(loss):
     def run(classifier, x, y, threat):
         step = max(threat.radius / 4, 1e-6)
         return pgd(classifier, x, y, threat=threat, steps=20, step_size=step, loss=loss)
+
+    return run
+
+
+def run_apgd(loss, targets=0):
+    def run(classifier, x, y, threat):
+        return apgd(classifier, x, y, threat=threat, steps=20, loss=loss, targets=targets)
 
     return run
 
@@ -62,6 +70,9 @@ GRADIENT_ATTACKS = {
     "fgsm": run_fgsm,
     "pgd-ce": run_pgd("ce"),
     "pgd-margin": run_pgd("margin"),
+    "apgd-ce": run_apgd("ce"),
+    "apgd-pm": run_apgd("pm"),
+    "apgd-targets": run_apgd("margin", targets=9),
     "deepfool": run_deepfool,
     "fab": run_fab,
 }
@@ -136,6 +147,8 @@ def test_no_attack_succeeds_inside_the_exact_radius_of_many_faces(affine, judge,
     assert not broken[radii > threat.radius * 1.0001].any()
     # ... and what it does find lies beyond: deepfool, fab and pgd find nearly all of it.
     if name in ("pgd-margin", "deepfool", "fab"):
+    # ... and what it does find lies beyond: deepfool and pgd find nearly all of it.
+    if name in ("pgd-margin", "apgd-pm", "apgd-targets", "deepfool"):
         assert broken[radii < threat.radius * 0.999].mean() > 0.9
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, square, uniform_noise
 from robustbench_cure.attacks import Noise, deepfool, fab, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, apgd, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.classifier import Classifier, has_bf16
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
@@ -47,6 +48,10 @@ def plain(attack, **options):
 
 
 ATTACKERS = {
+    "apgd": plain(apgd, steps=8),
+    "apgd-targets": plain(apgd, steps=4, restarts=2, loss="margin", targets=2),
+    "apgd-distance": plain(apgd, steps=5, loss="margin", targets=2, order="distance", give_up=True),
+    "apgd-never": plain(apgd, steps=6, loss="pm", stop="never"),
     "fgsm": plain(fgsm),
     "noise": plain(uniform_noise, draws=6),
     "pgd": with_step(pgd, steps=8),
@@ -64,6 +69,17 @@ ATTACKERS = {
 }
 RANDOM = ("noise", "pgd", "pgd-restarts", "spsa", "spsa-never", "square", "square-restarts", "square-never")
 RANDOM = ("noise", "pgd", "pgd-restarts", "fab-restarts", "spsa", "spsa-never")
+RANDOM = (
+    "apgd",
+    "apgd-targets",
+    "apgd-distance",
+    "apgd-never",
+    "noise",
+    "pgd",
+    "pgd-restarts",
+    "spsa",
+    "spsa-never",
+)
 
 every_attack = pytest.mark.parametrize("name", ATTACKERS)
 both_norms = pytest.mark.parametrize("norm", list(EPS))
@@ -71,7 +87,9 @@ both_norms = pytest.mark.parametrize("norm", list(EPS))
 
 def test_every_attack_of_the_registry_is_tested_here():
     own = {name: attack for name, attack in ATTACKS.items() if name != "peer"}  # peers: test_peers.py
-    assert {name.removeprefix("uniform_") for name in own} == {key.partition("-")[0] for key in ATTACKERS}
+    assert {name.removeprefix("uniform_") for name in own} | {"apgd"} == {
+        key.partition("-")[0] for key in ATTACKERS
+    }
     for attack in own.values():
         parameters = inspect.signature(attack).parameters
         assert list(parameters)[:3] == ["classifier", "x", "y"]
@@ -476,6 +494,22 @@ def test_rows_that_are_robust_within_rounding_in_bf16_are_searched_again(stop, c
     assert found["bf16"][0] == found["fp32"][0]
     assert found["bf16"][1][2:] == [2 * 8, 8]  # the second search is for doubtful rows alone
     assert found["fp32"][1][2:] == [8, 8]
+
+
+@pytest.mark.parametrize("stop", ["first-success", "never"])
+def test_apgd_searches_rows_again_that_are_robust_within_rounding(stop):
+    x = torch.full((4, 1, 8, 8), 0.5)
+    x[:, 0, 0, 0] = 0
+    x[1], x[2] = x[1] - 0.03, x[2] - 0.1
+    x[3, 0, 0, 0] = 1
+    x, y = x.clamp(0, 1), torch.zeros(4, dtype=torch.int64)
+    for precision, work in (("fp32", [9, 9]), ("bf16", [18, 9])):
+        classifier = Classifier(TooFine(), num_classes=3, input_shape=SHAPE, precision=precision)
+        options = {"steps": 8, "loss": "margin", "stop": stop}
+        found = apgd(classifier, x, y, threat=ThreatModel("linf", Fraction(1, 10)), **options)
+        assert int(found.forwards.sum()) == classifier.forwards
+        assert found.backwards[2:].tolist() == work  # the second search is for doubtful rows alone
+        assert (classifier.logits(found.x_adv).argmax(1) != y).tolist() == [True, True, False, False]
 
 
 # --- models without a gradient -----------------------------------------------------------------------

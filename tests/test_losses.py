@@ -14,11 +14,16 @@ from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import fgsm, pgd
 from robustbench_cure.attacks.losses import (
     LOSSES,
+    TARGETED_LOSSES,
     cross_entropy,
+    dlr,
+    log_probability_margin,
     margins,
     misclassified,
     odds_against,
     predictions,
+    targeted_dlr,
+    targeted_margin,
 )
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.threat import ThreatModel
@@ -119,6 +124,77 @@ def test_larger_logits_are_no_defence(attack):
 
 def test_every_loss_that_is_called_ce_is_this_one():
     assert LOSSES["ce"] is odds_against
+
+
+# --- the probability margin -----------------------------------------------------------------------------
+
+
+def gradient_of(loss, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    leaf = z.clone().requires_grad_(True)
+    return torch.autograd.grad(loss(leaf, y).sum(), leaf)[0]
+
+
+def plain_probability_margin(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    p = z.softmax(1)
+    own = functional.one_hot(y, z.shape[1]).bool()
+    return p.masked_fill(own, 0).amax(1) - p[own]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_the_probability_margin_has_its_value_and_direction(classes, scale):
+    z = scale * torch.randn(64, classes, generator=torch.Generator().manual_seed(3))
+    for y in (z.argmax(1), z.argmin(1), torch.arange(64) % classes):
+        exact = plain_probability_margin(z.double(), y)
+        torch.testing.assert_close(log_probability_margin(z, y).expm1().double(), exact, atol=1e-6, rtol=0)
+        directions = [
+            functional.normalize(gradient_of(loss, logits, y).double())
+            for loss, logits in ((log_probability_margin, z), (plain_probability_margin, z.double()))
+        ]
+        held = odds_against(z, y) < 5  # a row that is lost for certain has nothing to gain, and no gradient
+        torch.testing.assert_close(*(each[held] for each in directions), atol=2e-5, rtol=0)
+        if classes > 2 and scale > 1:  # neither that of cross-entropy nor that of the margin
+            other = functional.normalize(gradient_of(odds_against, z.double(), y))
+            assert ((directions[0] - other).norm(dim=1) > 0.1).any()
+
+
+@pytest.mark.parametrize("scale", SCALES[1:])
+def test_the_probability_margin_of_confident_rows_does_not_vanish(scale):
+    """Where p_y is 1: s_j e_j + s - (1 + s_j) e_y, divided by 1 + s_j; s = softmax over the other classes."""
+    z = scale * torch.randn(64, 10, generator=torch.Generator().manual_seed(4))
+    y = z.argmax(1)
+    z[torch.arange(64), y] += 20
+    if scale >= 1000:  # what the plain formula has in float32
+        assert gradient_of(plain_probability_margin, z, y).abs().sum(1).eq(0).float().mean() > 0.9
+    others = z.double().scatter(1, y[:, None], -torch.inf)
+    share = others.softmax(1)
+    top, j = share.max(1)
+    wanted = share.scatter_add(1, j[:, None], top[:, None]) / (1 + top)[:, None]
+    wanted = wanted.scatter(1, y[:, None], -1.0)
+    found = gradient_of(log_probability_margin, z, y)
+    torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=0)
+    lower = log_probability_margin(z, y)
+    z[torch.arange(64), y] -= 1
+    assert (log_probability_margin(z, y) > lower).all()
+
+
+# --- targeted losses ------------------------------------------------------------------------------------
+
+
+def test_targeted_losses_by_hand():
+    z = torch.tensor([[5.0, 3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0, 5.0]])
+    y, t = torch.tensor([0, 1]), torch.tensor([2, 0])
+    assert targeted_margin(z, y, t).tolist() == [-3.0, -1.0]
+    torch.testing.assert_close(targeted_dlr(z, y, t), torch.tensor([-3 / 3.5, -1 / 3.5]))
+    torch.testing.assert_close(dlr(z, y), torch.tensor([-2 / 3, 4 / 3]))
+    torch.testing.assert_close(targeted_dlr(100 * z + 7, y, t), targeted_dlr(z, y, t))
+    assert {"margin": targeted_margin, "dlr": targeted_dlr} == TARGETED_LOSSES
+
+
+def test_the_targeted_dlr_loss_needs_four_classes():
+    z, y = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="at least 4 classes, the model has 3"):
+        targeted_dlr(z, y, 1 - y)
 
 
 # --- what counts as misclassified -----------------------------------------------------------------------

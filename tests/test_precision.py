@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import apgd, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
 from robustbench_cure.attacks.losses import misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.precision import (
@@ -286,8 +286,9 @@ class Thrown(nn.Module):
         return torch.where(grey, z * self.confident, z)
 
 
+@pytest.mark.parametrize("attack", [partial(pgd, steps=20, step_size=0.05), partial(apgd, steps=20)])
 @pytest.mark.parametrize(("gap", "confident"), [(3.0, 1.0), (3.0, 100.0)])
-def test_a_search_that_is_thrown_back_from_the_boundary_is_made_in_float32(gap, confident):
+def test_a_search_that_is_thrown_back_from_the_boundary_is_made_in_float32(attack, gap, confident):
     """Most rows end where nothing is to be seen of it, and some of them would stand."""
     data, ball = load_dataset("digits").subset(200), ThreatModel("linf", "51/255")
     net = Thrown(load_model("digits_pgd_at", precision="fp32").module, gap, confident).eval()
@@ -296,7 +297,7 @@ def test_a_search_that_is_thrown_back_from_the_boundary_is_made_in_float32(gap, 
     }
     right = ~misclassified(models["fp32"].logits(data.images), data.labels)
     x, y = data.images[right], data.labels[right]
-    found = {p: pgd(model, x, y, threat=ball, steps=20, step_size=0.05) for p, model in models.items()}
+    found = {p: attack(model, x, y, threat=ball) for p, model in models.items()}
     stand = {p: ~misclassified(models["fp32"].logits(found[p].x_adv), y) for p in found}
     assert int(stand["fp32"].sum()) > 80
     assert int((stand["bf16"] & ~stand["fp32"]).sum()) == 0

@@ -34,7 +34,7 @@ from torch import Tensor
 from robustbench_cure.attacks.active_set import ActiveSet
 from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.attacks.inputs import Stop, check_inputs
-from robustbench_cure.attacks.losses import LOSSES, TARGETED_LOSSES, margins, misclassified, targeted_margin
+from robustbench_cure.attacks.losses import LOSSES, TARGETED_LOSSES, margins, misclassified
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.precision import compare_at, within_rounding
 from robustbench_cure.attacks.targets import Order, ranked_targets
@@ -43,8 +43,10 @@ from robustbench_cure.threat import ThreatModel
 
 #: Share of the step in an update; the rest is that of the step before.
 MOMENTUM = 0.75
-#: A start is hopeless where its margin would stay positive even if every remaining step lowered it by this
-#: many times as much as a mean step since the last checkpoint did.
+#: At a checkpoint a start is hopeless where its margin, to whichever class, would stay positive even if every
+#: remaining step lowered it by this many times what a mean step since the last checkpoint did. Progress
+#: slows down, so that even 1 is generous. Of 3,357 starts of 100 steps that 2 gives up, on four networks with
+#: adversarial or CURE training, none succeeds when it goes on; of those that 1 gives up, one.
 GIVE_UP = 2.0
 
 
@@ -107,9 +109,7 @@ def apgd(
     # One entry for each row; the candidates hold the best image so far.
     candidates = Candidates.start(x)
     lowest = torch.full((len(x),), torch.inf, dtype=torch.float32, device=x.device)  # its margin
-    uncertain = torch.zeros(
-        len(x), dtype=torch.bool, device=x.device
-    )  # rounding may decide that margin's sign
+    uncertain = torch.zeros_like(lowest, dtype=torch.bool)  # a rounding may decide that margin's sign
     pending = torch.ones_like(uncertain)  # attacked, and not adversarial yet
     targets = min(targets, classifier.num_classes - 1)
     classes = torch.zeros((len(x), 1), dtype=torch.int64, device=x.device)
@@ -138,13 +138,10 @@ def apgd(
         # The point of highest loss since the start, and its gradient.
         best, best_gradient, best_loss = x.clone(), torch.zeros_like(x), torch.zeros_like(lowest)
         # Step size; whether it was halved at the last checkpoint; updates since then that increased the loss.
-        step_size, halved, increases = (
-            torch.zeros_like(lowest),
-            torch.ones_like(pending),
-            torch.zeros_like(start),
-        )
+        step_size, halved = torch.zeros_like(lowest), torch.ones_like(pending)
+        increases = torch.zeros_like(start)
         last_loss, checkpoint_loss = torch.zeros_like(lowest), torch.zeros_like(lowest)
-        # Lowest margin to the classes aimed at since the start, and as it was at the last checkpoint.
+        # Lowest margin since the start, and as it was at the last checkpoint.
         gap, checkpoint_gap = torch.zeros_like(lowest), torch.zeros_like(lowest)
 
         active = ActiveSet(len(x), classifier.batch_size, x.device, among=pending)
@@ -152,9 +149,8 @@ def apgd(
             fresh = rows[taken[rows] == 0]
             if len(fresh):
                 stream = (start[fresh] // restarts << 32) + start[fresh] % restarts
-                current[fresh] = best[fresh] = previous[fresh] = draw_start(
-                    x[fresh], threat, noise[fresh], stream
-                )
+                point = draw_start(x[fresh], threat, noise[fresh], stream)
+                current[fresh], previous[fresh], best[fresh] = point, point, point
                 best_gradient[fresh], best_loss[fresh], gap[fresh] = 0.0, -torch.inf, torch.inf
                 step_size[fresh], halved[fresh], increases[fresh] = 2 * threat.radius, True, 0
                 last_loss[fresh] = -torch.inf if loss == "ce" else 0.0
@@ -163,8 +159,8 @@ def apgd(
             first = updates == 0
             objective: Callable[[Tensor], Tensor] = partial(LOSSES[loss], labels=labels)
             if targets:
-                aim = classes[rows, start[rows] // restarts]
-                objective = partial(TARGETED_LOSSES[loss], labels=labels, targets=aim)
+                aims = classes[rows, start[rows] // restarts]
+                objective = partial(TARGETED_LOSSES[loss], labels=labels, targets=aims)
             logits, gradient = classifier.value_and_gradient(here, objective, reference=reference)
             candidates.forwards[rows] += 1
             candidates.backwards[rows] += 1
@@ -174,7 +170,6 @@ def apgd(
             if first_success and bool(hit.any()):
                 exact = classifier.logits(here[hit])
                 candidates.forwards[rows[hit]] += 1
-                margin[hit] = margins(exact, labels[hit])
                 hit = hit.masked_scatter(hit, misclassified(exact, labels[hit]))
             hit &= first_success
             better = (margin < lowest[rows]) | hit
@@ -190,8 +185,7 @@ def apgd(
             improved = value > best_loss[rows]
             best[rows[improved]], best_gradient[rows[improved]] = here[improved], gradient[improved]
             best_loss[rows] = value.where(improved, best_loss[rows])
-            aimed = -targeted_margin(logits, labels, aim) if targets else margin
-            gap[rows] = torch.minimum(gap[rows], aimed)
+            gap[rows] = torch.minimum(gap[rows], margin)
             checkpoint_loss[fresh], checkpoint_gap[fresh] = best_loss[fresh], gap[fresh]
 
             # At a checkpoint: halve the step size of rows without progress, and go back to their best point.
