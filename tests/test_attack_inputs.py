@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, square, uniform_noise
-from robustbench_cure.attacks import deepfool, fab, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
-from robustbench_cure.attacks import apgd, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import (
+    apgd,
+    deepfool,
+    fab,
+    fgsm,
+    pgd,
+    pgd_checkpoints,
+    spsa,
+    square,
+    uniform_noise,
+)
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.registry import ATTACKS
@@ -106,7 +114,7 @@ def test_right_inputs_pass_and_so_do_none(attack):
 
 def test_every_attack_of_the_package_is_tested():
     own = {attack for name, attack in ATTACKS.items() if name != "peer"}
-    assert own | {pgd_checkpoints, apgd} == set(WORK)
+    assert own | {pgd_checkpoints} == set(WORK)
     assert all(inspect.isfunction(attack) for attack in own)
 
 
