@@ -66,6 +66,18 @@ def _wilson(count: int, total: int) -> tuple[float, float]:
     return (float(found.low), float(found.high))
 
 
+def upper_bound(count: int, total: int) -> float:
+    """Exact one-sided 95 % upper bound of a rate (Clopper & Pearson 1934); 1 without trials.
+
+    Args:
+        count: successes seen.
+        total: trials.
+    """
+    from scipy.stats import beta
+
+    return float(beta.ppf(CONFIDENCE, count + 1, total - count)) if count < total else 1.0
+
+
 @dataclass(frozen=True)
 class DiscordantPairs:
     """How a yes-or-no of each sample changed between two runs.

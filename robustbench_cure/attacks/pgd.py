@@ -105,7 +105,7 @@ def pgd_checkpoints(
         random_start: start at a uniform point of the ball instead of at x.
         restarts: independent starts, at least 1; a row is restarted while it is robust at some checkpoint.
             Without ``random_start`` there is only one start.
-        loss: ``ce``, ``margin`` or ``dlr``, see `LOSSES`.
+        loss: ``ce``, ``margin``, ``dlr`` or ``pm``, see `LOSSES`.
         stop: ``first-success`` or ``never``, see the module.
 
     Returns:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustbench_cure.attacks.losses import margins, odds_against
+from robustbench_cure.attacks.losses import margins, misclassified, odds_against
 from robustbench_cure.classifier import Classifier
 
 #: One rounding of bfloat16, relative: 2^-7.
@@ -76,6 +76,33 @@ def to_search_again(differ: Tensor, robust: Tensor) -> Tensor:
         misled at an earlier iterate, and end at a point where the two precisions agree.
     """
     return robust if int(differ.sum()) > ASTRAY_SHARE * len(differ) else differ & robust
+
+
+def compare_at(
+    classifier: Classifier, x: Tensor, y: Tensor, x_adv: Tensor, robust: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compare the two precisions where a search in bfloat16 ended; three forward passes a robust row.
+
+    Args:
+        classifier: the model, which searches in bfloat16.
+        x: images, float32 (B,C,H,W).
+        y: labels, int64 (B,).
+        x_adv: points to compare at, float32 (B,C,H,W).
+        robust: rows that the search left robust, bool (B,); no others are looked at.
+
+    Returns:
+        Rows to search again because the two differ, bool (B,), see `to_search_again`; and the margins of
+        x_adv in float32, (B,), infinite where a row is not looked at.
+    """
+    differ, stands = torch.zeros((2, len(x)), dtype=torch.bool, device=x.device)
+    margin = x.new_full((len(x),), torch.inf)
+    for rows in torch.split(robust.nonzero().squeeze(1), classifier.batch_size):
+        scale = logit_range(classifier.logits(x[rows]))
+        exact, searched = classifier.logits(x_adv[rows]), classifier.search_logits(x_adv[rows])
+        differ[rows] = margins_differ(searched, exact, y[rows], scale)
+        stands[rows] = ~misclassified(exact, y[rows])
+        margin[rows] = margins(exact, y[rows])
+    return to_search_again(differ, stands), margin
 
 
 def disagreement(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> str:

@@ -79,6 +79,12 @@ AUTO = 0
         metavar="N",
         help="Samples that are written, resumed and split together; the same for all parts; default: 512.",
     ),
+    click.option(
+        "--audit",
+        type=AutoOr(0, "all"),
+        metavar="M",
+        help="Survivors that the audit of the battery attacks, or all; default: what the battery asks for.",
+    ),
     click.option("--save-adversarials", is_flag=True, help="Keep every attack's images, float32."),
     click.option(
         "--allow-unreliable", is_flag=True, help="Evaluate a random or batch-dependent model, marked as such."
@@ -140,6 +146,8 @@ def run(request: EvaluateRequest) -> list[Record]:
         raise UsageError("--resume needs --out DIR, the run to go on with")
     models = named_models(request)
     battery = _battery(request, models)
+    if request.audit is not None and battery.audit is None:
+        raise UsageError(f"--audit: battery {battery.id!r} has no audit; --battery reference has one")
     classifiers, data = load_all(models, request, battery)
     if request.n_at_most and request.n is not None and request.n > len(data):
         click.echo(f"--n auto: {request.n:,} samples are needed, {data.name} has {len(data):,}", err=True)
@@ -164,6 +172,7 @@ def run(request: EvaluateRequest) -> list[Record]:
                     shard=request.shard,
                     shard_size=request.shard_size or SHARD_SIZE,
                     allow_unreliable=request.allow_unreliable,
+                    audit=request.audit,
                     save_adversarials=request.save_adversarials,
                     command=request.command,
                     progress=_after(heading, line),

@@ -67,21 +67,21 @@ class Percentage(click.ParamType):  # type: ignore[type-arg]
 
 
 class AutoOr(click.ParamType):  # type: ignore[type-arg]
-    """A positive number, or the word ``auto``, which becomes ``auto_value``."""
+    """A positive number, or a word, ``auto`` unless another is given, which becomes ``auto_value``."""
 
     name = "number"
 
-    def __init__(self, auto_value: Any) -> None:
-        self.auto_value = auto_value
+    def __init__(self, auto_value: Any, word: str = "auto") -> None:
+        self.auto_value, self.word = auto_value, word
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, int, or what stands for ``auto``."""
-        if value == "auto":
+        """The number, int, or what stands for the word."""
+        if value == self.word:
             return self.auto_value
         try:
             return click.IntRange(1).convert(value, param, ctx)
         except click.BadParameter:
-            self.fail(f"{value!r}: use auto or a positive number.", param, ctx)
+            self.fail(f"{value!r}: use {self.word} or a positive number.", param, ctx)
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]

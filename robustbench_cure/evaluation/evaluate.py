@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,23 +18,30 @@ from robustbench_cure.attacks import Candidates
 from robustbench_cure.classifier import Classifier, with_memory
 from robustbench_cure.datasets import EvalSet
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.audit import audit_battery, draw
 from robustbench_cure.evaluation.flags import Flag, stored
 from robustbench_cure.evaluation.preflight import preflight
-from robustbench_cure.evaluation.provenance import environment
+from robustbench_cure.evaluation.provenance import environment, gradient_rate
 from robustbench_cure.evaluation.record import Manifest, Record, RunConfig, read_manifest, write_manifest
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import ShardWork
 from robustbench_cure.evaluation.storage import (
+    AUDIT,
     Shard,
     check_same_run,
     finish,
     now,
+    read_audit,
     read_shards,
     read_unfinished,
+    with_audit,
     write_shard,
 )
-from robustbench_cure.protocol.cards import Battery
-from robustbench_cure.protocol.specs import PGD, Peer
+from robustbench_cure.protocol.cards import Audit, Battery
+from robustbench_cure.protocol.specs import Peer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Samples in one shard: the unit of resuming and splitting. Part of a run's identity.
 SHARD_SIZE = 512
@@ -58,6 +66,7 @@ def evaluate(
     save_adversarials: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    audit: int | None = None,
     attacks: dict[str, Callable[..., Candidates]] | None = None,
     flags: list[Flag] | None = None,
 ) -> Record:
@@ -77,6 +86,7 @@ def evaluate(
         save_adversarials: also write every attack's candidates, float32, to ``out/adversarials``.
         command: command line for the provenance.
         progress: called for every attack on every shard.
+        audit: how many survivors the battery's audit draws, 0 for all; default: the battery's own number.
         attacks: implementations by kind; default: `ATTACKS`.
         flags: what `admit` returned, where it was asked already.
 
@@ -91,6 +101,8 @@ def evaluate(
     _check_types(classifier, battery, data)
     if flags is None:
         flags = admit(classifier, battery, data, n=n, allow_unreliable=allow_unreliable)
+    if audit is not None and battery.audit is None:
+        raise UsageError(f"audit: battery {battery.id!r} has no audit; `reference` has one")
     subset = selected(battery, data, n)
     config = RunConfig(
         seed=battery.seed if seed is None else seed,
@@ -100,6 +112,7 @@ def evaluate(
         batch_size=classifier.batch_size,
         shard="" if shard == (1, 1) else f"{shard[0]}/{shard[1]}",
         allow_unreliable=allow_unreliable,
+        audit=battery.audit.samples if battery.audit and audit is None else audit,
     )
     manifest = Manifest(
         started=now(),
@@ -111,6 +124,8 @@ def evaluate(
         environment=environment(classifier.device, command, _peers(battery)),
         flags=flags,
     )
+    x, y = (rows[: classifier.batch_size].to(classifier.device) for rows in (subset.images, subset.labels))
+    manifest.environment.gradient_rate = with_memory(classifier, lambda: gradient_rate(classifier, x, y))
     run = _Run(classifier, manifest, subset, attacks or ATTACKS, progress or (lambda *_: None))
     try:
         return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
@@ -136,7 +151,7 @@ def _check_types(classifier: object, battery: object, data: object) -> None:
 
 def _peers(battery: Battery) -> list[str]:
     """Versions of the libraries whose attacks a battery has."""
-    kinds = {spec.kind for spec in battery.attacks if isinstance(spec, Peer)}
+    kinds = {spec.kind for spec in battery.every_attack if isinstance(spec, Peer)}
     if not kinds:
         return []
     from robustbench_cure.interop.peers import version
@@ -175,9 +190,12 @@ def admit(
             f"{unreliable[0].about.title.lower()}: {unreliable[0].evidence}; "
             "mend the model, or pass --allow-unreliable to mark every row"
         )
-    for spec in battery.attacks:
-        if isinstance(spec, PGD) and spec.loss == "dlr" and classifier.num_classes < 3:
-            raise UsageError(f"attack {spec.id!r}: the DLR loss needs at least 3 classes")
+    for spec in battery.every_attack:
+        if classifier.num_classes < spec.classes:
+            raise UsageError(
+                f"attack {spec.id!r}: needs at least {spec.classes} classes, "
+                f"the model has {classifier.num_classes}"
+            )
         if isinstance(spec, Peer):
             from robustbench_cure.interop.peers import check
 
@@ -197,7 +215,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.classifier, self.manifest, self.data = classifier, manifest, data
-        self.attacks, self.progress = attacks, progress
+        self.attacks, self.progress, self.battery = attacks, progress, manifest.battery
         self.done = 0
 
     def execute(
@@ -225,7 +243,43 @@ class _Run:
             parts.append(part)
         samples = pd.concat([part.rows for part in parts], ignore_index=True)
         complete = len(mine) == len(starts)
+        if complete and self.battery.audit is not None:
+            samples = self._audit(self.battery.audit, samples, parts, out, save_adversarials)
+        else:
+            samples = with_audit(samples, self.battery)
         return finish(self.manifest, parts, samples, complete, out)
+
+    def _audit(
+        self,
+        audit: Audit,
+        samples: pd.DataFrame,
+        parts: list[Shard],
+        out: Path | None,
+        save_adversarials: bool,
+    ) -> pd.DataFrame:
+        """Attack survivors with the battery's audit, add its part, and return the table with its columns."""
+        config, battery = self.manifest.config, audit_battery(self.battery, audit)
+        draws = draw(samples, self.battery, config.audit or 0, config.seed)
+        ranks = [int(rank) for rank in draws.nonzero()[0]]
+        data = self.data.take(ranks)
+        part = read_audit(out, battery, data.ids) if out else None
+        if part is None:
+            self.total += len(ranks)
+            work = ShardWork(
+                self.classifier,
+                self.manifest,
+                data,
+                ranks,
+                battery,
+                self.attacks,
+                lambda doing: self._announce(f"audit, {doing}"),
+            )
+            before = read_audit(out, battery, data.ids, finished=False) if out else None
+            part = _written(work, AUDIT, before, out, save_adversarials)
+            self.done += len(ranks)
+            self.progress(self.done, self.total, "audit written" if out else "audit done")
+        parts.append(part)
+        return with_audit(samples, self.battery, draws, part)
 
     def _ranks(self, start: int) -> range:
         return range(start, min(start + self.manifest.config.shard_size, len(self.data)))
@@ -243,22 +297,17 @@ class _Run:
             earlier = [flag for flag in before.flags if flag.about.origin == "preflight"]
             self.manifest.flags = stored([*earlier, *self.manifest.flags])
             write_manifest(out, self.manifest)
-            return read_shards(out, self.manifest.battery)
+            return read_shards(out, self.battery)
         write_manifest(out, self.manifest)
         return {}
 
     def _shard(self, index: int, ranks: range, out: Path | None, save_adversarials: bool) -> Shard:
         data = self.data.take(list(ranks))
-        work = ShardWork(self.classifier, self.manifest, data, ranks, self.attacks, self._announce)
-        if out is None:
-            return work.run()
-        part = work.run(
-            read_unfinished(out, index, self.manifest.battery),
-            checkpoint=lambda unfinished: write_shard(out, index, unfinished, finished=False),
-            adversarials=out / "adversarials" / f"{index:04d}" if save_adversarials else None,
+        work = ShardWork(
+            self.classifier, self.manifest, data, ranks, self.battery, self.attacks, self._announce
         )
-        write_shard(out, index, part)
-        return part
+        before = read_unfinished(out, index, self.battery) if out else None
+        return _written(work, f"{index:04d}", before, out, save_adversarials)
 
     def _announce(self, doing: str) -> None:
         """Say what is being done now, and every second that it is still being done."""
@@ -273,3 +322,18 @@ class _Run:
                 self.progress(self.done, self.total, f"{doing}: {passes:,} passes")
 
         self.classifier.callback = report_passes
+
+
+def _written(
+    work: ShardWork, name: str, before: Shard | None, out: Path | None, save_adversarials: bool
+) -> Shard:
+    """Do a shard, or what is left of it, and write it."""
+    if out is None:
+        return work.run()
+    part = work.run(
+        before,
+        checkpoint=lambda unfinished: write_shard(out, name, unfinished, finished=False),
+        adversarials=out / "adversarials" / name if save_adversarials else None,
+    )
+    write_shard(out, name, part)
+    return part

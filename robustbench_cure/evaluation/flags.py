@@ -193,6 +193,15 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "under PGD on cross-entropy alone is too high; the worst case, which counts every attack, is not",
         "quote the worst case, or PGD on the margin, and never PGD on cross-entropy alone",
     ),
+    "search_weaker_than_reference": FlagKind(
+        "derived",
+        "warning",
+        "The audit broke what the search left robust",
+        "the stronger protocol of the battery's audit broke samples that its search had not",
+        "the search is too weak for this network, whose gradients may be masked: its robust accuracy is too "
+        "high; where only part was audited, the corrected estimate and its bound say by how much",
+        "evaluate again with `--resume --audit all`; run `cure-bench masking`",
+    ),
     "violations": FlagKind(
         "derived",
         "warning",
@@ -298,7 +307,7 @@ def stored(flags: Iterable[Flag]) -> list[Flag]:
 def derived_flags(record: Record) -> list[Flag]:
     """Everything a finished table and its manifest say about how far the numbers can be trusted."""
     flags = [*_data_flags(record), *_near_chance(record), *_violations(record), *_non_finite(record)]
-    flags += _searched_again(record)
+    flags += [*_searched_again(record), *_audit(record)]
     found = (_nothing_broken(record), _black_box(record), _cross_entropy(record))
     return flags + [flag for flag in found if flag is not None]
 
@@ -339,7 +348,7 @@ def _near_chance(record: Record) -> list[Flag]:
 
 def _violations(record: Record) -> list[Flag]:
     flags = []
-    for spec in record.attacks:
+    for spec in record.every_attack:
         column = record.samples[f"{spec.id}.violation"]
         count = int((column != "").sum())
         if count:
@@ -355,7 +364,7 @@ def _non_finite(record: Record) -> list[Flag]:
     rows = {"": samples["clean_pred"] == NO_ANSWER}
     rows |= {
         spec.id: samples[f"{spec.id}.broken"] & (samples[f"{spec.id}.pred"] == NO_ANSWER).fillna(False)
-        for spec in record.attacks
+        for spec in record.every_attack
     }
     for attack, bad in rows.items():
         ids = samples["sample_id"][bad.astype(bool)].tolist()
@@ -395,6 +404,14 @@ def _searched_again(record: Record) -> list[Flag]:
     return flags
 
 
+def _audit(record: Record) -> list[Flag]:
+    audit = record.audit
+    if audit is None or not audit.lost:
+        return []
+    evidence = f"{audit.broken:,} of {audit.draws:,} audited samples; {audit.words}"
+    return [Flag(kind="search_weaker_than_reference", evidence=evidence, value=audit.broken, threshold=0)]
+
+
 def _nothing_broken(record: Record) -> Flag | None:
     samples, correct = record.samples, record.clean_accuracy.count
     tried = [spec.id for spec in record.attacks]
@@ -408,8 +425,8 @@ def _nothing_broken(record: Record) -> Flag | None:
 
 def _black_box(record: Record) -> Flag | None:
     samples = record.samples
-    white_box = [spec.id for spec in record.attacks if spec.access == "white-box"]
-    gradient_free = [spec.id for spec in record.attacks if spec.access in ("gradient-free", "control")]
+    white_box = [spec.id for spec in record.every_attack if spec.access == "white-box"]
+    gradient_free = [spec.id for spec in record.every_attack if spec.access in ("gradient-free", "control")]
     if not white_box or not gradient_free:
         return None
     by_gradient = samples[[f"{name}.broken" for name in white_box]].any(axis=1)
@@ -430,7 +447,7 @@ def _black_box(record: Record) -> Flag | None:
 def _cross_entropy(record: Record) -> Flag | None:
     """Did another loss break what the longest PGD on cross-entropy left standing?"""
     runs = [spec for spec in record.attacks if isinstance(spec, PGD) and spec.loss == "ce"]
-    if not runs:
+    if not runs or record.manifest.battery.cascade:  # there no two attacks are given the same samples
         return None
     run = max(runs, key=lambda spec: spec.steps * spec.restarts)
     found = [(_pairs(record, run, other), other) for other in record.attacks if _other_loss(other, run)]

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from robustbench_cure.attacks.losses import odds_against
+from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.record import Environment
 from robustbench_cure.protocol.catalog import is_our_checkout
 from robustbench_cure.version import __version__
+
+#: Batches and seconds, at most, that the raw rate of gradients is measured with.
+RATE_BATCHES, RATE_SECONDS = 5, 0.5
 
 
 def environment(device: torch.device, command: str = "", peers: Sequence[str] = ()) -> Environment:
@@ -34,6 +43,32 @@ def environment(device: torch.device, command: str = "", peers: Sequence[str] = 
         command=command,
         peers=list(peers),
     )
+
+
+def gradient_rate(classifier: Classifier, x: Tensor, y: Tensor) -> float:
+    """Input gradients a second of the search form alone: what no attack on this machine can exceed.
+
+    Args:
+        classifier: the model; the passes made here are not counted.
+        x: images, float32 (B,C,H,W); at most one batch is used.
+        y: labels, int64 (B,).
+
+    Returns:
+        The best of a few batches; 0 where the model fails, which the evaluation will say.
+    """
+    x, y = x[: classifier.batch_size], y[: classifier.batch_size]
+    loss, before = partial(odds_against, labels=y), (classifier.forwards, classifier.backwards)
+    devices = [classifier.device] if classifier.device.type == "cuda" else []
+    seconds: list[float] = []
+    with torch.random.fork_rng(devices), suppress(Exception):
+        while len(seconds) < RATE_BATCHES and sum(seconds) < RATE_SECONDS:
+            started = time.perf_counter()
+            classifier.value_and_gradient(x, loss)
+            if devices:
+                torch.cuda.synchronize(classifier.device)
+            seconds.append(time.perf_counter() - started)
+    classifier.forwards, classifier.backwards = before
+    return len(x) / min(seconds) if seconds and len(x) else 0.0
 
 
 def device_name(device: torch.device) -> str:

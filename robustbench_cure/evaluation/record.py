@@ -8,18 +8,21 @@ On disk a record is a directory:
 
 Columns of the table: ``sample_id, rank, image_sha256, label, clean_pred, clean_margin`` (rank: position
 in the seeded order that subsets are prefixes of), and for every attack ``<attack>.<field>`` with the
-fields of `ATTACK_FIELDS`. Counts are derived from it, rates from counts.
+fields of `ATTACK_FIELDS`. Where the battery has an audit, ``audit.draws`` says how often it drew the sample,
+and its attacks have columns, too. Counts are derived from the table, rates from counts.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.audit import DRAWS, AuditResult, result
 from robustbench_cure.evaluation.flags import Flag, derived_flags, stored
 from robustbench_cure.files import write_atomically, write_text
 from robustbench_cure.protocol.cards import Battery
@@ -61,6 +64,8 @@ class RunConfig(Section):
     batch_size: int
     shard: str = ""
     allow_unreliable: bool = False
+    #: Survivors that the battery's audit draws; 0: all of them; None: the battery has no audit.
+    audit: int | None = None
 
 
 class Environment(Section):
@@ -74,6 +79,8 @@ class Environment(Section):
     git_commit: str = ""
     git_dirty: bool = False
     command: str = ""
+    #: Input gradients a second of the search form alone, in full batches of these images; 0: not measured.
+    gradient_rate: float = 0.0
     #: Libraries whose attacks took part, with their versions.
     peers: list[str] = Field(default_factory=list)
 
@@ -114,9 +121,29 @@ class Manifest(Section):
         return stored(flags)
 
     @property
+    def passes(self) -> int:
+        """Images passed forward plus input gradients, of the clean pass and all attacks together."""
+        return sum(cost.forwards + cost.backwards for cost in self.cost.values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the clean pass and all attacks together."""
+        return sum(cost.seconds for cost in self.cost.values())
+
+    @property
+    def gradient_share(self) -> float | None:
+        """Passes a second as a share of those of bare gradients, two passes each; None: not measured.
+
+        Passes forward alone take less than half of a gradient, so that it may exceed 1.
+        """
+        rate = self.environment.gradient_rate
+        return self.passes / 2 / rate / self.seconds if rate and self.seconds else None
+
+    @property
     def identity(self) -> dict[str, object]:
         """What must agree for two shards to belong to one run, beside the weights."""
-        config = self.config.model_dump(exclude={"batch_size", "device", "shard"})
+        # An audit may be enlarged when the search is done.
+        config = self.config.model_dump(exclude={"batch_size", "device", "shard", "audit"})
         return {
             "model": self.model.id,
             "battery": self.battery_digest,
@@ -154,8 +181,18 @@ class Record:
 
     @property
     def attacks(self) -> tuple[AttackSpec, ...]:
-        """The attacks of the battery, in order."""
+        """The attacks of the battery, in order, without those of its audit."""
         return self.manifest.battery.attacks
+
+    @property
+    def every_attack(self) -> tuple[AttackSpec, ...]:
+        """The attacks of the battery and of its audit."""
+        return self.manifest.battery.every_attack
+
+    @property
+    def audit(self) -> AuditResult | None:
+        """What the battery's audit found; None: it has none."""
+        return result(self)
 
     @property
     def n(self) -> int:
@@ -173,16 +210,32 @@ class Record:
         return Rate(int(self.clean_correct.sum()), self.n)
 
     def covered(self, attack: str) -> pd.Series:
-        """Samples that the attack covers: all, or the first `limit`; bool."""
-        limit = next(spec.limit for spec in self.attacks if spec.id == attack)
+        """Samples that the attack covers: all, the first `limit`, or those that the audit drew; bool."""
+        limit = next((spec.limit for spec in self.attacks if spec.id == attack), None)
+        if limit is None:
+            return self.samples[DRAWS] > 0
         rank = self.samples["rank"]
         return rank < limit if limit else rank >= 0
 
+    def robust(self, attacks: Iterable[AttackSpec]) -> pd.Series:
+        """Samples classified correctly that none of these attacks broke; bool."""
+        robust = self.clean_correct.copy()
+        for spec in attacks:
+            robust &= ~self.samples[f"{spec.id}.broken"]
+        return robust
+
+    def robust_under(self, attack: str) -> pd.Series:
+        """Samples classified correctly that the attack did not break; bool.
+
+        In a cascade it was given only what the attacks before it left robust: theirs count, too.
+        """
+        place = next(k for k, spec in enumerate(self.attacks) if spec.id == attack)
+        return self.robust(self.attacks[0 if self.manifest.battery.cascade else place : place + 1])
+
     def robust_accuracy(self, attack: str) -> Rate:
-        """Correct and not broken, out of all samples the attack covers."""
-        survived = self.clean_correct & ~self.samples[f"{attack}.broken"]
+        """Share of all samples the attack covers that are robust under it, see `robust_under`."""
         covered = self.covered(attack)
-        return Rate(int((survived & covered).sum()), int(covered.sum()))
+        return Rate(int((self.robust_under(attack) & covered).sum()), int(covered.sum()))
 
     def success_rate(self, attack: str) -> Rate:
         """Broken, out of the clean-correct samples the attack was given."""
@@ -191,11 +244,8 @@ class Record:
 
     @property
     def worst_case(self) -> pd.Series:
-        """Samples classified correctly that no attack broke; bool."""
-        survived = self.clean_correct.copy()
-        for spec in self.attacks:
-            survived &= ~self.samples[f"{spec.id}.broken"]
-        return survived
+        """Samples classified correctly that no attack broke, none of the audit either; bool."""
+        return self.robust(self.every_attack)
 
     @property
     def worst_case_accuracy(self) -> Rate:
@@ -260,8 +310,10 @@ def typed(samples: pd.DataFrame, battery: Battery) -> pd.DataFrame:
         "clean_pred": "int64",
         "clean_margin": "float32",
     }
-    for spec in battery.attacks:
+    for spec in battery.every_attack:
         columns |= {f"{spec.id}.{field}": dtype for field, dtype in ATTACK_FIELDS.items()}
+    if battery.audit:
+        columns[DRAWS] = "int64"
     missing = [name for name in columns if name not in samples]
     if missing:
         raise UsageError(f"column {missing[0]!r} is missing")

@@ -9,7 +9,7 @@ does, and computes the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +25,14 @@ from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Cost, Manifest, typed
 from robustbench_cure.evaluation.storage import Shard, fill_columns, read_candidates, save_candidates
 from robustbench_cure.evaluation.verify import RANDOM_STATE, Verification, guarded, verify
-from robustbench_cure.protocol.specs import PGD, SPSA, AttackSpec, DeepFool, Peer
+from robustbench_cure.protocol.cards import Battery
+from robustbench_cure.protocol.specs import PGD, AttackSpec, DeepFool, Peer
 
 T = TypeVar("T")
 
 #: Seconds between two writings of what is done of a shard.
 CHECKPOINT_INTERVAL = 30.0
-#: Images that a piece of SPSA passes forward at most: minutes on a processor, and passes that fill a GPU.
+#: Images that a piece of a costly attack passes forward: minutes on a processor, and passes that fill a GPU.
 PIECE_PASSES = 2**19
 #: Rows in a piece of another library's attack, whose cost is not known: enough to fill a batch.
 PIECE_ROWS = 128
@@ -45,6 +46,7 @@ class ShardWork:
         manifest: of the run.
         data: the shard's samples.
         ranks: theirs, in the order of the subset.
+        battery: what they are attacked with.
         attacks: implementations by kind.
         announce: told what is being done.
     """
@@ -54,7 +56,8 @@ class ShardWork:
         classifier: Classifier,
         manifest: Manifest,
         data: EvalSet,
-        ranks: range,
+        ranks: Sequence[int],
+        battery: Battery,
         attacks: dict[str, Callable[..., Candidates]],
         announce: Callable[[str], None],
     ) -> None:
@@ -62,7 +65,7 @@ class ShardWork:
 
         self.classifier, self.manifest, self.data, self.ranks = classifier, manifest, data, ranks
         self.attacks, self.announce = attacks, announce
-        self.battery, self.threat = manifest.battery, manifest.battery.threat
+        self.battery, self.threat = battery, battery.threat
         self.x, self.y = data.images.to(classifier.device), data.labels.to(classifier.device)
         self.columns: dict[str, Any] = {}
         self.shard = Shard(pd.DataFrame())
@@ -87,11 +90,16 @@ class ShardWork:
         if before is not None:
             self._resume(before)
         self.written = time.monotonic()
-        rank = torch.arange(self.ranks.start, self.ranks.stop, device=self.x.device)
-        for group in groups(self.battery.attacks, shared=self.attacks.get("pgd") is pgd):
+        rank = torch.tensor(list(self.ranks), device=self.x.device)
+        # In a cascade every attack has rows of its own, so that no two share a trajectory.
+        shared = self.attacks.get("pgd") is pgd and not self.battery.cascade
+        for group in groups(self.battery.attacks, shared=shared):
             limit = group[0].limit
             attackable = (correct & (rank < limit) if limit else correct).nonzero().squeeze(1)
             self._group(group, attackable)
+            if self.battery.cascade:
+                broken = self.columns[f"{group[0].id}.broken"].astype(bool)
+                correct = correct & ~torch.tensor(broken, device=correct.device)
         return self._partial()
 
     # --- rows -----------------------------------------------------------------------------------------
@@ -263,8 +271,8 @@ def piece_rows(spec: AttackSpec) -> int | None:
 
     Decided by the battery alone: rounding, and the draws of a peer, follow the rows that stand together.
     """
-    if isinstance(spec, SPSA):
-        return max(1, PIECE_PASSES // (2 * spec.samples * spec.steps))
+    if spec.passes:
+        return max(1, PIECE_PASSES // spec.passes)
     return PIECE_ROWS if isinstance(spec, Peer) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,15 +14,30 @@ from torch import Tensor
 
 from robustbench_cure.attacks.candidates import Candidates
 from robustbench_cure.errors import UsageError
+from robustbench_cure.evaluation.audit import DRAWS
 from robustbench_cure.evaluation.flags import Flag, stored
-from robustbench_cure.evaluation.record import Cost, Manifest, Record, read_manifest, typed, write_table
+from robustbench_cure.evaluation.record import (
+    ATTACK_FIELDS,
+    Cost,
+    Manifest,
+    Record,
+    read_manifest,
+    typed,
+    write_table,
+)
 from robustbench_cure.evaluation.verify import Verification
 from robustbench_cure.files import write_atomically, write_text
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.specs import AttackSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
+
+
+#: Name of the files that hold a run's audit, beside its shards.
+AUDIT = "audit"
 
 
 @dataclass
@@ -34,17 +50,17 @@ class Shard:
     seconds: float = 0.0
 
 
-def write_shard(out: Path, index: int, part: Shard, *, finished: bool = True) -> None:
+def write_shard(out: Path, index: int | str, part: Shard, *, finished: bool = True) -> None:
     """Write one shard; its cost comes last and says that the file is whole.
 
     Args:
         out: run directory.
-        index: of the shard.
+        index: of the shard, or `AUDIT`.
         part: its rows; unfinished, they have the columns of those attacks alone that have begun, and the last
             of these may have been given some of its rows only.
         finished: whether all attacks are; what was written of an unfinished one is deleted then.
     """
-    stem = out / "shards" / (f"{index:04d}" if finished else f"{index:04d}-unfinished")
+    stem = _stem(out, index, finished)
     write_table(stem.with_suffix(".parquet"), part.rows)
     text = json.dumps(
         {
@@ -57,7 +73,12 @@ def write_shard(out: Path, index: int, part: Shard, *, finished: bool = True) ->
     write_text(stem.with_suffix(".json"), text + "\n")
     if finished:
         for kind in (".parquet", ".json"):
-            (out / "shards" / f"{index:04d}-unfinished{kind}").unlink(missing_ok=True)
+            _stem(out, index, finished=False).with_suffix(kind).unlink(missing_ok=True)
+
+
+def _stem(out: Path, index: int | str, finished: bool) -> Path:
+    name = index if isinstance(index, str) else f"{index:04d}"
+    return out / "shards" / (name if finished else f"{name}-unfinished")
 
 
 def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
@@ -67,9 +88,23 @@ def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
     return {index: part for index, part in found.items() if part is not None}
 
 
-def read_unfinished(out: Path, index: int, battery: Battery) -> Shard | None:
+def read_unfinished(out: Path, index: int | str, battery: Battery) -> Shard | None:
     """What is done of a shard: rows with the columns of the attacks that have begun, which its cost names."""
-    return _read(out / "shards" / f"{index:04d}-unfinished.json", battery, finished=False)
+    return _read(_stem(out, index, finished=False).with_suffix(".json"), battery, finished=False)
+
+
+def read_audit(out: Path, battery: Battery, ids: Sequence[str], *, finished: bool = True) -> Shard | None:
+    """The audit of a run, or what is done of it; None: there is none of these samples.
+
+    Args:
+        out: run directory.
+        battery: the audit's attacks, see `audit_battery`.
+        ids: of the samples that are to be audited.
+        finished: whether all attacks must be.
+    """
+    file = _stem(out, AUDIT, finished).with_suffix(".json")
+    part = _read(file, battery, finished=finished)
+    return part if part is not None and part.rows["sample_id"].tolist() == list(ids) else None
 
 
 def _read(file: Path, battery: Battery, *, finished: bool = True) -> Shard | None:
@@ -81,7 +116,9 @@ def _read(file: Path, battery: Battery, *, finished: bool = True) -> Shard | Non
         if not finished:
             done = tuple(spec for spec in battery.attacks if spec.id in cost)
             battery = battery.model_copy(update={"attacks": done})
-        rows = typed(pd.read_parquet(file.with_suffix(".parquet")), battery)
+        rows = typed(
+            pd.read_parquet(file.with_suffix(".parquet")), battery.model_copy(update={"audit": None})
+        )
         flags = [Flag.model_validate(value) for value in side["flags"]]
         return Shard(rows, cost, flags, float(side["seconds"]))
     except (OSError, ValueError, KeyError, TypeError, UsageError):
@@ -194,10 +231,37 @@ def _refuse(where: Path, name: str, before: object, now: object) -> NoReturn:
     raise UsageError(f"{where}: holds another run: {name} was {was}, now {is_now}; choose another --out")
 
 
+def with_audit(
+    samples: pd.DataFrame, battery: Battery, draws: NDArray[np.int64] | None = None, part: Shard | None = None
+) -> pd.DataFrame:
+    """The table of a battery's attacks with the columns of its audit beside them.
+
+    Args:
+        samples: one row a sample.
+        battery: theirs; without an audit there is nothing to add.
+        draws: how often each was drawn, (n,); None: no audit was made.
+        part: the rows of those that were.
+    """
+    import numpy as np
+    import pandas as pd
+
+    if battery.audit is None:
+        return samples
+    columns: dict[str, Any] = {DRAWS: np.zeros(len(samples), dtype=np.int64) if draws is None else draws}
+    for spec in battery.audit.attacks:
+        for field_ in ATTACK_FIELDS:
+            empty = {"attacked": False, "broken": False, "violation": ""}.get(field_)
+            column = np.full(len(samples), empty, dtype=object)
+            if part is not None and draws is not None:
+                column[draws > 0] = part.rows[f"{spec.id}.{field_}"].to_numpy(dtype=object)
+            columns[f"{spec.id}.{field_}"] = column
+    return pd.concat([samples, pd.DataFrame(columns, index=samples.index)], axis=1)
+
+
 def finish(
     manifest: Manifest, parts: list[Shard], samples: pd.DataFrame, complete: bool, out: Path | None
 ) -> Record:
-    """Add up the shards and their flags, and write the record."""
+    """Add up the shards, the audit among them, and their flags, and write the record."""
     for part in parts:
         for key, cost in part.cost.items():
             total = manifest.cost.setdefault(key, Cost())
@@ -231,7 +295,7 @@ def merge(paths: list[Path], out: Path) -> Record:
     )
     for index, part in enumerate(parts):
         write_shard(out, index, part)
-    return finish(whole, parts, samples, complete=True, out=out)
+    return finish(whole, parts, with_audit(samples, whole.battery), complete=True, out=out)
 
 
 def gather(paths: list[Path], out: Path) -> tuple[Manifest, list[Flag], list[Shard]]:

@@ -54,6 +54,20 @@ else:  # read strictly, key by key, and parsed once
     ]
 
 
+Attacks = Annotated[tuple[AttackSpec, ...], Field(min_length=1, strict=False)]
+
+
+class Audit(Strict):
+    """Stronger attacks on part of what a battery leaves robust, which bound what they would find in all."""
+
+    #: What these attacks are known as.
+    name: str
+    #: How many of the samples that are still robust, drawn at random; 0: all of them.
+    samples: Annotated[int, Field(ge=0)]
+    #: In order; each gets what still stands.
+    attacks: Attacks
+
+
 class Battery(Strict):
     """A frozen protocol: threat model, attacks with every parameter, integer version."""
 
@@ -70,7 +84,15 @@ class Battery(Strict):
     published: str
     notes: str
     threat: Threat
-    attacks: Annotated[tuple[AttackSpec, ...], Field(min_length=1, strict=False)]
+    #: Each attack is given only what the ones before left robust; else all of them are given every sample.
+    cascade: bool = False
+    attacks: Attacks
+    audit: Audit | None = None
+
+    @property
+    def every_attack(self) -> tuple[AttackSpec, ...]:
+        """The attacks, and those of the audit."""
+        return self.attacks + (self.audit.attacks if self.audit else ())
 
     def at(self, eps: str) -> Battery:
         """This protocol in a ball of another radius: a battery of its own, which is no paper's table.
@@ -87,25 +109,36 @@ class Battery(Strict):
         ratio, words = threat.eps / self.threat.eps, format_eps(threat.eps)
         if ratio == 1:
             return self
+        audit = self.audit and Audit(
+            name=self.audit.name,
+            samples=self.audit.samples,
+            attacks=tuple(attack.scaled(ratio) for attack in self.audit.attacks),
+        )
         return Battery(
-            **self.model_dump(exclude={"id", "name", "published", "threat", "attacks"}),
+            **self.model_dump(exclude={"id", "name", "published", "threat", "attacks", "audit"}),
             id=f"{self.id}_at_{re.sub('[^0-9]+', '_', words)}",
             name=f"{self.id} at {'l∞' if threat.norm == 'linf' else 'l2'} {words}",
             published="",
             threat=ThreatModel.parse(threat.norm, words),
             attacks=tuple(attack.scaled(ratio) for attack in self.attacks),
+            audit=audit,
         )
 
     @model_validator(mode="after")
     def _coherent(self) -> Battery:
-        ids = [attack.id for attack in self.attacks]
-        for attack in self.attacks:
+        ids = [attack.id for attack in self.every_attack]
+        for attack in self.every_attack:
             if ids.count(attack.id) > 1:
                 raise ValueError(f"attacks: id {attack.id!r} appears twice")
+            if attack.id == "audit":
+                raise ValueError("attacks: id 'audit' is the name of the audit itself")
             try:
                 attack.check(self.threat)
             except ValueError as error:
                 raise ValueError(f"attacks.{attack.id}: {error}") from None
+        for attack in self.audit.attacks if self.audit else ():
+            if attack.limit:
+                raise ValueError(f"audit.attacks.{attack.id}: limit: must be 0, the audit draws its samples")
         return self
 
 

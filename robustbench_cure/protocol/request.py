@@ -63,6 +63,7 @@ class EvaluateRequest(Request):
         resume: go on with the run that ``out`` holds.
         shard: (i, k) does the i-th of k parts.
         shard_size: samples in one shard; None: the default.
+        audit: survivors that the battery's audit draws, 0 for all; None: the battery's own number.
         save_adversarials: keep every attack's images.
         allow_unreliable: evaluate a stochastic or batch-dependent model, marked as such.
     """
@@ -73,6 +74,7 @@ class EvaluateRequest(Request):
     resume: bool = False
     shard: tuple[int, int] = (1, 1)
     shard_size: int | None = None
+    audit: int | None = None
     save_adversarials: bool = False
     allow_unreliable: bool = False
 

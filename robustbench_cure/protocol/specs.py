@@ -17,6 +17,8 @@ from robustbench_cure.threat import ThreatModel, format_eps, parse_fraction
 #: What an attack uses of the model: its gradients; its outputs alone; neither, it draws points at random or
 #: transforms images without asking (a control, which searches must beat); or several attacks of both sorts.
 Access = Literal["white-box", "gradient-free", "control", "mixed"]
+#: When the search on an image ends: at its first verified success, or never.
+Stopping = Literal["first-success", "never"]
 
 #: Attacks of other libraries that are not white-box, by what they use.
 PEER_ACCESS: dict[str, dict[Access, tuple[str, ...]]] = {
@@ -55,7 +57,14 @@ PEER_ACCESS: dict[str, dict[Access, tuple[str, ...]]] = {
 
 
 #: Losses and ways to stop, as reports name them.
-LOSS_NAMES = {"ce": "cross-entropy", "margin": "margin loss", "dlr": "difference-of-logits-ratio loss"}
+LOSS_NAMES = {
+    "ce": "cross-entropy",
+    "margin": "margin loss",
+    "dlr": "difference-of-logits-ratio loss",
+    "pm": "probability-margin loss",
+}
+#: How target classes are ranked, as reports name it.
+ORDER_WORDS = {"logits": "of the largest logits", "distance": "with the nearest linearised boundaries"}
 STOP_WORDS = {
     "first-success": "stop at first success",
     "never": "all steps, point of lowest margin counts",
@@ -63,7 +72,8 @@ STOP_WORDS = {
 
 
 def _many(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+    plural = f"{what[:-1]}ies" if what.endswith("ry") else f"{what}{'es' * what.endswith('ss') or 's'}"
+    return f"{n:,} {what if n == 1 else plural}"
 
 
 class _Attack(Strict):
@@ -99,6 +109,16 @@ class _Attack(Strict):
     def stream(self) -> str:
         """Name of the random numbers that it draws; equal for attacks that share a trajectory."""
         return str(self.kind)  # type: ignore[attr-defined]  # every attack has a kind
+
+    @property
+    def classes(self) -> int:
+        """How many classes a network must have for it, at least."""
+        return 2
+
+    @property
+    def passes(self) -> int:
+        """Images that it passes forward for one image at most; 0: not known, or too few to count."""
+        return 0
 
     def check(self, threat: ThreatModel) -> None:
         """Refuse a budget that cannot be right under this threat model (ValueError)."""
@@ -153,13 +173,17 @@ class PGD(_Attack):
     step_size: Fractional
     random_start: bool
     restarts: Positive
-    loss: Literal["ce", "margin", "dlr"]
-    stop: Literal["first-success", "never"]
+    loss: Literal["ce", "margin", "dlr", "pm"]
+    stop: Stopping
 
     @property
     def stream(self) -> str:  # noqa: D102 - as in the base
         # Another loss from other starts finds more than from the same.
         return "pgd" if self.loss == "ce" else f"pgd/{self.loss}"
+
+    @property
+    def classes(self) -> int:  # noqa: D102 - as in the base
+        return 3 if self.loss == "dlr" else 2
 
     def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
         if self.restarts > 1 and not self.random_start:
@@ -175,6 +199,106 @@ class PGD(_Attack):
             "random start" if self.random_start else "no random start",
             _many(self.restarts, "restart"),
             LOSS_NAMES[self.loss],
+            STOP_WORDS[self.stop],
+        ]
+        return ", ".join(parts)
+
+
+class APGD(_Attack):
+    """Auto-PGD: step sizes follow from progress alone; untargeted, or towards one class after the other."""
+
+    kind: Literal["apgd"]
+    steps: Positive
+    restarts: Positive
+    loss: Literal["ce", "dlr", "margin", "pm"]
+    #: Target classes at most, the best first; 0: untargeted.
+    targets: Annotated[int, Field(ge=0)]
+    order: Literal["logits", "distance"]
+    rho: Annotated[float, Field(gt=0, lt=1)]
+    give_up: bool
+    stop: Stopping
+
+    @property
+    def stream(self) -> str:  # noqa: D102 - as in the base
+        return f"apgd/{self.loss}{'/targeted' * bool(self.targets)}"
+
+    @property
+    def classes(self) -> int:  # noqa: D102 - as in the base
+        return 2 if self.loss != "dlr" else 4 if self.targets else 3
+
+    @property
+    def passes(self) -> int:  # noqa: D102 - as in the base
+        return self.restarts * max(1, self.targets) * (self.steps + 1)
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: ARG002, D102 - as in the base
+        if self.targets and self.loss not in ("dlr", "margin"):
+            raise ValueError(f"loss {self.loss!r} has no targeted form: use dlr or margin, or targets = 0")
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
+        towards = f"{_many(self.targets, 'target class')} at most, those {ORDER_WORDS[self.order]}"
+        parts = [
+            f"{_many(self.steps, 'step')} of adaptive size",
+            _many(self.restarts, "random start"),
+            LOSS_NAMES[self.loss],
+            towards if self.targets else "untargeted",
+            f"rho {self.rho:g}",
+            *(["hopeless searches given up"] if self.give_up else []),
+            STOP_WORDS[self.stop],
+        ]
+        return ", ".join(parts)
+
+
+class FAB(_Attack):
+    """Targeted fast adaptive boundary attack: the nearest boundary of one class after the other."""
+
+    kind: Literal["fab"]
+    steps: Positive
+    restarts: Positive
+    #: Target classes at most, those of the largest logits first.
+    targets: Positive
+    alpha_max: Annotated[float, Field(ge=0, le=1)]
+    eta: Annotated[float, Field(ge=1)]
+    beta: Annotated[float, Field(gt=0, lt=1)]
+    stop: Stopping
+
+    @property
+    def passes(self) -> int:  # noqa: D102 - as in the base
+        return self.restarts * self.targets * 2 * self.steps
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
+        parts = [
+            _many(self.steps, "step"),
+            _many(self.restarts, "start"),
+            f"{_many(self.targets, 'target class')} at most, those {ORDER_WORDS['logits']}",
+            f"alpha at most {self.alpha_max:g}, eta {self.eta:g}, beta {self.beta:g}",
+            STOP_WORDS[self.stop],
+        ]
+        return ", ".join(parts)
+
+
+class Square(_Attack):
+    """Gradient-free random search with square-shaped changes."""
+
+    access = "gradient-free"
+
+    kind: Literal["square"]
+    queries: Positive
+    restarts: Positive
+    p_init: Annotated[float, Field(gt=0, le=1)]
+    rescale_schedule: bool
+    stop: Stopping
+
+    @property
+    def passes(self) -> int:  # noqa: D102 - as in the base
+        return self.restarts * self.queries
+
+    def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
+        parts = [
+            _many(self.queries, "query"),
+            _many(self.restarts, "random start"),
+            f"squares of {100 * self.p_init:g} % of the pixels at first",
+            f"schedule {'rescaled to the' if self.rescale_schedule else 'of 10,000'} queries",
+            LOSS_NAMES["margin"],
             STOP_WORDS[self.stop],
         ]
         return ", ".join(parts)
@@ -212,7 +336,11 @@ class SPSA(_Attack):
     samples: Positive
     step_size: Fractional
     delta: Annotated[float, Field(gt=0, lt=0.5)]
-    stop: Literal["first-success", "never"]
+    stop: Stopping
+
+    @property
+    def passes(self) -> int:  # noqa: D102 - as in the base
+        return 2 * self.samples * self.steps
 
     def check(self, threat: ThreatModel) -> None:  # noqa: D102 - as in the base
         if self.steps * parse_fraction(self.step_size) < threat.eps:
@@ -289,6 +417,9 @@ AttackSpec = Annotated[
     Annotated[FGSM, Tag("fgsm")]
     | Annotated[UniformNoise, Tag("uniform_noise")]
     | Annotated[PGD, Tag("pgd")]
+    | Annotated[APGD, Tag("apgd")]
+    | Annotated[FAB, Tag("fab")]
+    | Annotated[Square, Tag("square")]
     | Annotated[DeepFool, Tag("deepfool")]
     | Annotated[SPSA, Tag("spsa")]
     | Annotated[Peer, Tag("peer")],

@@ -61,6 +61,7 @@ def _attack(record: Record, label: str, row: AccuracyRow | DistanceRow) -> dict[
         "seconds": row.seconds,
         "violations": row.violations,
         "flags": " ".join(sorted({flag.kind for flag in record.flags})),
+        **_audited(record),
         "unreliable": record.unreliable,
         "status": m.status,
         "seed": m.config.seed,
@@ -68,6 +69,15 @@ def _attack(record: Record, label: str, row: AccuracyRow | DistanceRow) -> dict[
         "battery_digest": m.battery_digest,
         "data_digest": m.data.digest,
     }
+
+
+def _audited(record: Record) -> dict[str, Any]:
+    """What the audit found, on every row: draws, those broken, and the bound as a share of all samples."""
+    audit = record.audit
+    if audit is None:
+        return dict.fromkeys(("audit_draws", "audit_broken", "audit_bound"))
+    bound = audit.bound if audit.draws else None
+    return {"audit_draws": audit.draws, "audit_broken": audit.broken, "audit_bound": bound}
 
 
 def _rate(prefix: str, rate: Rate | None) -> dict[str, Any]:
@@ -87,6 +97,12 @@ def _protocol(protocol: Protocol) -> Table:
         + (f" ({data.notes})" if data.notes else "")
         + ". Accuracy in % of all samples, with 95 % Wilson intervals; the worst case is per sample."
     )
+    audits = [
+        f"{line.label}: {line.record.audit.words}"
+        for line in protocol.summary
+        if line.record.audit is not None
+    ]
+    note += "".join(f" {words}." for words in audits)
     attacks = [
         Column(row.name, note=f"n = {count(row.accuracy.total)}" if row.limit else "")
         for row in attack_rows(protocol.summary[0].record)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from robustbench_cure.evaluation.audit import DRAWS
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import Battery
@@ -32,13 +33,13 @@ class AccuracyRow:
 
     Attributes:
         kind: what the row is about.
-        id: attack id, "clean" or "worst".
+        id: attack id, "clean", "audit" or "worst".
         name: as printed.
         spec: all hyper-parameters in words; empty for the worst case.
-        limit: the attack covers the first `limit` samples; 0: all.
-        accuracy: correct (and not broken), out of the samples covered.
+        limit: the attack covers the first `limit` samples, or so many were audited; 0: all.
+        accuracy: correct (and not broken), out of the samples covered; of an audit: of those drawn.
         success: broken, out of the clean-correct samples attacked; None for the clean pass.
-        only: samples no other attack of the battery broke; None unless an attack.
+        only: samples no other attack of the battery broke; None unless an attack that was given all samples.
         distance: median distance of the broken images in the norm of the threat model, units of x.
         queries: mean forward plus backward passes for an attacked sample (clean: for a sample).
         seconds: time of the pass; None for the worst case.
@@ -46,7 +47,7 @@ class AccuracyRow:
         converged: ended by the attack's own criterion, out of the attacked; None if it has none.
     """
 
-    kind: Literal["clean", "attack", "worst"]
+    kind: Literal["clean", "attack", "audit", "worst"]
     id: str
     name: str
     spec: str
@@ -80,7 +81,7 @@ class DistanceRow:
     distance: float | None
     accuracy: Rate
     success: Rate
-    only: int
+    only: int | None
     queries: float | None
     seconds: float | None
     violations: int
@@ -120,7 +121,7 @@ class Protocol:
 
 
 def attack_rows(record: Record) -> list[AccuracyRow | DistanceRow]:
-    """The clean pass, each attack in battery order, and the worst case over them."""
+    """The clean pass, each attack in battery order, the audit, and the worst case over all of them."""
     cost = record.manifest.cost.get("clean")
     clean = AccuracyRow(
         "clean",
@@ -135,11 +136,37 @@ def attack_rows(record: Record) -> list[AccuracyRow | DistanceRow]:
     worst = AccuracyRow(
         "worst", "worst", "worst case", "", 0, record.worst_case_accuracy, success=_worst_success(record)
     )
-    only = only_this(record)
-    return [clean, *(_attack_row(record, spec, only[spec.id]) for spec in record.attacks), worst]
+    only = {} if record.manifest.battery.cascade else only_this(record)
+    rows = [_attack_row(record, spec, only.get(spec.id)) for spec in record.attacks]
+    return [clean, *rows, *_audit_row(record), worst]
 
 
-def _attack_row(record: Record, spec: AttackSpec, only: int) -> AccuracyRow | DistanceRow:
+def _audit_row(record: Record) -> list[AccuracyRow]:
+    """All attacks of the audit together, on the samples that it drew."""
+    battery, audit = record.manifest.battery, record.audit
+    if battery.audit is None or audit is None or not audit.draws:
+        return []
+    table, specs = record.samples, battery.audit.attacks
+    costs = [record.manifest.cost[spec.id] for spec in specs if spec.id in record.manifest.cost]
+    sampled = int((table[DRAWS] > 0).sum())
+    robust = Rate(sampled - audit.lost, sampled)
+    return [
+        AccuracyRow(
+            "audit",
+            "audit",
+            f"audit by {battery.audit.name}",
+            "; ".join(f"{spec.name}: {spec_words(spec, battery.threat)}" for spec in specs),
+            sampled,
+            robust,
+            success=Rate(audit.lost, sampled),
+            queries=sum(cost.forwards + cost.backwards for cost in costs) / sampled,
+            seconds=sum(cost.seconds for cost in costs),
+            violations=sum(int((table[f"{spec.id}.violation"].fillna("") != "").sum()) for spec in specs),
+        )
+    ]
+
+
+def _attack_row(record: Record, spec: AttackSpec, only: int | None) -> AccuracyRow | DistanceRow:
     table, threat = record.samples, record.manifest.battery.threat
     attacked, broken = table[f"{spec.id}.attacked"], table[f"{spec.id}.broken"]
     passes = table.loc[attacked, [f"{spec.id}.forwards", f"{spec.id}.backwards"]].sum().sum()

@@ -38,6 +38,11 @@ def _protocol(protocol: Protocol) -> str:
     body = _one(protocol) if len(protocol.summary) == 1 else _several(protocol)
     foot = []
     for name, line in zip(_names(protocol), protocol.summary, strict=True):
+        if line.record.audit is not None:
+            foot += _wrapped(
+                f"{fit(name, 40)}: {percent(line.worst)} {interval(line.worst)}; {line.record.audit.words}"
+            )
+    for name, line in zip(_names(protocol), protocol.summary, strict=True):
         titles = dict.fromkeys(flag.about.title for flag in line.flags)
         marks = [*(["UNRELIABLE"] if line.unreliable else []), *(["partial run"] if line.partial else [])]
         if titles or marks:
@@ -80,6 +85,7 @@ def _one(protocol: Protocol) -> list[str]:
             continue
         rate = row.accuracy
         size = f"n = {rate.total}" if row.limit or row.kind != "attack" else ""
+        size = f"of {rate.total} survivors" if row.kind == "audit" else size
         rows.append((row.name, percent(rate), interval(rate), size))
     heads = (
         Column("", "left", most=NAME),
