@@ -85,8 +85,8 @@ class RunCost:
     Attributes:
         passes: forward and backward passes of one image, clean pass included.
         seconds: of all attacks and the clean pass.
-        share: of the gradients that the device computes in this time when it does nothing else, 0 to 1;
-            None: their rate was not measured.
+        share: of the gradients that the device computes in this time when it does nothing else;
+            above 1 where most passes are forward alone. None: their rate was not measured.
     """
 
     passes: float
@@ -533,30 +533,41 @@ def _measured(
 
 
 def _cost(records: Sequence[Record]) -> RunCost:
-    passes, seconds, busy = 0, 0.0, 0.0
-    for record in records:
-        parts = record.manifest.cost.values()
-        own, rate = (
-            sum(c.forwards + c.backwards for c in parts),
-            getattr(record.manifest.environment, "gradient_rate", 0.0),
-        )
-        passes += own
-        seconds += sum(c.seconds for c in parts)
-        # A gradient is one forward and one backward pass.
-        busy += own / 2 / rate if rate else float("nan")
-    known = seconds > 0 and busy == busy
-    return RunCost(passes / records[0].n, seconds, busy / seconds if known else None)
+    runs = [record.manifest for record in records]
+    passes, seconds = sum(run.passes for run in runs), sum(run.seconds for run in runs)
+    rates = [run.environment.gradient_rate for run in runs]
+    known = seconds > 0 and all(rates)
+    # A gradient is one forward and one backward pass.
+    bare = sum(run.passes / 2 / rate for run, rate in zip(runs, rates, strict=True)) if known else 0.0
+    return RunCost(passes / records[0].n, seconds, bare / seconds if known else None)
 
 
 def _audit(records: Sequence[Record]) -> AuditBound | None:
     if any(ranking_protocol(record.manifest.battery) == "autoattack" for record in records):
         return AuditBound("full AutoAttack")
-    audits = [a for record in records if (a := getattr(record, "audit", None)) is not None]
+    audits = [audit for record in records if (audit := record.audit) is not None]
     if not audits:
         return None
     # The one that drew most: to choose the lowest bound would be to choose by the outcome.
-    audit = max(audits, key=lambda audit: audit.draws)
+    audit = max(audits, key=lambda audit: (audit.whole, audit.draws))
     return AuditBound(audit.words, audit.draws, audit.broken, audit.bound)
+
+
+def _audit_gap(records: Sequence[Record]) -> str:
+    """What the audits of a model's records lack for its number to be ranked; empty: nothing.
+
+    A whole AutoAttack run or a whole audit lacks nothing, whatever it broke: it is in the number.
+    """
+    audits = [(record.audit, record.manifest.battery.audit) for record in records]
+    if any(found is None or found.whole for found, _ in audits):
+        return ""
+    if any(flag.kind == WEAK_SEARCH for record in records for flag in record.flags):
+        return "its audit found that AutoAttack breaks more: evaluate again with --audit all"
+    drawn = max(found.draws for found, _ in audits if found is not None)
+    asked = min(audit.samples for _, audit in audits if audit is not None)
+    if drawn < max(asked, 1):
+        return f"its audit drew {drawn} samples of the {asked or 'survivors'} that the protocol asks for"
+    return ""
 
 
 def _published(tables: Sequence[PublishedTable]) -> dict[tuple[str, ThreatModel], list[Entry]]:
@@ -627,10 +638,7 @@ def _ranked(board: Leaderboard) -> Leaderboard:
             return "flagged unreliable: these numbers cannot be compared"
         if board.battery is not None:
             return unranked_protocol(board.battery)
-        whole = any(ranking_protocol(r.manifest.battery) == "autoattack" for r in row.records)
-        if not whole and any(flag.kind == WEAK_SEARCH for flag in row.flags):
-            return "its audit found that AutoAttack breaks more: evaluate again with --audit all"
-        return TOO_FEW if board.n < FEWEST else ""
+        return _audit_gap(row.records) or (TOO_FEW if board.n < FEWEST else "")
 
     # What an external row lowered stands right below it, not where its own number would put it.
     lowered = [row for row in board.rows if row.kind == "external"]
