@@ -233,10 +233,16 @@ def test_an_audit_must_be_whole_or_of_the_size_of_the_protocol_and_break_nothing
     assert bool(words) == bool(row.unranked)
     audit = run.audit
     assert (row.audit.draws, row.audit.broken) == (25 * sum(c != "-" for c in found), 25 * found.count("x"))
-    assert (row.audit.bound, row.audit.words) == (audit.bound, audit.words)
-    (data,) = leaderboard_table(board).data
+    assert (row.audit.bound, row.audit.words) == (0 if audit.whole else audit.bound, audit.words)
+    table = leaderboard_table(board)
+    (data,), (printed,) = table.data, table.rows
+    if audit.whole:
+        assert printed[6] == "full"
+    else:
+        # Rounded up to a tenth of a point.
+        assert 0 <= float(printed[6].removeprefix("≤ ")) - 100 * audit.bound < 0.1
     assert (data["audit_draws"], data["audit_broken"]) == (audit.draws, audit.broken)
-    assert (data["audit_bound"], data["audit"]) == (audit.bound, audit.words)
+    assert (data["audit_bound"], data["audit"]) == (row.audit.bound, audit.words)
     # A run of AutoAttack itself on the same images leaves nothing open.
     whole = leaderboards([run, ranked("a", "x...", protocol=AUTOATTACK)])[0].rows[0]
     assert (whole.rank, whole.audit.words, whole.audit.bound) == ("1", "full AutoAttack", None)

@@ -208,7 +208,7 @@ def test_ranks_errors_and_costs_are_shown(visit):
     cells = [rows.nth(i).locator("td").all_inner_texts() for i in range(rows.count())]
     assert [row[0].split()[0] for row in cells] == ["1", "2", "–", "–"]
     assert [row[2] for row in cells] == ["3.0", "5.0", "4.6", "5.0"]
-    assert cells[1][8].split() == ["1.05", "7.50", "s,", "7", "%", "of", "the", "raw", "gradient", "rate"]
+    assert cells[1][8].split() == ["1.05", "7.50", "s,", "7", "%", "of", "the", "gradient", "rate"]
     assert cells[0][8].split() == ["1.05", "7.50", "s"]
     note = page.locator("section[data-leaderboard^=digits] .quiet").first.inner_text()
     assert note.startswith("Not ranked:")

@@ -102,7 +102,8 @@ class AuditBound:
         words: the bound as a sentence; "full AutoAttack" where nothing is left to audit.
         draws: samples that the audit attacked; None: no audit was needed.
         broken: of these, by AutoAttack.
-        bound: at most this share of all samples, with 95 % confidence.
+        bound: at most this share of all samples, with 95 % confidence; 0 where all survivors were audited,
+            since what AutoAttack broke is in the number.
     """
 
     words: str
@@ -550,7 +551,7 @@ def _audit(records: Sequence[Record]) -> AuditBound | None:
         return None
     # The one that drew most: to choose the lowest bound would be to choose by the outcome.
     audit = max(audits, key=lambda audit: (audit.whole, audit.draws))
-    return AuditBound(audit.words, audit.draws, audit.broken, audit.bound)
+    return AuditBound(audit.words, audit.draws, audit.broken, 0.0 if audit.whole else audit.bound)
 
 
 def _audit_gap(records: Sequence[Record]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def audit(row: Entry) -> str:
     """Points by which AutoAttack would lower the number at most, ``"≤ 0.6"``, or ``"full"``."""
     if row.audit is None:
         return "–"
-    return "full" if row.audit.bound is None else f"≤ {100 * row.audit.bound:.1f}"
+    # Rounded up: a bound must not be printed smaller than it is.
+    return f"≤ {ceil(1000 * row.audit.bound - 1e-9) / 10:.1f}" if row.audit.bound else "full"
 
 
 def share(row: Entry) -> str:
@@ -286,7 +288,7 @@ def provenance(groups: Sequence[tuple[str, Sequence[Fact]]]) -> list[Table]:
 
 
 def block(leaderboards: Sequence[Leaderboard]) -> str:
-    """The ranked leaderboards, each as a small table in Markdown, and the names of the other protocols."""
+    """The measured rows of ranked leaderboards as small tables in Markdown; names of other protocols."""
     ranked = [board for board in leaderboards if board.ranks]
     others = [board.name for board in leaderboards if board.battery is not None]
     parts = [f"{README_NOTE}\n\n" + to_markdown([_small(board) for board in ranked])] if ranked else []
@@ -300,7 +302,9 @@ def block(leaderboards: Sequence[Leaderboard]) -> str:
 
 def _small(leaderboard: Leaderboard) -> Table:
     heads = columns("Model", "Rank", "Robust", "SE", "Audit", "Clean", "n", "Decided by", "Number")
-    return Table(leaderboard.name, leaderboard.note, heads, tuple(_row(row) for row in leaderboard.rows))
+    return Table(
+        leaderboard.name, leaderboard.note, heads, tuple(_row(row) for row in leaderboard.rows if row.records)
+    )
 
 
 def _row(row: Entry) -> tuple[str, ...]:
