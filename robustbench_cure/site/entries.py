@@ -10,8 +10,8 @@ numbers are entries too, unranked.
 A rank is an interval. Two models differ where the exact two-sided McNemar test on their shared samples says
 so (`DiscordantPairs.p_change`), with Holm's correction over all pairs of the leaderboard at `LEVEL`. The best
 rank of a model is 1 + the number of models significantly more robust, its worst rank the number of models
-less those significantly less robust: all these intervals hold at once with probability 1 - `LEVEL` (Mohamad,
-Goeman, van Zwet 2022, Simultaneous confidence intervals for ranks, Biometrics 78).
+less those significantly less robust: with probability 1 - `LEVEL` no two equally robust models of a leaderboard
+are told apart. Intervals of ranks from pairwise tests: Mohamad, Goeman, van Zwet 2022, Biometrics 78.
 """
 
 from __future__ import annotations
