@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import deepfool, fgsm, pgd, pgd_checkpoints, spsa, square, uniform_noise
 from robustbench_cure.attacks.inputs import check_inputs
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.evaluation.registry import ATTACKS
@@ -23,6 +23,7 @@ WORK = {
     pgd_checkpoints: {"checkpoints": (1, 2), "step_size": 0.02},
     deepfool: {},
     spsa: {"steps": 4, "samples": 4},
+    square: {"queries": 4},
     uniform_noise: {"draws": 2},
 }
 SHAPE = (3, 6, 5)

@@ -11,7 +11,7 @@ from made import Sphere
 from torch import nn
 
 from robustbench_cure import load_dataset, load_model
-from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, spsa, square, uniform_noise
 from robustbench_cure.attacks.deepfool import nearest_boundary_step
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.pgd import pgd_checkpoints
@@ -51,13 +51,17 @@ def run_spsa(classifier, x, y, threat):
     )
 
 
+def run_square(classifier, x, y, threat):
+    return square(classifier, x, y, threat=threat, queries=600)
+
+
 GRADIENT_ATTACKS = {
     "fgsm": run_fgsm,
     "pgd-ce": run_pgd("ce"),
     "pgd-margin": run_pgd("margin"),
     "deepfool": run_deepfool,
 }
-ALL_ATTACKS = GRADIENT_ATTACKS | {"spsa": run_spsa}
+ALL_ATTACKS = GRADIENT_ATTACKS | {"spsa": run_spsa, "square": run_square}
 
 
 def interior_images(n: int, seed: int) -> torch.Tensor:
@@ -158,6 +162,19 @@ def test_spsa_reaches_the_l2_radius_up_to_adams_preference_for_the_corner(affine
         assert not is_broken(
             judge, model, one, label, run_spsa(model.classifier, one, label, below), below
         ).any()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_square_brackets_the_exact_linf_radius(affine, judge, classes):
+    """Its last windows are single pixels, and every corner of the ball is reached by flipping pixels."""
+    model, x = duel(affine, classes, 3), interior_images(4, 3)
+    y = labelled(model, x)
+    for row, radius in enumerate(model.radii(x, y, "linf").min(1)):
+        one, label = x[row : row + 1], y[row : row + 1]
+        above, below = ball("linf", radius * 1.002), ball("linf", radius * 0.998)
+        for threat, broken in ((above, True), (below, False)):
+            candidates = run_square(model.classifier, one, label, threat)
+            assert is_broken(judge, model, one, label, candidates, threat).item() is broken
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -13,7 +13,7 @@ import torch
 from made import Wrapped
 from torch import nn
 
-from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, uniform_noise
+from robustbench_cure.attacks import Noise, deepfool, fgsm, pgd, pgd_checkpoints, spsa, square, uniform_noise
 from robustbench_cure.classifier import Classifier, has_bf16
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.threat import ThreatModel
@@ -54,8 +54,11 @@ ATTACKERS = {
     "deepfool": plain(deepfool, mode="bounded", steps=12),
     "spsa": plain(spsa, steps=4, samples=16, step_size=0.3),
     "spsa-never": plain(spsa, steps=3, samples=16, step_size=0.3, stop="never"),
+    "square": plain(square, queries=80),
+    "square-restarts": plain(square, queries=30, restarts=2),
+    "square-never": plain(square, queries=40, stop="never"),
 }
-RANDOM = ("noise", "pgd", "pgd-restarts", "spsa", "spsa-never")
+RANDOM = ("noise", "pgd", "pgd-restarts", "spsa", "spsa-never", "square", "square-restarts", "square-never")
 
 every_attack = pytest.mark.parametrize("name", ATTACKERS)
 both_norms = pytest.mark.parametrize("norm", list(EPS))

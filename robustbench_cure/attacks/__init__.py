@@ -14,6 +14,7 @@ from robustbench_cure.attacks.fgsm import fgsm
 from robustbench_cure.attacks.noise import Noise
 from robustbench_cure.attacks.pgd import pgd, pgd_checkpoints
 from robustbench_cure.attacks.spsa import spsa
+from robustbench_cure.attacks.square import square
 from robustbench_cure.attacks.uniform_noise import uniform_noise
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "pgd",
     "pgd_checkpoints",
     "spsa",
+    "square",
     "uniform_noise",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from robustbench_cure.attacks import Candidates, deepfool, fgsm, pgd, spsa, uniform_noise
+from robustbench_cure.attacks import Candidates, apgd, deepfool, fab, fgsm, pgd, spsa, square, uniform_noise
 
 
 def _peer(*arguments: Any, **options: Any) -> Candidates:
@@ -19,6 +19,9 @@ ATTACKS: dict[str, Callable[..., Candidates]] = {
     "fgsm": fgsm,
     "uniform_noise": uniform_noise,
     "pgd": pgd,
+    "apgd": apgd,
+    "fab": fab,
+    "square": square,
     "deepfool": deepfool,
     "spsa": spsa,
     "peer": _peer,

@@ -117,6 +117,29 @@ def load_battery(name: str, *, cards: tuple[str, ...] = ()) -> Battery:
     return find(Battery, name, cards).card
 
 
+#: Batteries by whose numbers models are ranked: the reference protocol, and AutoAttack in full.
+RANKING = {"reference": "reference", "reference_l2": "reference"}
+RANKING |= {"autoattack": "autoattack", "autoattack_l2": "autoattack"}
+
+
+@cache
+def ranking_protocol(battery: Battery) -> str:
+    """The protocol of `RANKING` that a battery is by its content, whatever it calls itself.
+
+    Args:
+        battery: of a record.
+
+    Returns:
+        ``reference`` or ``autoattack``, at any radius; empty: it is neither of them.
+    """
+    for name, protocol in RANKING.items():
+        ours = catalog(Battery)[name].card
+        if ours.threat.norm == battery.threat.norm and battery.threat.eps > 0:
+            if battery.digest in (ours.digest, ours.at(battery.threat.text).digest):
+                return protocol
+    return ""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
