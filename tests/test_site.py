@@ -157,6 +157,29 @@ def test_only_the_reference_protocols_are_ranked_and_join(ranking):
     assert not boards[1].pairs
 
 
+def test_the_shipped_protocols_rank_by_their_content_at_any_radius():
+    """Without stand-ins: as it ships, at another radius; with an attack less, another seed or name."""
+
+    def boards(protocol):
+        marks = {spec.id: "x..." * 25 for spec in protocol.attacks}
+        return leaderboards([record(protocol, "1111" * 25, marks)])
+
+    whole = find(Battery, "autoattack").card
+    for protocol in (whole, whole.at("4/255"), find(Battery, "autoattack_l2").card):
+        (board,) = boards(protocol)
+        assert (board.ranks, board.rows[0].rank, board.rows[0].audit.words) == (True, "1", "full AutoAttack")
+    for change in ({"attacks": whole.attacks[:-1]}, {"seed": 1}, {"name": "AutoAttack +"}):
+        (board,) = boards(whole.model_copy(update=change))
+        assert (board.ranks, board.rows[0].rank) == (False, "")
+        assert f"modified: not the autoattack v{whole.version} that ships" in board.name
+    strong = find(Battery, "strong_l2").card
+    (board,) = boards(strong)
+    assert board.rows[0].unranked.endswith("evaluate with --battery reference_l2")
+    (board,) = boards(strong.at("1"))
+    assert board.rows[0].unranked.endswith("evaluate with --battery reference_l2 --eps 1")
+    assert {find(Battery, name).card.threat.norm for name in ("reference", "reference_l2")} == {"linf", "l2"}
+
+
 def test_a_listing_of_another_protocol_does_not_lower_the_ranked_number(ranking):
     runs = [ranked("a", "x..."), ranked("a", ".xxx", protocol=battery(FGSM, id="own"))]
     assert [b.rows[0].robust.rate for b in leaderboards(runs)] == [Rate(75, 100), Rate(25, 100)]

@@ -150,8 +150,3 @@ def cache_dir() -> Path:
     """Where downloaded weights and data go: ``CURE_BENCH_HOME`` or the user's cache directory."""
     home = os.environ.get("CURE_BENCH_HOME")
     return Path(home).expanduser() if home else Path.home() / ".cache" / "cure-bench"
-
-
-def ranking_protocol(battery: Battery) -> str:
-    """The reference protocol that a battery is, by its content: "" for all others."""
-    return ""

@@ -10,8 +10,9 @@ numbers are entries too, unranked.
 A rank is an interval. Two models differ where the exact two-sided McNemar test on their shared samples says
 so (`DiscordantPairs.p_change`), with Holm's correction over all pairs of the leaderboard at `LEVEL`. The best
 rank of a model is 1 + the number of models significantly more robust, its worst rank the number of models
-less those significantly less robust: with probability 1 - `LEVEL` no two equally robust models of a leaderboard
-are told apart. Intervals of ranks from pairwise tests: Mohamad, Goeman, van Zwet 2022, Biometrics 78.
+less those significantly less robust: with probability 1 - `LEVEL` no two equally robust models of a
+leaderboard are told apart. Intervals of ranks from pairwise tests: Mohamad, Goeman, van Zwet 2022,
+Biometrics 78.
 """
 
 from __future__ import annotations
@@ -312,8 +313,10 @@ TOO_FEW = f"ranks need at least {FEWEST} images"
 
 def unranked_protocol(battery: Battery) -> str:
     """Why numbers of a battery are not ranked, and which one to run."""
-    reference = "reference" if battery.threat.norm == "linf" else f"reference_{battery.threat.norm}"
-    return f"{battery.name} is not the reference protocol; evaluate with --battery {reference}"
+    name = "reference" if battery.threat.norm == "linf" else f"reference_{battery.threat.norm}"
+    reference = next(known for known in _shipped() if known.id == name)
+    radius = "" if reference.threat.eps == battery.threat.eps else f" --eps {battery.threat.text}"
+    return f"{battery.name} is not the reference protocol; evaluate with --battery {name}{radius}"
 
 
 def protocol_words(battery: Battery) -> str:
