@@ -327,6 +327,11 @@ def test_every_form_tells_rank_error_cost_and_pairs(ranking):
     page = build(Runs(tuple(runs))).files
     index = page["index.html"].decode()
     assert "1 of 3 pairs of models are not separable" in index
+    assert re.findall(r'<td class="rank" data-order="(\d+)">([^<]+)</td>', index) == [
+        ("1", "1–2"),
+        ("1", "1–2"),
+        ("3", "3"),
+    ]
     assert "<b>digits, l∞ 8/255, 100 images:</b> rank 1–2 of 3" in page["models/a/index.html"].decode()
 
 
@@ -343,6 +348,21 @@ def test_published_rows_stand_once_beside_the_ranked_leaderboard_with_most_image
     (own,) = (row for row in boards[0].rows if row.records)
     assert (boards[0].n, own.rank) == (200, "1")
     assert not any(row.rank for row in boards[0].rows if not row.records)
+    text = renewed(f"{BEGIN}{END}", boards, "README.md")
+    assert text.count("| measured |") == 2  # both ranked leaderboards, without what is printed elsewhere
+    assert "| published |" not in text
+
+
+def test_rows_know_what_the_filters_ask(ranking):
+    rows = []
+    for k, (extra, parameters) in enumerate(
+        [("", 0), ("none", 999_999), ("yes", 10**6), ("80M TI", 10**7), ("none", 5 * 10**7)]
+    ):
+        run = ranked("abcde"[k], "x...", model={"parameters": parameters})
+        rows += leaderboards([run], extra_data=lambda _, extra=extra: extra)[0].rows
+    assert [row.data_class for row in rows] == ["not declared", "none", "some", "some", "none"]
+    sizes = ["not stated", "under 1 million", "1 to 10 million", "10 to 50 million", "50 million and more"]
+    assert [row.size for row in rows] == sizes
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
