@@ -81,6 +81,8 @@ class AuditResult:
     def words(self) -> str:
         """What follows, in one sentence without a full stop."""
         terms = f"95 %, m = {self.draws:,}, k = {self.broken:,}"
+        if not self.survivors:
+            return f"nothing was left for {self.name} to break"
         if self.whole and not self.lost:
             return f"{self.name} was run on all {self.survivors:,} survivors and broke none"
         if self.whole:
@@ -133,7 +135,7 @@ def draw(samples: pd.DataFrame, battery: Battery, number: int, seed: int) -> NDA
     robust = (samples["clean_pred"] == samples["label"]).to_numpy(dtype=bool)
     margin = samples["clean_margin"].to_numpy(dtype=float, na_value=np.inf)
     for spec in battery.attacks:
-        robust &= ~samples[f"{spec.id}.broken"].to_numpy(dtype=bool)
+        robust = robust & ~samples[f"{spec.id}.broken"].to_numpy(dtype=bool)
         final = samples[f"{spec.id}.margin"].to_numpy(dtype=float, na_value=np.inf)
         margin = np.fmin(margin, final)
     draws = np.zeros(len(samples), dtype=np.int64)

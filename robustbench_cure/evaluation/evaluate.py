@@ -216,6 +216,7 @@ class _Run:
     ) -> None:
         self.classifier, self.manifest, self.data = classifier, manifest, data
         self.attacks, self.progress, self.battery = attacks, progress, manifest.battery
+        self.search = self.battery.model_copy(update={"audit": None})  # what every shard is given
         self.done = 0
 
     def execute(
@@ -297,16 +298,16 @@ class _Run:
             earlier = [flag for flag in before.flags if flag.about.origin == "preflight"]
             self.manifest.flags = stored([*earlier, *self.manifest.flags])
             write_manifest(out, self.manifest)
-            return read_shards(out, self.battery)
+            return read_shards(out, self.search)
         write_manifest(out, self.manifest)
         return {}
 
     def _shard(self, index: int, ranks: range, out: Path | None, save_adversarials: bool) -> Shard:
         data = self.data.take(list(ranks))
         work = ShardWork(
-            self.classifier, self.manifest, data, ranks, self.battery, self.attacks, self._announce
+            self.classifier, self.manifest, data, ranks, self.search, self.attacks, self._announce
         )
-        before = read_unfinished(out, index, self.battery) if out else None
+        before = read_unfinished(out, index, self.search) if out else None
         return _written(work, f"{index:04d}", before, out, save_adversarials)
 
     def _announce(self, doing: str) -> None:

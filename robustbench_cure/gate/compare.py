@@ -123,7 +123,7 @@ def accuracies(new: Record, baseline: Record) -> list[AccuracyChange]:
         AccuracyChange("clean", "clean", "clean", between(baseline.clean_correct, new.clean_correct, ids))
     ]
     for spec in new.attacks:
-        before, after = (r.clean_correct & ~r.samples[f"{spec.id}.broken"] for r in (baseline, new))
+        before, after = (record.robust_under(spec.id) for record in (baseline, new))
         covered = robust(baseline, baseline.covered(spec.id), ids) & robust(new, new.covered(spec.id), ids)
         names = [name for name, inside in zip(ids, covered, strict=True) if inside]
         changes.append(AccuracyChange(spec.id, spec.name, "attack", between(before, after, names)))
@@ -138,7 +138,7 @@ def _protocols(new: Battery, baseline: Battery) -> list[Difference]:
     """What differs between two batteries: ``attack pgd20, steps: 2 now, 20 before``; texts do not count."""
     if new.digest == baseline.digest:
         return []
-    shared = {spec.id for spec in new.attacks} & {spec.id for spec in baseline.attacks}
+    shared = {spec.id for spec in new.every_attack} & {spec.id for spec in baseline.every_attack}
     now, before = _flat(new, shared), _flat(baseline, shared)
     keys = [key for key in dict.fromkeys([*now, *before]) if now.get(key) != before.get(key)]
     return [Difference(key, now.get(key, "absent"), before.get(key, "absent")) for key in keys]
@@ -146,10 +146,12 @@ def _protocols(new: Battery, baseline: Battery) -> list[Difference]:
 
 def _flat(battery: Battery, detailed: set[str]) -> dict[str, str]:
     """Every key that can change a number, in words, and its value; of the other attacks that they exist."""
-    content = battery.model_dump(mode="json", exclude={"attacks", "threat", *TEXT})
+    content = battery.model_dump(mode="json", exclude={"attacks", "audit", "threat", *TEXT})
     flat = {f"battery {key}": str(value) for key, value in content.items()}
     flat |= {f"threat model, {key}": str(value) for key, value in battery.model_dump()["threat"].items()}
-    for spec in battery.attacks:
+    if battery.audit:
+        flat["audit samples"] = str(battery.audit.samples)
+    for spec in battery.every_attack:
         flat[f"attack {spec.id}"] = "present"
         if spec.id in detailed:
             values = spec.model_dump(mode="json", exclude={"id", *TEXT}).items()

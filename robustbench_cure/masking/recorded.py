@@ -144,9 +144,13 @@ class RecordedDiagnosis:
 def from_record(record: Record) -> RecordedDiagnosis | None:
     """What the record says; None if its battery has no PGD, or neither a gradient-free attack nor noise.
 
+    Nor of a cascade, whose attacks are given different samples and cannot be compared on them.
+
     Args:
         record: a finished run.
     """
+    if record.manifest.battery.cascade:
+        return None
     correct = record.samples[record.clean_correct]
     every = RecordedAttacks(correct, record.attacks, {flag.kind: flag for flag in record.flags})
     if not every.of("pgd") or all(spec.gradients for spec in every.attacks) or correct.empty:

@@ -134,9 +134,10 @@ def ranking_protocol(battery: Battery) -> str:
     """
     for name, protocol in RANKING.items():
         ours = catalog(Battery)[name].card
-        if ours.threat.norm == battery.threat.norm and battery.threat.eps > 0:
-            if battery.digest in (ours.digest, ours.at(battery.threat.text).digest):
-                return protocol
+        if battery.threat.norm != ours.threat.norm or not battery.threat.eps:
+            continue
+        if battery.digest in (ours.digest, ours.at(battery.threat.text).digest):
+            return protocol
     return ""
 
 

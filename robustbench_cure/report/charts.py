@@ -28,7 +28,7 @@ from robustbench_cure.masking.checks import statistics
 from robustbench_cure.masking.evidence import PairedMargins
 from robustbench_cure.protocol.specs import PGD, DeepFool
 from robustbench_cure.report.table import Table, columns
-from robustbench_cure.report.tables import AccuracyRow, Protocol, attack_rows
+from robustbench_cure.report.tables import Protocol
 from robustbench_cure.report.wording import NORMS, interval, number
 from robustbench_cure.stats import Rate
 
@@ -81,11 +81,9 @@ class Band:
 def bands(protocol: Protocol) -> list[Band]:
     """The figure of one protocol, top to bottom: clean, each attack, worst case.
 
-    Minimal-norm attacks are left out: their product is a distance.
+    Minimal-norm attacks are left out, whose product is a distance, and audits, which are of survivors alone.
     """
-    tables = [
-        [row for row in attack_rows(line.record) if isinstance(row, AccuracyRow)] for line in protocol.summary
-    ]
+    tables = [accuracy_rows(line.record) for line in protocol.summary]
     height = LANE * len(tables) + 2 * PAD
     figure = []
     for rows in zip(*tables, strict=True):
@@ -181,7 +179,7 @@ def step_curves(record: Record) -> list[Curve]:
 
 def _step_curve(record: Record, spec: PGD) -> Curve:
     covered = record.covered(spec.id)
-    correct = int((record.clean_correct & covered).sum())
+    correct = int(record.samples[f"{spec.id}.attacked"].sum())
     broken = record.samples[f"{spec.id}.broken"] & covered
     taken = record.samples[f"{spec.id}.step"][broken].astype("int64")
     points = []
@@ -203,7 +201,7 @@ def radius_curves(record: Record) -> list[Curve]:
 
 def _radius_curve(record: Record, spec: DeepFool, norm: str, most: float) -> Curve:
     covered, table = record.covered(spec.id), record.samples
-    correct = int((record.clean_correct & covered).sum())
+    correct = int(table[f"{spec.id}.attacked"].sum())
     reached = (
         table[f"{spec.id}.attacked"]
         & (table[f"{spec.id}.violation"].fillna("") == "")

@@ -12,6 +12,7 @@ from robustbench_cure.report.tables import (
     DistanceRow,
     Protocol,
     SummaryRow,
+    accuracy_rows,
     attack_rows,
     labels,
     protocols,
@@ -105,8 +106,7 @@ def _protocol(protocol: Protocol) -> Table:
     note += "".join(f" {words}." for words in audits)
     attacks = [
         Column(row.name, note=f"n = {count(row.accuracy.total)}" if row.limit else "")
-        for row in attack_rows(protocol.summary[0].record)
-        if isinstance(row, AccuracyRow)
+        for row in accuracy_rows(protocol.summary[0].record)
     ]
     return Table(
         protocol.battery.name,
@@ -118,7 +118,7 @@ def _protocol(protocol: Protocol) -> Table:
 
 
 def _model(line: SummaryRow) -> tuple[str | Cell, ...]:
-    rates = [row.accuracy for row in attack_rows(line.record) if isinstance(row, AccuracyRow)]
+    rates = [row.accuracy for row in accuracy_rows(line.record)]
     flags = list(dict.fromkeys(flag.kind for flag in line.flags))
     flags += ["partial run"] if line.partial else []
     return (line.label, *(Cell(number(rate), interval(rate)) for rate in rates), ", ".join(flags))

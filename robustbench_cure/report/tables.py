@@ -141,10 +141,16 @@ def attack_rows(record: Record) -> list[AccuracyRow | DistanceRow]:
     return [clean, *rows, *_audit_row(record), worst]
 
 
+def accuracy_rows(record: Record) -> list[AccuracyRow]:
+    """Those of `attack_rows` whose accuracy is a share of all samples: no minimal-norm attack, no audit."""
+    rows = attack_rows(record)
+    return [row for row in rows if isinstance(row, AccuracyRow) and row.kind != "audit"]
+
+
 def _audit_row(record: Record) -> list[AccuracyRow]:
     """All attacks of the audit together, on the samples that it drew."""
     battery, audit = record.manifest.battery, record.audit
-    if battery.audit is None or audit is None or not audit.draws:
+    if battery.audit is None or audit is None:
         return []
     table, specs = record.samples, battery.audit.attacks
     costs = [record.manifest.cost[spec.id] for spec in specs if spec.id in record.manifest.cost]
@@ -154,13 +160,13 @@ def _audit_row(record: Record) -> list[AccuracyRow]:
         AccuracyRow(
             "audit",
             "audit",
-            f"audit by {battery.audit.name}",
+            f"{battery.audit.name} audit",
             "; ".join(f"{spec.name}: {spec_words(spec, battery.threat)}" for spec in specs),
             sampled,
             robust,
             success=Rate(audit.lost, sampled),
-            queries=sum(cost.forwards + cost.backwards for cost in costs) / sampled,
-            seconds=sum(cost.seconds for cost in costs),
+            queries=sum(cost.forwards + cost.backwards for cost in costs) / sampled if sampled else None,
+            seconds=sum(cost.seconds for cost in costs) if costs else None,
             violations=sum(int((table[f"{spec.id}.violation"].fillna("") != "").sum()) for spec in specs),
         )
     ]

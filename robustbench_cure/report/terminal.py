@@ -13,6 +13,7 @@ from robustbench_cure.report.tables import (
     AccuracyRow,
     DistanceRow,
     Protocol,
+    accuracy_rows,
     attack_rows,
     protocols,
 )
@@ -97,9 +98,7 @@ def _one(protocol: Protocol) -> list[str]:
 
 
 def _several(protocol: Protocol) -> list[str]:
-    tables = [
-        [row for row in attack_rows(line.record) if isinstance(row, AccuracyRow)] for line in protocol.summary
-    ]
+    tables = [accuracy_rows(line.record) for line in protocol.summary]
     heads = [Column("\naccuracy in %", "left", most=NAME)]
     cells: list[list[str]] = [[name] for name in _names(protocol)]
     for rows in zip(*tables, strict=True):

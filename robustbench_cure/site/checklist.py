@@ -15,7 +15,7 @@ import pandas as pd
 
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.protocol.cards import ModelCard
-from robustbench_cure.protocol.specs import FGSM, PGD, AttackSpec
+from robustbench_cure.protocol.specs import APGD, FGSM, PGD, AttackSpec
 from robustbench_cure.report.table import Table, columns
 from robustbench_cure.report.wording import count, data_words, percent, threat_words
 from robustbench_cure.stats import Rate
@@ -58,7 +58,7 @@ def checklist(record: Record, card: ModelCard | None) -> list[Item]:
 
 def _broken(record: Record, wanted: Callable[[AttackSpec], bool]) -> pd.Series | None:
     """Samples that one of the wanted attacks broke; None: the battery has no such attack."""
-    parts = [record.samples[f"{s.id}.broken"] for s in record.attacks if wanted(s)]
+    parts = [record.samples[f"{s.id}.broken"] for s in record.every_attack if wanted(s)]
     if not parts:
         return None
     broken = parts[0]
@@ -86,7 +86,7 @@ def _per_sample(record: Record) -> Item:
 
 
 def _parameters(record: Record) -> Item:
-    evidence = f"{len(record.attacks)} attacks, each with every parameter, under Attack specifications"
+    evidence = f"{len(record.every_attack)} attacks, each with every parameter, under Attack specifications"
     return Item("All attack parameters listed", "met", evidence)
 
 
@@ -102,9 +102,9 @@ def _whole_set(record: Record) -> Item:
 def _iterated(record: Record) -> Item:
     name = "Iterated attacks beat single steps, sample by sample"
     single = _broken(record, lambda s: isinstance(s, FGSM))
-    iterated = _broken(record, lambda s: isinstance(s, PGD))
-    if single is None or iterated is None:
-        return Item(name, "not in the record", "needs FGSM and PGD in the battery")
+    iterated = _broken(record, lambda s: isinstance(s, (PGD, APGD)))
+    if single is None or iterated is None or record.manifest.battery.cascade:
+        return Item(name, "not in the record", "needs FGSM and PGD, both on every sample")
     alone = int((single & ~iterated).sum())
     evidence = f"FGSM broke {count(int(single.sum()))}, {count(alone)} of them not broken by PGD"
     return Item(name, "not met" if alone else "met", evidence)
@@ -124,13 +124,13 @@ def _converged(record: Record) -> Item:
 
 
 def _restarts(record: Record) -> Item:
-    most = max((s.restarts for s in record.attacks if isinstance(s, PGD)), default=0)
+    most = max((s.restarts for s in record.attacks if isinstance(s, (PGD, APGD))), default=0)
     evidence = f"at most {most} of PGD" if most else "no PGD in the battery"
     return Item("Random restarts", "met" if most > 1 else "not met", evidence)
 
 
 def _losses(record: Record) -> Item:
-    losses = sorted({s.loss for s in record.attacks if isinstance(s, PGD)})
+    losses = sorted({s.loss for s in record.every_attack if isinstance(s, (PGD, APGD))})
     evidence = ", ".join(losses) or "no PGD in the battery"
     return Item("More than one loss", "met" if len(losses) > 1 else "not met", evidence)
 
@@ -142,7 +142,7 @@ def _gradient_free(record: Record) -> Item:
     if gradient_free is None or white_box is None:
         return Item(name, "not in the record", "needs a gradient-free attack and white-box ones")
     alone = int((gradient_free & ~white_box).sum())
-    names = ", ".join(s.name for s in record.attacks if s.access == "gradient-free")
+    names = ", ".join(s.name for s in record.every_attack if s.access == "gradient-free")
     broken = count(int(gradient_free.sum()))
     evidence = f"{names} broke {broken}, {count(alone)} of them not broken by gradients"
     return Item(name, "not met" if alone else "met", evidence)
