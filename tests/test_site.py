@@ -271,6 +271,15 @@ def test_an_audit_must_be_whole_or_of_the_size_of_the_protocol_and_break_nothing
     assert (whole.rank, whole.audit.words, whole.audit.bound) == ("1", "full AutoAttack", None)
 
 
+def test_the_page_says_what_the_audit_says(ranking):
+    run = audited("a", "x...", "--..", 2)
+    files = build(Runs((run,))).files
+    words = "AutoAttack would lower it by at most 4.4 points (95 %, m = 50, k = 0)"
+    assert run.audit.words == words  # 75 of 100 stand; 1 - 0.05^(1/50) of them are 4.36
+    assert f"worst case of 1 attack, ref v1; {words}" in files["index.html"].decode()
+    assert b"AutoAttack audit" in files["models/a/index.html"]
+
+
 def test_of_two_audits_the_one_that_drew_more_is_quoted(ranking):
     runs = [audited("a", "x...", "--..", 1), audited("a", "x...", "---.", 1)]
     for order in (runs, runs[::-1]):

@@ -28,7 +28,7 @@ from robustbench_cure.masking.checks import statistics
 from robustbench_cure.masking.evidence import PairedMargins
 from robustbench_cure.protocol.specs import PGD, DeepFool
 from robustbench_cure.report.table import Table, columns
-from robustbench_cure.report.tables import Protocol
+from robustbench_cure.report.tables import Protocol, accuracy_rows
 from robustbench_cure.report.wording import NORMS, interval, number
 from robustbench_cure.stats import Rate
 
