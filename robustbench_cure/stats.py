@@ -2,12 +2,13 @@
 
 Sources: Wilson 1927 (interval of a rate); McNemar 1947 in its exact form (among the samples on which two runs
 disagree, a change of nothing falls either way with probability 1/2); Tango 1998, Statistics in Medicine 17,
-891-908 (score interval of a difference of paired proportions).
+891-908 (score interval of a difference of paired proportions); Holm 1979, Scandinavian Journal of Statistics
+6, 65-70 (many tests at once).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -50,6 +51,11 @@ class Rate:
     def interval(self) -> tuple[float, float]:
         """95 % Wilson score interval (Wilson 1927), without continuity correction."""
         return _wilson(self.count, self.total) if self.total else (0.0, 1.0)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the rate, sqrt(p (1 - p) / total); not a number for a rate out of nothing."""
+        return sqrt(self.value * (1 - self.value) / self.total) if self.total else float("nan")
 
 
 @cache
@@ -130,6 +136,11 @@ class DiscordantPairs:
         """Exact one-sided p-value of a rise."""
         return tail(self.gained, self.lost)
 
+    @property
+    def p_change(self) -> float:
+        """Exact two-sided p-value of a change: twice the smaller one-sided p-value, at most 1."""
+        return min(1.0, 2 * min(self.p_fall, self.p_rise))
+
     def fell_beyond(self, tolerance: Fraction) -> bool:
         """Whether more was lost, net, than the tolerance allows; exact arithmetic."""
         return self.lost - self.gained > tolerance * self.n
@@ -167,6 +178,25 @@ def tail(more: int, fewer: int) -> float:
 
     pairs = more + fewer
     return float(binomtest(more, pairs, alternative="greater").pvalue) if pairs else 1.0
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """p-values adjusted by Holm's method: those at most `a` are significant with family-wise error `a`.
+
+    The k-th smallest of m is multiplied by m - k + 1, and is at least as large as those before it; valid
+    however the tests depend on each other.
+
+    Args:
+        pvalues: of one family of tests, each in [0, 1].
+
+    Returns:
+        The adjusted ones in the order given, each in [0, 1].
+    """
+    adjusted, largest = [0.0] * len(pvalues), 0.0
+    for place, k in enumerate(sorted(range(len(pvalues)), key=pvalues.__getitem__)):
+        largest = max(largest, min(1.0, (len(pvalues) - place) * pvalues[k]))
+        adjusted[k] = largest
+    return adjusted
 
 
 def chances(n: int, lose: float, gain: float, tolerance: Fraction, level: float) -> Chances:

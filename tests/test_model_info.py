@@ -42,6 +42,13 @@ def test_a_claim_says_what_the_record_says_and_no_more():
     }
 
 
+def test_a_claim_is_the_worst_case_over_all_batteries():
+    more = record(battery(FGSM, id="more"), CLEAN, {"fgsm": ".....x..--"}, data={"name": "cifar10"})
+    (claim,) = claims(Runs((cifar(), more)), {}).values()
+    assert claim["reported"] == "20.00"
+    assert "mini v1 + more v1" in claim["footnote"]
+
+
 def test_images_of_others_are_external_and_flags_unreliable():
     run = cifar(flags=[Flag(kind="stochastic", evidence="3 of 64")])
     (claim,) = claims(Runs((run,), (), (evidence(run, [6, 7]),)), {}).values()

@@ -10,6 +10,7 @@ from robustbench_cure.cli import main as cli
 from robustbench_cure.protocol.cards import PublishedTable
 from robustbench_cure.protocol.catalog import catalog
 from robustbench_cure.site.entries import leaderboards
+from robustbench_cure.site.tables import leaderboard_table
 
 ENTRY = {
     "link": "https://arxiv.org/abs/1",
@@ -64,7 +65,7 @@ def test_an_entry_becomes_a_row_and_its_numbers_cells(place):
     (board,) = leaderboards([], (), [table])
     assert board.name == "cifar10, l∞ 8/255"
     assert (board.rows[0].robust.printed, board.rows[0].clean.printed) == pytest.approx((0.5953, 0.8969))
-    assert (board.rows[0].decided, board.rows[0].rank, board.rows[0].n) == ("AutoAttack", 0, 10_000)
+    assert (board.rows[0].decided, board.rows[0].rank, board.rows[0].n) == ("AutoAttack", "", 10_000)
 
 
 def test_the_lowest_number_known_counts_and_a_warning_is_kept(place):
@@ -73,8 +74,11 @@ def test_the_lowest_number_known_counts_and_a_warning_is_kept(place):
     _, tables = place(Xiao2020Enhancing={**flagged, "AA": "18.50"})
     (board,) = leaderboards([], (), list(tables.values()))
     assert board.rows[0].robust.printed == pytest.approx(0.0715)
-    assert "3 printed" in board.rows[0].how
-    assert "unreliable" in board.rows[0].how
+    words = "AutoAttack 18.50; external 7.15; reported 62.50; RobustBench flags it as unreliable"
+    assert board.rows[0].how == words
+    assert board.rows[0].named == pytest.approx({"AutoAttack": 0.185, "External": 0.0715, "Reported": 0.625})
+    (data,) = leaderboard_table(board).data
+    assert (data["published_autoattack"], data["published_external"]) == pytest.approx((0.185, 0.0715))
     assert (board.rows[0].decided, board.rows[0].extra_data) == ("External", "none")
 
 

@@ -20,6 +20,7 @@ from robustbench_cure.cli import geometry as geometry_cli
 from robustbench_cure.cli import main as cli
 from robustbench_cure.errors import UsageError
 from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.record import Record, typed
 from robustbench_cure.evaluation.storage import find_records
 from robustbench_cure.protocol.cards import Battery, ModelCard, PublishedTable
 from robustbench_cure.protocol.catalog import catalog, find
@@ -35,12 +36,13 @@ from robustbench_cure.report.table import (
     to_markdown,
     to_text,
 )
+from robustbench_cure.site import entries
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.checklist import checklist
 from robustbench_cure.site.entries import leaderboards
 from robustbench_cure.site.pages import STUDIES
 from robustbench_cure.site.runs import Runs, card_of, masking_sections, scan, study_files
-from robustbench_cure.site.tables import BEGIN, END, renewed
+from robustbench_cure.site.tables import BEGIN, END, leaderboard_table, pairs_table, renewed
 from robustbench_cure.stats import Rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,29 +55,323 @@ def tables() -> list[PublishedTable]:
 def other(name: str, marks: str, **more):
     """A record of another model: other weights, FGSM alone."""
     model = {"id": name, "name": name, "weights_sha256": (name * 64)[:64], **more.pop("model", {})}
-    return record(battery(FGSM), "1" * len(marks), {"fgsm": marks}, model=model, **more)
+    protocol = more.pop("protocol", battery(FGSM))
+    return record(protocol, "1" * len(marks), {protocol.attacks[0].id: marks}, model=model, **more)
+
+
+#: What stands for the reference protocols, which `ranking` names.
+REFERENCE, AUTOATTACK = battery(FGSM, id="ref", name="Reference"), battery(PGD, id="aa", name="AutoAttack")
+
+
+@pytest.fixture
+def ranking(monkeypatch):
+    """The two batteries above are the reference protocols, by their content."""
+    known = {REFERENCE.digest: "reference", AUTOATTACK.digest: "autoattack"}
+    monkeypatch.setattr(entries, "ranking_protocol", lambda b: known.get(b.digest, known.get(audited_as(b))))
+
+
+def audited_as(protocol: Battery) -> str:
+    return protocol.model_copy(update={"audit": None}).digest
+
+
+def ranked(name: str, marks: str, times: int = 25, **more):
+    """A record of a reference protocol, by a picture that is repeated."""
+    return other(name, marks * times, **{"protocol": REFERENCE, **more})
+
+
+def audited(name: str, marks: str, found: str, asked: int = 4, times: int = 25):
+    """A record of the reference protocol with its audit: found, one character a sample, is PGD's there."""
+    both = battery(FGSM, PGD, id="ref", name="Reference")
+    model = {"id": name, "name": name, "weights_sha256": (name * 64)[:64]}
+    run = record(both, "1" * len(marks * times), {"fgsm": marks * times, "pgd20": found * times}, model=model)
+    audit = {"name": "AutoAttack", "samples": asked * times, "attacks": [PGD]}
+    run.manifest.battery = battery(FGSM, id="ref", name="Reference", audit=audit)
+    run.samples["audit.draws"] = run.samples["pgd20.attacked"].astype("int64")
+    return Record(run.manifest, typed(run.samples, run.manifest.battery))
 
 
 # --- entries ---------------------------------------------------------------------------------------------
 
 
-def test_rank_is_by_worst_case_and_equal_numbers_share_it():
-    runs = [other("a", "xx.."), other("b", "x..."), other("c", "xx.."), other("d", "xxxx")]
+def test_rank_is_an_interval_of_those_that_the_paired_test_does_not_tell_apart(ranking):
+    """100 images: a and c differ on 2 of them, b is far above, d far below."""
+    runs = [
+        other("a", "x" * 50 + "." * 50, protocol=REFERENCE),
+        other("b", "x" * 10 + "." * 90, protocol=REFERENCE),
+        other("c", "x" * 49 + ".." + "x" + "." * 48, protocol=REFERENCE),
+        other("d", "x" * 100, protocol=REFERENCE),
+    ]
     (board,) = leaderboards(runs)
-    assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 2), ("c", 2), ("d", 4)]
-    assert board.rows[0].robust.rate == Rate(3, 4)
-    assert "1 attack, mini v1" in board.rows[0].how
+    assert [(row.model_id, row.rank, row.rank_low, row.rank_high) for row in board.rows] == [
+        ("b", "1", 1, 1),
+        ("a", "2–3", 2, 3),
+        ("c", "2–3", 2, 3),
+        ("d", "4", 4, 4),
+    ]
+    assert board.rows[0].robust.rate == Rate(90, 100)
+    assert [board.tied_with(row) for row in board.rows] == [[], ["c"], ["a"], []]
+    pair = next(p for p in board.pairs if {p.first.label, p.second.label} == {"a", "c"})
+    assert (pair.counts.lost, pair.counts.gained, pair.separable) == (1, 1, False)
+    assert (len(board.pairs), pair.first is board.rows[1]) == (6, True)
+    assert "1 attack, ref v1" in board.rows[0].how
+    assert board.note == ""
+    assert (board.rows[0].unranked, board.rows[0].standard_error) == ("", pytest.approx(0.03))
 
 
-def test_records_of_the_same_weights_and_images_are_one_body_of_evidence():
-    one = record(battery(FGSM), "1111", {"fgsm": "x..."})
-    two = record(battery(PGD), "1111", {"pgd20": ".x.."})
-    (board,) = leaderboards([one, two])
+def test_ties_are_not_transitive_and_a_rank_may_reach_over_others(ranking):
+    """Of 200 images a keeps 60, b 54, c 48, nested: 6 lost images do not separate two models, 12 do."""
+    runs = [
+        other(name, "." * kept + "x" * (200 - kept), protocol=REFERENCE)
+        for name, kept in {"a": 60, "b": 54, "c": 48}.items()
+    ]
+    (board,) = leaderboards(runs)
+    # Exact p-values 2^-5, 2^-5 and 2^-11; Holm: 2 * 2^-5, 2 * 2^-5 and 3 * 2^-11.
+    assert [p.adjusted for p in board.pairs] == pytest.approx([2 / 32, 3 / 2048, 2 / 32])
+    assert [row.rank for row in board.rows] == ["1–2", "1–3", "2–3"]
+
+
+def test_without_the_correction_these_two_would_be_told_apart(ranking):
+    """Six images between them: p = 2^-5 is below 5 %, three pairs make 3 * 2^-5 of it."""
+    wanted = {"a": "." * 100, "b": "x" * 6 + "." * 94, "c": "x" * 12 + "." * 88}
+    alone, among = (
+        leaderboards([other(name, wanted[name], protocol=REFERENCE) for name in names])[0]
+        for names in ("ab", "abc")
+    )
+    assert [row.rank for row in alone.rows] == ["1", "2"]
+    assert [row.rank for row in among.rows] == ["1–2", "1–3", "2–3"]
+
+
+def test_only_the_reference_protocols_are_ranked_and_join(ranking):
+    strong, weak = ranked("a", "xx.."), ranked("a", ".x.x", protocol=AUTOATTACK)
+    listed = ranked("b", "....", protocol=battery(FGSM, id="own", name="AutoAttack + PGD(1000)"))
+    boards = leaderboards([listed, weak, strong])
+    assert [(b.ranks, len(b.rows), bool(b.battery)) for b in boards] == [(True, 1, False), (False, 1, True)]
+    (joined,), (alone,) = boards[0].rows, boards[1].rows
+    assert (joined.robust.rate, joined.rank) == (Rate(25, 100), "1")
+    assert (alone.rank, alone.rank_low) == ("", 0)
+    words = "AutoAttack + PGD(1000) is not the reference protocol; evaluate with --battery reference"
+    assert alone.unranked == words
+    assert boards[1].note == f"not ranked: {words}"
+    assert boards[1].name == "digits, l∞ 8/255, 100 images: AutoAttack + PGD(1000) (own v1, own battery)"
+    assert boards[0].name == "digits, l∞ 8/255, 100 images"
+    assert not boards[1].pairs
+
+
+def test_the_shipped_protocols_rank_by_their_content_at_any_radius():
+    """Without stand-ins: as it ships, at another radius; with an attack less, another seed or name."""
+
+    def boards(protocol):
+        marks = {spec.id: "x..." * 25 for spec in protocol.attacks}
+        return leaderboards([record(protocol, "1111" * 25, marks)])
+
+    whole = find(Battery, "autoattack").card
+    for protocol in (whole, whole.at("4/255"), find(Battery, "autoattack_l2").card):
+        (board,) = boards(protocol)
+        assert (board.ranks, board.rows[0].rank, board.rows[0].audit.words) == (True, "1", "full AutoAttack")
+    for change in ({"attacks": whole.attacks[:-1]}, {"seed": 1}, {"name": "AutoAttack +"}):
+        (board,) = boards(whole.model_copy(update=change))
+        assert (board.ranks, board.rows[0].rank) == (False, "")
+        assert f"modified: not the autoattack v{whole.version} that ships" in board.name
+    strong = find(Battery, "strong_l2").card
+    (board,) = boards(strong)
+    assert board.rows[0].unranked.endswith("evaluate with --battery reference_l2")
+    (board,) = boards(strong.at("1"))
+    assert board.rows[0].unranked.endswith("evaluate with --battery reference_l2 --eps 1")
+    assert {find(Battery, name).card.threat.norm for name in ("reference", "reference_l2")} == {"linf", "l2"}
+
+
+def test_a_listing_of_another_protocol_does_not_lower_the_ranked_number(ranking):
+    runs = [ranked("a", "x..."), ranked("a", ".xxx", protocol=battery(FGSM, id="own"))]
+    assert [b.rows[0].robust.rate for b in leaderboards(runs)] == [Rate(75, 100), Rate(25, 100)]
+
+
+def test_batteries_that_share_a_name_or_an_id_are_told_apart():
+    shipped = find(Battery, "table2").card
+    taken = battery(FGSM, id="table2", name="Mine")
+    named = battery(FGSM, id="mine", name=f"  {shipped.name.upper()} ")
+    wider = shipped.at("16/255")
+    assert [entries.origin(b) for b in (shipped, wider)] == ["shipped", "shipped"]
+    assert [entries.origin(b) for b in (taken, named)] == ["table2 v1", "table2 v1"]
+    assert entries.origin(wider.model_copy(update={"attacks": taken.attacks})) == "table2_at_16_255 v1"
+    assert entries.origin(battery(FGSM)) == "own"
+    runs = [other("a", "x.", protocol=taken), other("a", "..", protocol=battery(SPSA, id="table2"))]
+    names = [board.name for board in leaderboards(runs)]
+    assert len(set(names)) == 2
+    assert all("modified: not the table2 v1 that ships" in name for name in names)
+
+
+def test_records_of_the_same_weights_and_images_are_one_body_of_evidence(ranking):
+    (board,) = leaderboards([ranked("a", "x..."), ranked("a", ".x..", protocol=AUTOATTACK)])
     (row,) = board.rows
-    assert row.robust.rate == Rate(2, 4)  # neither record alone is below 3 of 4
-    assert "2 attacks" in row.how
-    again = record(battery({**FGSM, "id": "again", "name": "Again"}), "1111", {"again": "x..."})
-    assert leaderboards([one, again])[0].rows[0].how.count("1 attack,") == 1
+    assert row.robust.rate == Rate(50, 100)  # neither record alone is below 75
+    assert "2 attacks, ref v1 + aa v1" in row.how
+    again = [ranked("a", "x..."), ranked("a", "..x.")]
+    assert leaderboards(again)[0].rows[0].how.count("1 attack,") == 1
+
+
+def test_fewer_images_than_a_hundred_are_not_ranked(ranking):
+    few, enough = (ranked("a", "." * n, times=1, data={"digest": f"{n:064x}"}) for n in (99, 100))
+    boards = leaderboards([few, enough])
+    assert [(b.n, b.rows[0].rank) for b in boards] == [(100, "1"), (99, "")]
+    assert (boards[0].note, boards[1].note) == ("", "not ranked: ranks need at least 100 images")
+    assert boards[1].rows[0].unranked == "ranks need at least 100 images"
+
+
+def test_other_images_under_the_same_name_are_another_leaderboard(ranking):
+    """A hand-picked archive with the file name of another: its 100 % ranks first among nothing but itself."""
+    honest = [ranked("a", "x..."), ranked("b", "xx..")]
+    picked = ranked("a", "....", data={"digest": "ff" * 32})
+    boards = leaderboards([picked, *honest])
+    assert sorted([row.model_id for row in board.rows] for board in boards) == [["a"], ["a", "b"]]
+    assert len({board.name for board in boards}) == len({board.key for board in boards}) == 2
+    assert {board.name[-8:] for board in boards} == {"ffffffff", "da" * 4}
+
+
+def test_equal_images_are_one_leaderboard_whatever_their_file_is_called(ranking):
+    runs = [ranked("a", "x...", data={"name": "npz:mine"}), ranked("b", "xx..")]
+    for order in (runs, runs[::-1]):
+        (board,) = leaderboards(order)
+        assert (board.data, len(board.rows)) == ("digits", 2)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "rank", "words"),
+    [
+        ("-...", 3, "1", ""),
+        ("-x..", 3, "1", ""),  # all survivors were audited, what it broke is in the number
+        ("--..", 2, "1", ""),
+        ("--x.", 2, "", "AutoAttack breaks more: evaluate again with --audit all"),
+        ("---.", 2, "", "its audit drew 25 samples of the 50 that the protocol asks for"),
+        ("----", 2, "", "its audit drew 0 samples of the 50"),
+    ],
+)
+def test_an_audit_must_be_whole_or_of_the_size_of_the_protocol_and_break_nothing(
+    ranking, found, asked, rank, words
+):
+    run = audited("a", "x...", found, asked)
+    (board,) = leaderboards([run])
+    (row,) = board.rows
+    assert row.rank == rank
+    assert words in row.unranked
+    assert bool(words) == bool(row.unranked)
+    audit = run.audit
+    assert (row.audit.draws, row.audit.broken) == (25 * sum(c != "-" for c in found), 25 * found.count("x"))
+    assert (row.audit.bound, row.audit.words) == (0 if audit.whole else audit.bound, audit.words)
+    table = leaderboard_table(board)
+    (data,), (printed,) = table.data, table.rows
+    if audit.whole:
+        assert printed[6] == "full"
+    else:
+        # Rounded up to a tenth of a point.
+        assert 0 <= float(printed[6].removeprefix("≤ ")) - 100 * audit.bound < 0.1
+    assert (data["audit_draws"], data["audit_broken"]) == (audit.draws, audit.broken)
+    assert (data["audit_bound"], data["audit"]) == (row.audit.bound, audit.words)
+    # A run of AutoAttack itself on the same images leaves nothing open.
+    whole = leaderboards([run, ranked("a", "x...", protocol=AUTOATTACK)])[0].rows[0]
+    assert (whole.rank, whole.audit.words, whole.audit.bound) == ("1", "full AutoAttack", None)
+
+
+def test_the_page_says_what_the_audit_says(ranking):
+    run = audited("a", "x...", "--..", 2)
+    files = build(Runs((run,))).files
+    words = "AutoAttack would lower it by at most 4.4 points (95 %, m = 50, k = 0)"
+    assert run.audit.words == words  # 75 of 100 stand; 1 - 0.05^(1/50) of them are 4.36
+    assert f"worst case of 1 attack, ref v1; {words}" in files["index.html"].decode()
+    assert b"AutoAttack audit" in files["models/a/index.html"]
+
+
+def test_of_two_audits_the_one_that_drew_more_is_quoted(ranking):
+    runs = [audited("a", "x...", "--..", 1), audited("a", "x...", "---.", 1)]
+    for order in (runs, runs[::-1]):
+        assert leaderboards(order)[0].rows[0].audit.draws == 50
+
+
+def test_the_cost_of_a_number_is_that_of_all_its_runs(ranking):
+    one, two = ranked("a", "x..."), ranked("a", "x...", protocol=AUTOATTACK)
+    # Each: the clean pass of 100 images in half a second, and 3 + 2 passes in 7 seconds.
+    cost = leaderboards([one])[0].rows[0].cost
+    assert (cost.passes, cost.seconds, cost.share) == (pytest.approx(1.05), 7.5, None)
+    one.manifest.environment.gradient_rate = 14.0
+    assert leaderboards([one])[0].rows[0].cost.share == pytest.approx(105 / 2 / 14 / 7.5)
+    both = leaderboards([one, two])[0].rows[0].cost
+    assert (both.passes, both.seconds, both.share) == (pytest.approx(2.1), 15.0, None)
+    two.manifest.environment.gradient_rate = 7.0
+    share = leaderboards([one, two])[0].rows[0].cost.share
+    assert share == pytest.approx((105 / 2 / 14 + 105 / 2 / 7) / 15)
+
+
+def test_every_form_tells_rank_error_cost_and_pairs(ranking):
+    runs = [ranked("a", "x..."), ranked("b", "x..."), ranked("c", "xxxx")]
+    runs[0].manifest.environment.gradient_rate = 14.0
+    (board,) = leaderboards(runs)
+    table = leaderboard_table(board)
+    first, _, last = table.data
+    assert (first["rank"], first["rank_low"], first["rank_high"]) == ("1–2", 1, 2)
+    assert (first["not_separable_from"], last["not_separable_from"]) == ("b", "")
+    assert (first["n"], first["robust_standard_error"]) == (100, pytest.approx((0.75 * 0.25 / 100) ** 0.5))
+    assert (first["passes_per_image"], first["seconds"]) == (pytest.approx(1.05), 7.5)
+    assert first["gradient_rate_share"] == pytest.approx(0.5)
+    assert (first["data_digest"], first["protocol"], first["parameters"]) == (
+        "da" * 32,
+        "AutoAttack level",
+        10,
+    )
+    printed = dict(zip((c.head for c in table.columns), table.rows[0], strict=True))
+    assert (printed["Rank"], printed["SE"], printed["n"]) == ("1–2", "4.3", "100")
+    assert (printed["Passes an image"], printed["Seconds"]) == ("1.05", "7.50")
+    assert printed["Share of the gradient rate"] == "50 %"
+    assert table.rows[1][13] == "–"  # not measured
+    pairs = pairs_table(board)
+    assert [(p["first"], p["second"], p["separable"]) for p in pairs.data] == [
+        ("a", "b", False),
+        ("a", "c", True),
+        ("b", "c", True),
+    ]
+    assert pairs.data[1]["p"] == pytest.approx(2.0**-74)
+    assert pairs.data[1]["p_holm"] == pytest.approx(3 * 2.0**-74)
+    files = build(Runs(tuple(runs)), tables_only=True).files
+    stored = json.loads(files["leaderboard-pairs.json"])["tables"]
+    assert [row["p_holm"] for row in stored[0]["rows"]] == [p["p_holm"] for p in pairs.data]
+    assert len(stored) == 1
+    page = build(Runs(tuple(runs))).files
+    index = page["index.html"].decode()
+    assert "1 of 3 pairs of models are not separable" in index
+    assert re.findall(r'<td class="rank" data-order="(\d+)">([^<]+)</td>', index) == [
+        ("1", "1–2"),
+        ("1", "1–2"),
+        ("3", "3"),
+    ]
+    assert "<b>digits, l∞ 8/255, 100 images:</b> rank 1–2 of 3" in page["models/a/index.html"].decode()
+
+
+def test_published_rows_stand_once_beside_the_ranked_leaderboard_with_most_images(ranking):
+    def of(n, digest, **more):
+        return ranked("a", "." * n, times=1, data={"name": "cifar10", "digest": digest}, **more)
+
+    runs = [of(100, "01" * 32), of(200, "02" * 32), of(300, "03" * 32, protocol=battery(FGSM))]
+    boards = [b for b in leaderboards(runs, (), tables()) if (b.data, b.threat.text) == ("cifar10", "8/255")]
+    held = {board.n: sum(not row.records for row in board.rows) for board in boards}
+    assert set(held) == {100, 200, 300}
+    assert held[200] > 60
+    assert held[100] == held[300] == 0
+    (own,) = (row for row in boards[0].rows if row.records)
+    assert (boards[0].n, own.rank) == (200, "1")
+    assert not any(row.rank for row in boards[0].rows if not row.records)
+    text = renewed(f"{BEGIN}{END}", boards, "README.md")
+    assert text.count("| measured |") == 2  # both ranked leaderboards, without what is printed elsewhere
+    assert "| published |" not in text
+
+
+def test_rows_know_what_the_filters_ask(ranking):
+    rows = []
+    for k, (extra, parameters) in enumerate(
+        [("", 0), ("none", 999_999), ("yes", 10**6), ("80M TI", 10**7), ("none", 5 * 10**7)]
+    ):
+        run = ranked("abcde"[k], "x...", model={"parameters": parameters})
+        rows += leaderboards([run], extra_data=lambda _, extra=extra: extra)[0].rows
+    assert [row.data_class for row in rows] == ["not declared", "none", "some", "some", "none"]
+    sizes = ["not stated", "under 1 million", "1 to 10 million", "10 to 50 million", "50 million and more"]
+    assert [row.size for row in rows] == sizes
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -148,44 +444,40 @@ def test_boards_are_of_one_data_set_split_and_threat_model():
     wide = battery(FGSM, threat={"norm": "linf", "eps": "16/255"})
     runs = [
         other("a", "x."),
-        other("b", "..", data={"name": "svhn"}),
+        other("b", "..", data={"name": "svhn", "digest": "01" * 32}),
         other("c", "..", data={"split": "train"}),
         record(wide, "11", {"fgsm": "x."}),
     ]
+    mini = "2 images: Mini (mini v1, own battery)"
     assert [(b.name, len(b.rows)) for b in leaderboards(runs)] == [
-        ("digits, l∞ 8/255", 1),
-        ("digits, l∞ 16/255", 1),
-        ("digits (train), l∞ 8/255", 1),
-        ("svhn, l∞ 8/255", 1),
+        (f"digits, l∞ 8/255, {mini}", 1),
+        (f"digits, l∞ 16/255, {mini}", 1),
+        (f"digits (train), l∞ 8/255, {mini}", 1),
+        (f"svhn, l∞ 8/255, {mini}", 1),
     ]
 
 
-def test_unreliable_models_sink_and_are_not_ranked():
+def test_unreliable_models_sink_and_are_not_ranked(ranking):
     flag = Flag(kind="stochastic", evidence="3 of 64")
-    (board,) = leaderboards([other("a", "....", flags=[flag]), other("b", "xxx.")])
-    assert [(row.model_id, row.rank) for row in board.rows] == [("b", 1), ("a", 0)]
+    (board,) = leaderboards([ranked("a", "....", flags=[flag]), ranked("b", "xxx.")])
+    assert [(row.model_id, row.rank) for row in board.rows] == [("b", "1"), ("a", "")]
     assert "unreliable" in board.rows[1].unranked
+    assert not board.pairs
 
 
-def test_of_two_sample_sizes_the_larger_is_ranked():
-    small = other("a", "..", data={"digest": "01" * 32})
-    (board,) = leaderboards([small, other("a", "x...", data={"digest": "02" * 32})])
-    assert [(row.n, row.rank, bool(row.unranked)) for row in board.rows] == [(2, 0, True), (4, 1, False)]
-
-
-def test_verified_images_of_others_lower_the_best_known_number():
-    run = record(battery(FGSM, PGD, SPSA), CLEAN, EVIDENCE)  # 3 of 10 stand: samples 5, 6, 7
-    (board,) = leaderboards([run, other("b", "xxxxxxxx..")], [evidence(run, [0, 6, 7])])
-    assert [(row.model_id, row.kind) for row in board.rows][1:] == [
-        ("tiny", "external"),
-        ("tiny", "measured"),
-    ]
+def test_verified_images_of_others_lower_the_best_known_number(ranking):
+    run = ranked("a", "xxx.......", 10)
+    theirs = evidence(run, list(range(3, 100, 10)) + list(range(4, 100, 10)))
+    (board,) = leaderboards([run, ranked("b", "xxxx......", 10)], [theirs])
+    assert [(row.model_id, row.kind) for row in board.rows][1:] == [("a", "external"), ("a", "measured")]
     by_kind = {(row.model_id, row.kind): row for row in board.rows}
-    lowered, own = by_kind["tiny", "external"], by_kind["tiny", "measured"]
-    assert (lowered.robust.rate, own.robust.rate) == (Rate(1, 10), Rate(3, 10))
-    assert (lowered.rank, own.rank, by_kind["b", "measured"].rank) == (2, 0, 1)
+    lowered, own = by_kind["a", "external"], by_kind["a", "measured"]
+    assert (lowered.robust.rate, own.robust.rate) == (Rate(50, 100), Rate(70, 100))
+    assert (lowered.rank, own.rank, by_kind["b", "measured"].rank) == ("2", "", "1")
     assert "external row" in own.unranked
     assert (lowered.decided, lowered.date) == ("Somebody", "2026-03-01")
+    # The test is of what is left: b alone withstands 10 images, a none that b does not.
+    assert [(p.counts.lost, p.counts.gained) for p in board.pairs] == [(10, 0)]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +514,7 @@ def test_printed_rows_are_marked_and_never_ranked():
     assert (wrn.robust.printed, wrn.clean.printed) == pytest.approx((0.385, 0.8311))
     assert (wrn.decided, wrn.kind) == ("AutoAttack", "published")
     assert wrn.tables == ("robustbench", "table2", "text_accuracy")
+    assert "AutoAttack 38.5" in wrn.how
     assert rows["WRN-28-10, Adversarial training"].kind == "quoted"
     assert not any(row.rank or not row.unranked for board in found.values() for row in board.rows)
 
@@ -466,11 +759,12 @@ def test_every_table_has_its_files(runs):
 def test_tables_alone_are_those_of_the_whole_site(runs, tmp_path):
     found = scan([runs])
     whole, alone = build(found), build(found, tables_only=True)
-    wanted = {f"leaderboard.{suffix}" for suffix in ("csv", "json", "md")}
+    stems = ("leaderboard", "leaderboard-pairs")
+    wanted = {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "json", "md")}
     wanted |= {f"tables/{table.id}.{suffix}" for table in tables() for suffix in ("csv", "md", "tex")}
     assert set(alone.files) == wanted
     assert all(whole.files[name] == data for name, data in alone.files.items())
-    assert (alone.models, len(alone.leaderboards)) == (whole.models, len(whole.leaderboards)) == (2, 6)
+    assert (alone.models, len(alone.leaderboards)) == (whole.models, len(whole.leaderboards)) == (2, 7)
     out = tmp_path / "out"
     write(whole, out)
     write(alone, out)  # the pages of before are taken away
@@ -667,20 +961,28 @@ def test_the_command_writes_the_site_and_the_readme(runs, tmp_path, capsys):
     assert end.value.code == 0
     assert f"site: {tmp_path}/out/index.html" in capsys.readouterr().out
     assert (tmp_path / "out" / "index.html").is_file()
-    assert "CURE net" in readme.read_text()
+    assert "No run of the reference protocol is stored here yet." in readme.read_text()
+    assert (
+        "cifar10, l∞ 8/255, 10 images: CURE paper, Table 2: CIFAR-10, l∞ 8/255 (table2 v1)"
+        in readme.read_text()
+    )
 
 
 # --- README and the stored site ----------------------------------------------------------------------------
 
 
-def test_the_block_is_renewed_and_nothing_else():
+def test_the_block_is_renewed_and_nothing_else(ranking):
     text = f"# A\n\n{BEGIN}\nold\n{END}\ntail\n"
-    new = renewed(text, leaderboards([other("a|b", "x...")]), "README.md")
+    boards = leaderboards([ranked("a|b", "x..."), other("c", "x...")])
+    new = renewed(text, boards, "README.md")
     assert new.startswith(f"# A\n\n{BEGIN}\n")
     assert new.endswith(f"{END}\ntail\n")
     assert "old" not in new
-    assert r"| a\|b | 1 | 75.0 \[30.1, 95.4\] | 100.0 \[51.0, 100.0\] | 4 | FGSM | measured |" in new
-    assert renewed(new, leaderboards([other("a|b", "x...")]), "README.md") == new
+    numbers = r"75.0 \[65.7, 82.5\] | 4.3 | – | 100.0 \[96.3, 100.0\] | 100 | FGSM | measured |"
+    assert rf"| a\|b | 1 | {numbers}" in new
+    assert "### digits, l∞ 8/255, 100 images\n" in new
+    assert "- digits, l∞ 8/255, 4 images: Mini (mini v1, own battery)\n" in new  # named, not printed
+    assert renewed(new, boards, "README.md") == new
     for bad in ("", f"{END}{BEGIN}", text + text):
         with pytest.raises(UsageError, match="needs one line"):
             renewed(bad, [], "README.md")

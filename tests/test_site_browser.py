@@ -12,6 +12,7 @@ from PIL import Image
 from robustbench_cure.evaluation.flags import Flag
 from robustbench_cure.protocol.cards import Battery
 from robustbench_cure.protocol.catalog import find
+from robustbench_cure.site import entries
 from robustbench_cure.site.build import build, write
 from robustbench_cure.site.runs import Runs, StudyFolder, StudyManifest
 
@@ -39,20 +40,31 @@ PAGES = ["index.html", "models/a/index.html", "tables/table2.html"]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Three models on CIFAR-10, one of them flagged and one lowered by others, a hostile one, and a curve."""
+    """Three models on CIFAR-10, one of them flagged and one lowered by others, a hostile one, and a curve.
+
+    The battery of the first three stands for the reference protocol; that of the others does not.
+    """
     protocol = find(Battery, "table2").card
     marks = {"a": "xxx.......", "b": "x.........", "c": "xxxxx....."}
+    size = {"a": 10, "b": 2_000_000, "c": 70_000_000}
     runs = [
         record(
             protocol,
-            "1111111111",
-            {"pgd20": broken},
-            model={"id": name, "name": f"Net {name}", "weights_sha256": name * 64},
-            data={"name": "cifar10"},
+            "1111111111" * 10,
+            {"pgd20": broken * 10},
+            model={
+                "id": name,
+                "name": f"Net {name}",
+                "weights_sha256": name * 64,
+                "architecture": f"net_{name}",
+                "parameters": size[name],
+            },
+            data={"name": "cifar10", "digest": "c1" * 32},
             flags=[Flag(kind="stochastic", evidence="3 of 64")] if name == "c" else [],
         )
         for name, broken in marks.items()
     ]
+    runs[0].manifest.environment.gradient_rate = 100.0
     runs[0].manifest.model.published_row = "resnet18/cure"
     runs.append(record(battery(FGSM, DEEPFOOL), "111", {"fgsm": "x..", "deepfool": "xo."}, model={"id": "d"}))
     evil = hostile()
@@ -68,7 +80,12 @@ def site(tmp_path_factory) -> Path:
     head = StudyManifest(verb="curvature", models=models, files=["mean.png", "profile.svg"])
     study = StudyFolder(drawing, head)
     out = tmp_path_factory.mktemp("site")
-    write(build(Runs((*runs, evil), (study,), (evidence(runs[0], [4, 5]),))), out)
+    others = evidence(runs[0], [*range(4, 100, 10), *range(5, 100, 10)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            entries, "ranking_protocol", lambda b: "reference" if b.digest == protocol.digest else ""
+        )
+        write(build(Runs((*runs, evil), (study,), (others,))), out)
     return out
 
 
@@ -83,7 +100,7 @@ def visit(open_page, site):
 
 
 def board(page):
-    return page.locator("section[data-leaderboard=cifar10-test-linf-8-255]")
+    return page.locator("section[data-leaderboard=cifar10-test-linf-8-255-100-c1c1c1c1]")
 
 
 def names(page) -> list[str]:
@@ -129,12 +146,12 @@ def test_numbers_sort_as_numbers(visit):
     page = visit()
     clean = head(page, "Clean")
     press(clean, "ascending")
-    texts = board(page).locator("tbody tr td:nth-child(4)").all_inner_texts()
+    texts = board(page).locator("tbody tr td:nth-child(5)").all_inner_texts()
     values = [float(t.split()[0]) for t in texts]
     assert values == sorted(values)
     assert values[-1] == 100.0  # as text it would stand before 45.0
     press(clean, "descending")
-    texts = board(page).locator("tbody tr td:nth-child(4)").all_inner_texts()
+    texts = board(page).locator("tbody tr td:nth-child(5)").all_inner_texts()
     values = [float(t.split()[0]) for t in texts]
     assert values == sorted(values, reverse=True)
     assert values[0] == 100.0
@@ -158,8 +175,44 @@ def test_search_and_switches_filter_and_tell_how_many(visit):
     assert names(page) == ["Net b", "Net a", "Net c"]
     page.check("input[value=published]")
     assert board(page).locator("tr[data-kind=published]").count() == published
-    page.select_option("#which", label="cifar10, l∞ 8/255")
+    page.select_option("#which", label="cifar10, l∞ 8/255, 100 images")
     assert page.locator("section.leaderboard-box:visible").count() == 1
+
+
+def test_filters_of_data_size_and_architecture(visit):
+    page = visit()
+    assert names(page) == ["Net b", "Net a", "Net a", "Net c"]
+    page.select_option("select[data-filter=size]", label="1 to 10 million")
+    assert names(page) == ["Net b"]
+    assert board(page).locator("tr[data-kind=published]").count() == 0  # their sizes are not stated
+    page.select_option("select[data-filter=size]", label="50 million and more")
+    assert names(page) == ["Net c"]
+    page.select_option("select[data-filter=architecture]", label="net_b")
+    assert names(page) == []
+    page.select_option("select[data-filter=size]", label="all")
+    assert names(page) == ["Net b"]
+    page.select_option("select[data-filter=architecture]", label="all")
+    every = board(page).locator("tr[data-kind=published]").count()
+    parts = []
+    for label in ("none", "some", "not declared"):
+        page.select_option("select[data-filter=extra]", label=label)
+        parts.append(board(page).locator("tr[data-kind=published]").count())
+    assert sum(parts) == every
+    assert min(parts[:2]) > 0
+    assert names(page) == ["Net b", "Net a", "Net a", "Net c"]  # nobody declared theirs
+
+
+def test_ranks_errors_and_costs_are_shown(visit):
+    page = visit()
+    rows = board(page).locator("tbody tr:is([data-kind=measured], [data-kind=external])")
+    cells = [rows.nth(i).locator("td").all_inner_texts() for i in range(rows.count())]
+    assert [row[0].split()[0] for row in cells] == ["1", "2", "–", "–"]
+    assert [row[2] for row in cells] == ["3.0", "5.0", "4.6", "5.0"]
+    assert cells[1][8].split() == ["1.05", "7.50", "s,", "7", "%", "of", "the", "gradient", "rate"]
+    assert cells[0][8].split() == ["1.05", "7.50", "s"]
+    note = page.locator("section[data-leaderboard^=digits] .quiet").first.inner_text()
+    assert note.startswith("Not ranked:")
+    assert note.endswith("is not the reference protocol; evaluate with --battery reference.")
 
 
 def test_without_scripts_every_row_is_there(visit):
@@ -195,7 +248,7 @@ def test_a_curve_shows_the_number_under_the_pointer(visit):
     points.nth(1).locator(".reach").hover()
     assert text.evaluate("e => getComputedStyle(e).visibility") == "visible"
     shown = text.text_content()
-    assert [fact for fact in ("PGD(20)", "2 steps", "70.0 %", "39.7", "89.2") if fact not in shown] == []
+    assert [fact for fact in ("PGD(20)", "2 steps", "70.0 %", "60.4", "78.1") if fact not in shown] == []
 
 
 def test_figures_of_a_study_are_shown(visit):

@@ -1,6 +1,7 @@
 """Writing the site: a folder that opens from disk and can be served as it is.
 
 index.html, leaderboard.*      every leaderboard
+leaderboard-pairs.*            which ranked models are told apart, two by two
 models/<id>/index.html         a page a model, with its tables as files
 tables/<id>.html               a page a paper table
 studies/<verb>-<k>/            figures and numbers of geometry and masking
@@ -71,8 +72,8 @@ def build(
     Args:
         runs: see `runs.scan`.
         cards: directories with further cards.
-        tables_only: leave out every page, and keep ``leaderboard.{csv,json,md}`` and the paper tables as
-            ``tables/<id>.{csv,md,tex}``.
+        tables_only: leave out every page, and keep ``leaderboard.{csv,json,md}``,
+            ``leaderboard-pairs.{csv,json,md}`` and the paper tables as ``tables/<id>.{csv,md,tex}``.
         records_url: address of the scanned run directory on the web; pages link to the records there.
             Empty: they say where the records lie, without a link.
     """
@@ -86,14 +87,17 @@ def build(
     ranked = leaderboards(runs.records, runs.external, published, extra_data)
     papers = [paper_table([r for r in runs.records if comparable(r, table)], table) for table in published]
     content = [tables.leaderboard_table(leaderboard) for leaderboard in ranked]
+    pairs = exports(
+        "leaderboard-pairs", [tables.pairs_table(board) for board in ranked if board.pairs], PLAIN
+    )
     if tables_only:
-        texts = exports("leaderboard", content, PLAIN)
+        texts = exports("leaderboard", content, PLAIN) | pairs
         for paper in papers:
             texts |= exports(_stem(paper), [tables.paper_comparison(paper)], ("csv", "md", "tex"))
         return Site(tuple(ranked), len(by_model(runs.records)), _encoded(texts))
     folders = [(f"studies/{study.verb}-{k}", study) for k, study in enumerate(runs.studies, 1)]
     models = _models(runs, ranked, known, folders)
-    texts = {"index.html": pages.index(ranked, papers, models)} | exports("leaderboard", content)
+    texts = {"index.html": pages.index(ranked, papers, models)} | exports("leaderboard", content) | pairs
     for paper in papers:
         texts |= _paper(paper, models)
     for model in models:

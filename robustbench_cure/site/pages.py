@@ -23,7 +23,7 @@ from robustbench_cure.report.table import Table
 from robustbench_cure.report.tables import SEVERITIES, AccuracyRow, DistanceRow, attack_rows, protocols
 from robustbench_cure.report.wording import count
 from robustbench_cure.site import checklist, tables
-from robustbench_cure.site.entries import Entry, Leaderboard
+from robustbench_cure.site.entries import FEWEST, LARGEST, SIZES, UNKNOWN, Entry, Leaderboard
 from robustbench_cure.site.runs import (
     FIGURES,
     TABLES,
@@ -158,10 +158,25 @@ def index(leaderboards: Sequence[Leaderboard], papers: Sequence[PaperTable], mod
         leaderboards=leaderboards,
         page_of=page_of,
         kinds=list(kinds.items()),
+        filters=_filters([row for leaderboard in leaderboards for row in leaderboard.rows]),
+        ranks=tables.RANKS,
+        fewest=FEWEST,
         tables=[_filled(paper) for paper in papers],
         lines=[_line(model) for model in models],
         **_raised(records),
     )
+
+
+def _filters(rows: Sequence[Entry]) -> list[tuple[str, str, list[str]]]:
+    """Name of a row's attribute, label, and values of each filter; those that rows have alone."""
+    sizes = [*(words for _, words in SIZES), LARGEST, UNKNOWN]
+    wanted = [
+        ("extra", "Extra data", ["none", "some", "not declared"], {row.data_class for row in rows}),
+        ("size", "Parameters", sizes, {row.size for row in rows}),
+    ]
+    architectures = sorted({row.architecture for row in rows}, key=lambda name: (name.casefold(), name))
+    shown = [(key, label, [v for v in values if v in there]) for key, label, values, there in wanted]
+    return [*shown, ("architecture", "Architecture", architectures)]
 
 
 def _filled(paper: PaperTable) -> dict[str, Any]:

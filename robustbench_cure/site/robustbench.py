@@ -7,8 +7,8 @@ folder): accuracies are per cent as text with two decimals. What is not known is
 of the record, and ``external`` what verified images of others left of it.
 
 **Import** reads the ``model_info`` of a clone. Each data set, norm and exact radius becomes one published
-table: an entry at 0.031 does not stand among those at 8/255. The lowest of AutoAttack, external and reported
-number is what the leaderboard shows, with its kind.
+table: an entry at 0.031 does not stand among those at 8/255. The leaderboard shows the lowest of
+AutoAttack's, the external and the reported number, and beside it each of them by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from robustbench_cure.protocol.catalog import FOLDERS, catalog
 from robustbench_cure.protocol.schema import Fractional, describe
 from robustbench_cure.report.table import clean_text
 from robustbench_cure.report.wording import count, threat_words
-from robustbench_cure.site.entries import Entry, Leaderboard, leaderboards
+from robustbench_cure.site.entries import Entry, best_known
 from robustbench_cure.site.runs import Runs, card_of, scan
 from robustbench_cure.stats import Rate
 from robustbench_cure.threat import Norm, ThreatModel, format_eps
@@ -70,40 +70,34 @@ def claims(
     """
     known = catalog(ModelCard, cards)
     claimed: dict[Path, dict[str, Any]] = {}
-    for leaderboard in leaderboards(runs.records, runs.external):
-        if leaderboard.data not in DATASETS or leaderboard.split != "test":
-            place = f"{leaderboard.data!r} ({leaderboard.split})"
+    for threat, rows in best_known(runs.records, runs.external):
+        record = rows[0].records[0]
+        data, model = record.manifest.data, rows[0].model_id
+        if data.name not in DATASETS or data.split != "test":
+            place = f"{data.name!r} ({data.split})"
             raise UsageError(f"RobustBench has no data set {place}; it has {', '.join(DATASETS)}")
-        for row in leaderboard.rows:
-            if row.kind == "external" or not _lowered(leaderboard, row):
-                name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in row.model_id)
-                path = Path("model_info", leaderboard.data, THREATS[leaderboard.threat.norm], f"{name}.json")
-                if path in claimed:
-                    raise UsageError(f"{path}: two runs claim it; name one run alone")
-                claimed[path] = _claim(leaderboard, row, declared, card_of(row.records[0], known))
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in model)
+        path = Path("model_info", data.name, THREATS[threat.norm], f"{name}.json")
+        if path in claimed:
+            raise UsageError(f"{path}: two runs claim it; name one run alone")
+        claimed[path] = _claim(threat, rows, declared, card_of(record, known))
     return claimed
 
 
-def _lowered(leaderboard: Leaderboard, row: Entry) -> Entry | None:
-    same = (r for r in leaderboard.rows if r.kind == "external" and (r.weights, r.n) == (row.weights, row.n))
-    return next(same, None)
-
-
 def _claim(
-    leaderboard: Leaderboard, row: Entry, declared: Mapping[str, str], card: ModelCard | None
+    threat: ThreatModel, rows: Sequence[Entry], declared: Mapping[str, str], card: ModelCard | None
 ) -> dict[str, Any]:
-    own = next(
-        r for r in leaderboard.rows if r.kind == "measured" and (r.weights, r.n) == (row.weights, row.n)
-    )
+    """The claim of one model, from its row of `best_known` and, before it, that of others' images."""
+    row, own = rows[0], rows[-1]
     claim: dict[str, Any] = {key: declared[key] for key in BY_HAND if declared.get(key)}
     if card is not None and card.extra_data:
         claim["additional_data"] = card.extra_data != "none"
-    total = row.records[0].manifest.data.total
+    data = row.records[0].manifest.data
     claim |= {
         "number_forward_passes": 1,
-        "dataset": leaderboard.data,
+        "dataset": data.name,
         "architecture": row.architecture,
-        "eps": format_eps(leaderboard.threat.eps),
+        "eps": format_eps(threat.eps),
         "clean_acc": _text(row.clean.rate),
         "reported": _text(own.robust.rate),
     }
@@ -111,8 +105,8 @@ def _claim(
         claim["external"] = _text(row.robust.rate)
     version = row.records[0].manifest.environment.version
     claim["footnote"] = (
-        f"reported: {own.how}, {count(row.n)} of {count(total)} test images, robustbench-cure {version}; "
-        f"SHA-256 of the weights {row.weights}"
+        f"reported: {own.how}, {count(row.n)} of {count(data.total)} test images, "
+        f"robustbench-cure {version}; SHA-256 of the weights {row.weights}"
     )
     claim["unreliable"] = row.unreliable
     return claim

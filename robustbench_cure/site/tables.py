@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +11,62 @@ from robustbench_cure.errors import UsageError
 from robustbench_cure.files import write_text
 from robustbench_cure.report.paper import PaperCell, PaperTable
 from robustbench_cure.report.provenance import Fact
-from robustbench_cure.report.table import Table, columns, to_markdown
-from robustbench_cure.report.wording import count, interval, number, points
+from robustbench_cure.report.table import Table, columns, markdown, to_markdown
+from robustbench_cure.report.wording import count, interval, number, points, quantity
 from robustbench_cure.site.entries import Entry, Leaderboard, ReportedAccuracy
 from robustbench_cure.threat import format_eps
 
 WHOSE = {"measured": "the paper's own", "quoted": "quoted there from elsewhere"}
+#: How a rank is read, in two sentences.
+RANKS = (
+    "A rank is an interval: its best end counts the models that are significantly more robust, plus one, its "
+    "worst end all models that are not significantly less robust. Significant is what the exact two-sided "
+    "McNemar test finds on the shared images, with Holm's correction over all pairs of the table at 5 %."
+)
 NOTE = (
-    "Accuracy in % of all samples, measured ones with 95 % Wilson intervals. Robust accuracy is the lowest "
-    "number known: per sample the worst case over all attacks; published numbers are not ranked"
+    "Accuracy in % of all samples, measured ones with 95 % Wilson intervals; SE: standard error of the "
+    "robust accuracy in points. Robust accuracy is the worst case over all attacks, sample by sample"
 )
 #: Lines of a README between which the leaderboard is written.
 BEGIN, END = "<!-- leaderboard: written by cure-bench site --readme -->", "<!-- end of leaderboard -->"
 README_NOTE = (
     "Accuracy in % of all images, with 95 % intervals. Robust: the worst case, image by image, over all "
-    "attacks. Published numbers are not ranked."
+    "attacks; SE: its standard error in points; audit: by how many points full AutoAttack would lower it at "
+    f"most, with 95 % confidence. {RANKS}"
 )
 
 
 def leaderboard_table(leaderboard: Leaderboard) -> Table:
     """One leaderboard with every column."""
-    shown = ("Model", "Rank", "Robust", "Clean", "n", "Decided by", "Architecture", "Extra data", "Date")
+    shown = (
+        "Model",
+        "Rank",
+        "Robust",
+        "SE",
+        "Clean",
+        "n",
+        "Audit",
+        "Decided by",
+        "Architecture",
+        "Parameters",
+    )
+    more = ("Extra data", "Passes an image", "Seconds", "Share of the gradient rate", "Date", "Number")
     rows = tuple(
         (
             name(row),
-            str(row.rank or "–"),
+            row.rank or "–",
             accuracy(row.robust),
+            standard_error(row),
             accuracy(row.clean),
             count(row.n) if row.n else "not stated",
+            audit(row),
             row.decided or "–",
             row.architecture,
+            count(row.parameters) if row.parameters else "–",
             row.extra_data or "not declared",
+            quantity(row.cost.passes) if row.cost else "–",
+            quantity(row.cost.seconds) if row.cost else "–",
+            share(row),
             row.date or "–",
             row.kind,
         )
@@ -48,11 +74,49 @@ def leaderboard_table(leaderboard: Leaderboard) -> Table:
     )
     return Table(
         leaderboard.name,
-        NOTE,
-        columns(*shown, "Number"),
+        f"{NOTE}; {leaderboard.note}" if leaderboard.note else f"{NOTE}. {RANKS}",
+        columns(*shown, *more),
         rows,
         tuple(_entry(leaderboard, r) for r in leaderboard.rows),
     )
+
+
+def pairs_table(leaderboard: Leaderboard) -> Table:
+    """Every two ranked models of a leaderboard: how many samples only one withstands, and the p-values."""
+    heads = ("Model", "and model", "only the first", "only the second", "p", "p, Holm", "separable")
+    data = tuple(
+        {
+            "leaderboard": leaderboard.name,
+            "first": pair.first.label,
+            "first_weights_sha256": pair.first.weights,
+            "second": pair.second.label,
+            "second_weights_sha256": pair.second.weights,
+            "n": pair.counts.n,
+            "first_only": pair.counts.lost,
+            "second_only": pair.counts.gained,
+            "p": pair.counts.p_change,
+            "p_holm": pair.adjusted,
+            "separable": pair.separable,
+        }
+        for pair in leaderboard.pairs
+    )
+    rows = tuple(
+        (
+            pair.first.label,
+            pair.second.label,
+            count(pair.counts.lost),
+            count(pair.counts.gained),
+            f"{pair.counts.p_change:.2g}",
+            f"{pair.adjusted:.2g}",
+            "yes" if pair.separable else "no",
+        )
+        for pair in leaderboard.pairs
+    )
+    note = (
+        "Samples that stand in one of two models only; exact two-sided McNemar test, Holm's correction over "
+        "all pairs of the table, 5 %"
+    )
+    return Table(leaderboard.name, note, columns(*heads), rows, data)
 
 
 def name(row: Entry) -> str:
@@ -67,24 +131,58 @@ def accuracy(value: ReportedAccuracy) -> str:
     return f"{100 * value.printed:.1f}" if value.printed is not None else "–"
 
 
+def standard_error(row: Entry) -> str:
+    """Of the robust accuracy in points, ``"2.1"``."""
+    return "–" if row.standard_error is None else f"{100 * row.standard_error:.1f}"
+
+
+def audit(row: Entry) -> str:
+    """Points by which AutoAttack would lower the number at most, ``"≤ 0.6"``, or ``"full"``."""
+    if row.audit is None:
+        return "–"
+    # Rounded up: a bound must not be printed smaller than it is.
+    return f"≤ {ceil(1000 * row.audit.bound - 1e-9) / 10:.1f}" if row.audit.bound else "full"
+
+
+def share(row: Entry) -> str:
+    """Share of the raw gradient rate in per cent, ``"64 %"``."""
+    return "–" if row.cost is None or row.cost.share is None else f"{100 * row.cost.share:.0f} %"
+
+
 def _entry(leaderboard: Leaderboard, row: Entry) -> dict[str, Any]:
     return {
         "dataset": leaderboard.data,
         "split": leaderboard.split,
         "norm": leaderboard.threat.norm,
         "eps": format_eps(leaderboard.threat.eps),
+        "data_digest": leaderboard.digest,
+        "protocol": leaderboard.protocol,
         "rank": row.rank or None,
+        "rank_low": row.rank_low or None,
+        "rank_high": row.rank_high or None,
+        "not_separable_from": "; ".join(leaderboard.tied_with(row)),
         "unranked": row.unranked,
         "model": row.label,
         "model_id": row.model_id,
         "number": row.kind,
         "how": row.how,
         **_accuracy("robust", row.robust),
+        "robust_standard_error": row.standard_error,
         **_accuracy("clean", row.clean),
         "n": row.n or None,
+        "audit": row.audit.words if row.audit else "",
+        "audit_draws": row.audit.draws if row.audit else None,
+        "audit_broken": row.audit.broken if row.audit else None,
+        "audit_bound": row.audit.bound if row.audit else None,
+        "published_autoattack": row.named.get("AutoAttack"),
+        "published_external": row.named.get("External"),
         "decided_by": row.decided,
         "architecture": row.architecture,
+        "parameters": row.parameters or None,
         "extra_data": row.extra_data,
+        "passes_per_image": row.cost.passes if row.cost else None,
+        "seconds": row.cost.seconds if row.cost else None,
+        "gradient_rate_share": row.cost.share if row.cost else None,
         "date": row.date,
         "flags": " ".join(sorted({flag.kind for flag in row.flags})),
         "unreliable": row.unreliable,
@@ -190,21 +288,29 @@ def provenance(groups: Sequence[tuple[str, Sequence[Fact]]]) -> list[Table]:
 
 
 def block(leaderboards: Sequence[Leaderboard]) -> str:
-    """The leaderboards that have a measured model, each as a small table in Markdown."""
-    measured = [leaderboard for leaderboard in leaderboards if any(row.records for row in leaderboard.rows)]
-    if not measured:
-        return "No run is stored here yet.\n"
-    return f"{README_NOTE}\n\n" + to_markdown([_small(leaderboard) for leaderboard in measured])
+    """The measured rows of ranked leaderboards as small tables in Markdown; names of other protocols."""
+    ranked = [board for board in leaderboards if board.ranks]
+    others = [board.name for board in leaderboards if board.battery is not None]
+    parts = [f"{README_NOTE}\n\n" + to_markdown([_small(board) for board in ranked])] if ranked else []
+    if not ranked:
+        parts.append("No run of the reference protocol is stored here yet.\n")
+    if others:
+        listed = "".join(f"- {markdown(name)}\n" for name in others)
+        parts.append(f"Other protocols, not ranked:\n\n{listed}")
+    return "\n".join(parts)
 
 
 def _small(leaderboard: Leaderboard) -> Table:
-    heads = columns("Model", "Rank", "Robust", "Clean", "n", "Decided by", "Number")
-    return Table(leaderboard.name, "", heads, tuple(_row(row) for row in leaderboard.rows))
+    heads = columns("Model", "Rank", "Robust", "SE", "Audit", "Clean", "n", "Decided by", "Number")
+    return Table(
+        leaderboard.name, leaderboard.note, heads, tuple(_row(row) for row in leaderboard.rows if row.records)
+    )
 
 
 def _row(row: Entry) -> tuple[str, ...]:
-    rank, n = str(row.rank or "–"), count(row.n) if row.n else "–"
-    return (name(row), rank, accuracy(row.robust), accuracy(row.clean), n, row.decided or "–", row.kind)
+    n = count(row.n) if row.n else "–"
+    robust = (accuracy(row.robust), standard_error(row), audit(row))
+    return (name(row), row.rank or "–", *robust, accuracy(row.clean), n, row.decided or "–", row.kind)
 
 
 def renewed(text: str, leaderboards: Sequence[Leaderboard], file: str) -> str:

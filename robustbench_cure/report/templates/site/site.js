@@ -3,6 +3,7 @@
 (() => {
   const form = document.getElementById("controls"), find = document.getElementById("find");
   const which = document.getElementById("which"), status = document.getElementById("shown");
+  const filters = [...form.querySelectorAll("select[data-filter]")];
   const boxes = [...form.querySelectorAll("input[name=kind]")];
   const leaderboards = [...document.querySelectorAll(".leaderboard-box")].map((section) => {
     const element = section.querySelector("table.leaderboard");
@@ -16,7 +17,10 @@
     let shown = 0, all = 0;
     for (const { section, table } of leaderboards) {
       section.hidden = which.value !== "" && which.value !== section.dataset.leaderboard;
-      table.search.fixed("kind", (text, data, index) => kinds.has(table.row(index).node().dataset.kind));
+      table.search.fixed("rows", (text, data, index) => {
+        const row = table.row(index).node().dataset;
+        return kinds.has(row.kind) && filters.every((f) => f.value === "" || f.value === row[f.dataset.filter]);
+      });
       table.search(find.value).draw();
       all += table.rows().count();
       if (!section.hidden) shown += table.rows({ search: "applied" }).count();
