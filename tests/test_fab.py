@@ -424,13 +424,15 @@ def test_outputs_that_are_not_finite_give_finite_images(norm, trouble):
         assert (~classifier.logits(found.x_adv).isfinite()).any(1).tolist() == [lost] * 2
 
 
-@pytest.mark.parametrize("targets", [0, -1, 3, 9])
-def test_targets_that_do_not_exist_are_refused(affine, targets):
-    with pytest.raises(ValueError, match=f"targets {targets}: at least 1, and at most the 2 classes beside"):
-        fab(ramp(affine).classifier, GREY, LABELS, threat=ThreatModel("l2", 1), steps=1, targets=targets)
+@pytest.mark.parametrize("targets", [3, 9])
+def test_targets_are_all_other_classes_where_more_are_asked_for(affine, targets):
+    model, threat = ramp(affine).classifier, ThreatModel.parse("l2", "1/20")
+    every, more = (fab(model, GREY, LABELS, threat=threat, steps=3, targets=k) for k in (2, targets))
+    assert torch.equal(every.x_adv, more.x_adv)
+    assert torch.equal(every.forwards, more.forwards)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"restarts": 0}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"restarts": 0}, {"targets": 0}, {"targets": -1}])
 def test_no_steps_and_no_starts_are_refused(affine, wrong):
     options = {"threat": ThreatModel("l2", 1), "steps": 1, "targets": 1} | wrong
     with pytest.raises(ValueError, match="at least 1 each"):

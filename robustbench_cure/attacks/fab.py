@@ -70,7 +70,7 @@ def fab(
         steps: iterations of one start, at least 1.
         restarts: starts for each target, at least 1; all but the first are random, at half the distance of
             the nearest misclassified point so far, or half of eps if that is less.
-        targets: target classes, at least 1 and fewer than the model has classes.
+        targets: target classes, at least 1; at most all but the label count.
         alpha_max: largest weight of the step from the image, in [0, 1].
         eta: how far beyond the hyperplane a step goes, at least 1: 1 ends on it.
         beta: share of its perturbation that a misclassified iterate keeps, in (0, 1).
@@ -82,17 +82,12 @@ def fab(
 
     Raises:
         TypeError: ``x`` or ``y`` of another type, see `check_inputs`.
-        ValueError: no target, or as many as the model has classes; no step, no start; images or labels that
-            `check_inputs` refuses.
+        ValueError: no target, no step, no start; images or labels that `check_inputs` refuses.
     """
     check_inputs(classifier, x, y)
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps {steps}, restarts {restarts}: at least 1 each")
-    if not 1 <= targets < classifier.num_classes:
-        others = classifier.num_classes - 1
-        raise ValueError(
-            f"targets {targets}: at least 1, and at most the {others} classes beside the label's"
-        )
+    if steps < 1 or restarts < 1 or targets < 1:
+        raise ValueError(f"steps {steps}, restarts {restarts}, targets {targets}: at least 1 each")
+    targets = min(targets, classifier.num_classes - 1)
     found = Candidates.start(x)
     if not len(x):
         return found
