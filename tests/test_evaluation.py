@@ -29,6 +29,7 @@ from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import groups, piece_rows
 from robustbench_cure.evaluation.storage import merge
 from robustbench_cure.evaluation.verify import verify
+from robustbench_cure.protocol.specs import Peer
 from robustbench_cure.threat import ThreatModel
 
 SHAPE = (1, 4, 4)
@@ -578,7 +579,9 @@ def test_only_attacks_that_cost_much_a_row_are_cut():
     sizes = {spec.id: piece_rows(spec) for spec in load_battery("strong").attacks}
     assert sizes.pop("spsa") == 20  # 2**19 images, 2 * 128 * 100 a row
     assert set(sizes.values()) == {None}
-    assert {piece_rows(spec) for spec in load_battery("autoattack").attacks} == {128}
+    sizes = {spec.id: piece_rows(spec) for spec in load_battery("autoattack").attacks}
+    assert sizes == {"apgd_ce": 5190, "apgd_t": 576, "fab_t": 291, "square": 104}
+    assert piece_rows(Peer(id="cw", name="CW", limit=0, kind="torchattacks:CW")) == 128
 
 
 def test_resuming_does_not_repeat_finished_shards(tmp_path):

@@ -193,7 +193,7 @@ def admit(
     for spec in battery.every_attack:
         if classifier.num_classes < spec.classes:
             raise UsageError(
-                f"attack {spec.id!r}: needs at least {spec.classes} classes, "
+                f"attack {spec.id!r}: the DLR loss needs at least {spec.classes} classes, "
                 f"the model has {classifier.num_classes}"
             )
         if isinstance(spec, Peer):

@@ -296,7 +296,7 @@ class Square(_Attack):
         parts = [
             _many(self.queries, "query"),
             _many(self.restarts, "random start"),
-            f"squares of {100 * self.p_init:g} % of the pixels at first",
+            f"first squares of {self.p_init:g} of the pixels",
             f"schedule {'rescaled to the' if self.rescale_schedule else 'of 10,000'} queries",
             LOSS_NAMES["margin"],
             STOP_WORDS[self.stop],
