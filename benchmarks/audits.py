@@ -2,9 +2,9 @@ r"""Does the bound of an audit cover the truth? 1,000 audits of every network wi
 
     python benchmarks/audits.py reports/measured
 
-For each search (that of the battery `reference`, and weaker ones: PGD(20), APGD-CE) the records say which images
-it left robust, with which margins, and which of these AutoAttack breaks. An audit of m survivors is drawn with
-1,000 seeds; the bound must be at least the true share in 95 of 100.
+For each search (that of the battery `reference`, and weaker ones: PGD(20), APGD-CE) the records say which
+images it left robust, with which margins, and which of these AutoAttack breaks. An audit of m survivors is
+drawn with 1,000 seeds; the bound must be at least the true share in 95 of 100.
 """
 
 from __future__ import annotations

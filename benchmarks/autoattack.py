@@ -1,13 +1,13 @@
 r"""AutoAttack by its authors' code and natively, and the search of the battery `reference`, side by side.
 
-    python benchmarks/autoattack.py --data cifar10-lossless.npz --model resnet18s_pgd_at --model resnet18s_cure \
-        --model resnet18s_normal --norm linf --n 512
+    python benchmarks/autoattack.py --data cifar10-lossless.npz --model resnet18s_pgd_at \
+        --model resnet18s_cure --norm linf --n 512
     python benchmarks/autoattack.py --table          # prints the table of what is stored, runs nothing
 
-Claims: native robust accuracy is within 0.2 points of the authors' code, per sample at least 99.5 % agree, and
-the search agrees within 0.2 points at a small part of the cost. One thread; seconds are those of the processor,
-so that other work on the machine does not count; whole runs, clean pass and checks included, loading not. What
-is done is kept in `measured/autoattack/rows.csv`, and not done again.
+Claims: native robust accuracy is within 0.2 points of the authors' code, per sample at least 99.5 % agree,
+and the search agrees within 0.2 points at a small part of the cost. One thread; seconds are those of the
+processor, so that other work on the machine does not count; whole runs, clean pass and checks included,
+loading not. What is done is kept in `measured/autoattack/rows.csv`, and not done again.
 """
 
 from __future__ import annotations

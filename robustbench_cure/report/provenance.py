@@ -38,6 +38,7 @@ def _facts(record: Record) -> dict[str, tuple[str, bool]]:
     model, data, config, machine, battery = m.model, m.data, m.config, m.environment, m.battery
     forwards = sum(cost.forwards for cost in m.cost.values())
     backwards = sum(cost.backwards for cost in m.cost.values())
+    share, rate = m.gradient_share, machine.gradient_rate
     dirty = " with uncommitted changes" if machine.git_dirty else ""
     plain = {
         "Model": f"{model.name} ({model.id})",
@@ -64,6 +65,7 @@ def _facts(record: Record) -> dict[str, tuple[str, bool]]:
         "Status": m.status,
         "Wall time": duration(m.wall_seconds),
         "Work": f"{count(forwards)} forward and {count(backwards)} backward passes of one image",
+        "Rate": f"{share:.0%} of that of bare gradients, {count(round(rate))} a second" if share else "",
     }
     exact = {
         "Code": f"{machine.git_commit}{dirty}" if machine.git_commit else "",
