@@ -51,6 +51,8 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+#: Images in a forward pass without gradient on a processor, at least.
+FORWARD_ROWS = 16
 #: Images that models are told apart by.
 PROBES = 8
 
@@ -82,7 +84,7 @@ class Classifier:
         num_classes: L.
         one_output: how a single output is read as two, in words; empty: the network has several.
         no_gradient: why no gradient of the reference form reaches the image, in words; empty: one does.
-        forwards: images passed forward so far, all forms together.
+        forwards: images whose logits were asked for so far, all forms together; see `remembering`.
         backwards: input gradients computed so far, images times gradients.
         non_finite: images whose input gradient had NaN or infinite entries, so far; attacks see zero there.
         fallback: why the search is in float32 although bfloat16 was asked for; empty: it is as asked.
@@ -111,6 +113,7 @@ class Classifier:
         self.backwards = 0
         self._non_finite = torch.zeros((), dtype=torch.int64)
         self._float32: nn.Module | None = None
+        self._known: dict[tuple[int, int], Tensor] | None = None
         example = torch.linspace(0, 1, 4 * _size(input_shape), dtype=torch.float32, device=self.device)
         self.fallback = ""
         devices = [self.device] if self.device.type == "cuda" else []
@@ -204,7 +207,7 @@ class Classifier:
         self.forwards = self.backwards = 0
         self._non_finite = torch.zeros((), dtype=torch.int64)
         self._info, self._asked = None, False
-        self.callback = None
+        self.callback, self._known = None, None
         self.folded, self.fallback, self.one_output, self.no_gradient = False, "", "", ""
         self._layout, self._refuses, self._moving = torch.channels_last, False, frozenset()
         self.module = self._search = module
@@ -221,6 +224,7 @@ class Classifier:
         other.module, other._search = _Headed(self.module, head), _Headed(self._search, head)
         other.num_classes, other._info, other._asked, other.callback = num_classes, None, False, None
         other._float32, other._non_finite = None, torch.zeros_like(self._non_finite)
+        other._known = None
         other.forwards = other.backwards = 0
         other._moving = frozenset(f"net.{name}" for name in self._moving)
         return other
@@ -228,9 +232,49 @@ class Classifier:
     # --- reference form ---------------------------------------------------------------------------
 
     def logits(self, x: Tensor) -> Tensor:
-        """Reference logits, float32 (B, L), in chunks of ``batch_size``; no gradient."""
+        """Reference logits, float32 (B, L), in chunks of at most ``batch_size``; no gradient."""
         self._count(len(x))
-        return torch.cat([self._logits(part, reference=True) for part in torch.split(x, self.batch_size)])
+        if self._known is None:
+            return self._reference_logits(x)
+        known, keys = self._known, image_keys(x)
+        new = [row for row, key in enumerate(keys) if key not in known]
+        if len(new) == len(x):
+            logits = self._reference_logits(x)
+            known.update(zip(keys, logits.clone(), strict=True))  # the caller may write into his
+            return logits
+        if new:
+            known.update(zip([keys[row] for row in new], self._reference_logits(x[new]), strict=True))
+        return torch.stack([known[key] for key in keys])
+
+    def _reference_logits(self, x: Tensor) -> Tensor:
+        rows = self.batch_size
+        if (
+            self.device.type == "cpu"
+        ):  # nothing is kept for a backward pass: activations may stay in the cache
+            rows = max(min(FORWARD_ROWS, rows), rows // 4)
+        return torch.cat([self._logits(part, reference=True) for part in torch.split(x, rows)])
+
+    @contextmanager
+    def remembering(self, x: Tensor, logits: Tensor) -> Iterator[None]:
+        """Within it, `logits` asks the network once for each image, and then gives the same answer again.
+
+        The reference form of a frozen network is a function of the image: an attack that checks its image and
+        the evaluator, who checks it again, need one pass. Not for networks that answer at random or by batch;
+        one that changes its own buffers is always asked. ``forwards`` counts answers, remembered or not.
+
+        Args:
+            x: images whose answers are known, float32 (B,C,H,W).
+            logits: of the reference form at ``x``, float32 (B, L).
+        """
+        if self._moving:
+            yield
+            return
+        before = self._known
+        self._known = dict(zip(image_keys(x), logits.clone(), strict=True))
+        try:
+            yield
+        finally:
+            self._known = before
 
     # --- search form --------------------------------------------------------------------------------
 
@@ -283,18 +327,35 @@ class Classifier:
         Returns:
             logits float32 (B, L) and gradients float32 (B, m, C, H, W), zero in entries that are not finite.
         """
+
+        def differences(logits: Tensor) -> Sequence[Tensor]:
+            return (logits.gather(1, classes) - logits.gather(1, labels[:, None])).unbind(1)
+
+        return self.value_and_gradients(x, differences, classes.shape[1], reference=reference)
+
+    def value_and_gradients(
+        self, x: Tensor, losses: Callable[[Tensor], Sequence[Tensor]], m: int, *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and the input gradients of several losses, one forward and m backward passes.
+
+        Args:
+            x: images (B,C,H,W).
+            losses: logits (B, L) float32 -> m losses (B,), each summed.
+            m: how many.
+            reference: use the reference form instead of the search form.
+
+        Returns:
+            logits float32 (B, L) and gradients float32 (B, m, C, H, W), zero in entries that are not finite.
+        """
         if not len(x):
-            return x.new_zeros((0, self.num_classes)), x.new_zeros((0, classes.shape[1], *x.shape[1:]))
+            return x.new_zeros((0, self.num_classes)), x.new_zeros((0, m, *x.shape[1:]))
         with self._form(reference) as module, torch.enable_grad():
             leaf = _leaf(x)
             logits = self._forward(module, leaf)
-            own = logits.gather(1, labels[:, None])
-            differences = (logits.gather(1, classes) - own).sum(0)
-            rows = []
-            for k in range(classes.shape[1]):
-                rows.append(self._grad(differences[k], leaf, keep=k + 1 < classes.shape[1]))
-        self._count(len(x), len(x) * classes.shape[1])
-        return logits.detach(), torch.stack(rows, 1)
+            totals = [loss.sum() for loss in losses(logits)]
+            gradients = [self._grad(total, leaf, keep=k + 1 < m) for k, total in enumerate(totals)]
+        self._count(len(x), len(x) * m)
+        return logits.detach(), torch.stack(gradients, 1)
 
     def _count(self, forwards: int, backwards: int = 0) -> None:
         self.forwards += forwards
@@ -482,6 +543,24 @@ def with_memory(classifier: Classifier, work: Callable[[], T]) -> T:
             classifier.batch_size //= 2
             if classifier.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def image_keys(x: Tensor) -> list[tuple[int, int]]:
+    """128 bits for each image, which differ where images do: equal keys mean the same float32 pixels.
+
+    Two sums of the pixels' bits, weighted by fixed random 64-bit numbers, modulo 2^64: for any two images
+    that differ, at most one choice of weights in 2^66 gives them the same key.
+
+    Args:
+        x: images, float32 (B,C,H,W).
+    """
+    bits = x.detach().contiguous().view(torch.int32).flatten(1).long()
+    generator = torch.Generator().manual_seed(0)
+    sums = []
+    for _ in range(2):
+        weights = torch.randint(-(2**63), 2**63 - 1, bits.shape[1:], generator=generator, dtype=torch.int64)
+        sums.append((bits * weights.to(bits.device)).sum(1).tolist())
+    return list(zip(*sums, strict=True))
 
 
 def _described(output: object) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +100,7 @@ class ShardWork:
     def _clean_pass(self) -> Tensor:
         """Fill the columns of the images themselves; which rows are classified correctly, bool (n,)."""
         started = time.perf_counter()
-        logits = self._ask("the clean pass", lambda: self.classifier.logits(self.x))
+        self.logits = logits = self._ask("the clean pass", lambda: self.classifier.logits(self.x))
         margin, pred = margins(logits, self.y), predictions(logits)
         self.columns = {
             "sample_id": list(self.data.ids),
@@ -170,11 +171,21 @@ class ShardWork:
     def _piece(self, group: list[AttackSpec], rows: Tensor, images: dict[str, list[Tensor]]) -> None:
         """Attack some rows, verify the candidates, and fill the columns."""
         x, y = self.x[rows], self.y[rows]
-        for spec, candidates in zip(group, self._attack(group, x, y, self._ids(rows)), strict=True):
-            verification = self._verify(spec, x, y, candidates)
-            fill_columns(self.columns, spec.id, len(self.x), rows.cpu(), candidates, verification)
-            if self.adversarials:
-                images[spec.id].append(_images(x, candidates))
+        with self._remembering():
+            for spec, candidates in zip(group, self._attack(group, x, y, self._ids(rows)), strict=True):
+                verification = self._verify(spec, x, y, candidates)
+                fill_columns(self.columns, spec.id, len(self.x), rows.cpu(), candidates, verification)
+                if self.adversarials:
+                    images[spec.id].append(_images(x, candidates))
+
+    def _remembering(self) -> AbstractContextManager[None]:
+        """What the attack has asked of the reference form is not computed again for the check.
+
+        No longer than one piece, so that a resumed run computes what an uninterrupted one does.
+        """
+        if any(flag.kind in ("stochastic", "batch_dependent") for flag in self.manifest.flags):
+            return nullcontext()
+        return self.classifier.remembering(self.x, self.logits)
 
     def _ids(self, rows: Tensor) -> list[str]:
         return [self.data.ids[row] for row in rows.tolist()]
