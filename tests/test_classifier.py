@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from robustbench_cure.adapt import Normalised
 from robustbench_cure.attacks.losses import cross_entropy, dlr, margin, margins
-from robustbench_cure.classifier import PROBES, Classifier, has_bf16, resolve_device
+from robustbench_cure.classifier import PROBES, Classifier, has_bf16, image_keys, resolve_device
 from robustbench_cure.errors import UsageError
 from robustbench_cure.fold import fold_batchnorm
 from robustbench_cure.state import tensors_digest
@@ -541,3 +541,48 @@ def test_bytes_per_image_are_those_that_wait_for_the_backward_pass(width):
     assert model.bytes_per_image() == 4 * width
     assert torch.equal(torch.get_rng_state(), state)
     assert (model.forwards, model.backwards) == (0, 0)
+
+
+class Asked(nn.Module):
+    """A linear network that notes the images it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(4, 3), 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return self.linear(x.flatten(1))
+
+
+def test_within_remembering_the_network_is_asked_once_for_an_image():
+    model = Classifier(Asked(), num_classes=3, input_shape=(1, 2, 2), batch_size=4)
+    x = torch.rand(6, 1, 2, 2)
+    want = model.logits(x)
+    counter = next(part for part in model.module.modules() if isinstance(part, Asked))
+    before, asked = counter.seen, model.forwards
+    with model.remembering(x[:2], want[:2]):
+        first = model.logits(x[:4])
+        assert counter.seen - before == 2  # two are known
+        first.zero_()  # the caller's own
+        moved = x.clone()
+        moved[0, 0, 0, 0] += 2.0**-20
+        again = model.logits(torch.cat((x, x[2:3], moved[:1])))
+        assert counter.seen - before == 2 + 3
+        assert torch.equal(again[:7], torch.cat((want, want[2:3])))
+        assert not torch.equal(again[7], want[0])
+    assert model.forwards - asked == 4 + 8
+    model.logits(x[:1])
+    assert counter.seen - before == 2 + 3 + 1
+
+
+def test_keys_of_images_differ_where_one_bit_does():
+    x = torch.rand(1, 3, 4, 4).repeat(97, 1, 1, 1)
+    flat = x.view(97, 48).view(torch.int32)
+    for row in range(96):
+        flat[row, row // 2] ^= 1 if row % 2 else 1 << 31  # the lowest bit, and the sign
+    keys = image_keys(x)
+    assert len(set(keys)) == 97
+    assert image_keys(x.flip(0)) == keys[::-1]
+    swapped = x.flip(3)
+    assert not set(image_keys(swapped)) & set(keys)

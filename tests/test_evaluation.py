@@ -876,3 +876,16 @@ def test_a_long_attack_shows_that_it_is_alive(monkeypatch):
     assert len(passes) > 3
     assert passes == sorted(set(passes))
     assert model.callback is None
+
+
+@pytest.mark.parametrize("kind", ["", "stochastic", "batch_dependent"])
+def test_only_unreliable_networks_are_asked_twice_for_the_image_of_an_attack(kind):
+    model, shown = classifier(linear()), []
+    model.model_info()  # asks too
+    passes = model._reference_logits
+    model._reference_logits = lambda x: shown.append(len(x)) or passes(x)
+    flags = [Flag(kind=kind, evidence="made up")] if kind else []
+    record = evaluate(model, battery(NOISE), images(16), flags=flags, allow_unreliable=True)
+    tried = int(record.samples["noise.forwards"].sum())
+    checked = int(record.samples["noise.attacked"].sum()) if kind else 0
+    assert sum(shown) == 16 + tried + checked  # the clean pass, the attack, and the check

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -186,18 +185,16 @@ def _gradients(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> li
     Both tests look at those of cross-entropy in the reference form, which are computed once.
     """
     parts = []
-    for part, labels in zip(
-        torch.split(x, classifier.batch_size), torch.split(y, classifier.batch_size), strict=True
-    ):
-        losses = [partial(loss, labels=labels) for loss in (odds_against, margin)]
-        parts.append(
-            classifier.value_and_gradients(
-                part, lambda logits, losses=losses: [loss(logits) for loss in losses], 2, reference=True
-            )
-        )
+    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
+        labels = y[rows]
+
+        def losses(logits: Tensor, labels: Tensor = labels) -> list[Tensor]:
+            return [odds_against(logits, labels), margin(logits, labels)]
+
+        parts.append(classifier.value_and_gradients(x[rows], losses, 2, reference=True))
     logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
     zero = (gradients.flatten(2) == 0).all(2)
-    at, beside = zero.split(len(x) // 2)
+    at, beside = torch.split(zero, len(x) // 2)
     return [
         _zero_gradients(at) or _zero_gradients(beside, MOVED),
         _search_precision(classifier, x, y, scale, (logits, gradients[:, 0])),
