@@ -1,8 +1,9 @@
 """Verification: the returned tensor alone decides whether an attack succeeded.
 
 Ball, box, finiteness, shape and misclassification are recomputed in float32 with the reference form of
-the model. What fails is recorded as a violation and counts as not broken. No other part of this package
-claims a success.
+the model; an image that the attack has shown it is answered as then, see `Classifier.remembering`. What
+fails is recorded as a violation and counts as not broken. No other part of this package claims a
+success.
 """
 
 from __future__ import annotations
