@@ -2,10 +2,11 @@ r"""Share of the raw gradient rate that an evaluation with PGD alone reaches, st
 
     python benchmarks/gradient_rate.py --data cifar10-lossless.npz
 
-The gradients that the record counts, each as dear as in a bare loop of full batches in the search form, over
-the seconds of `evaluate` on all images: preflight, the clean pass, float32 checks and the record are the rest.
-Beside it the share without preflight, whose cost does not grow with n. Medians of rounds; the bare loop runs
-before and after each. Processor seconds of one thread, which other work on the machine disturbs less.
+The gradients that the record counts, each as dear as in a bare loop of full batches in the search form,
+over the seconds of `evaluate` on all images; preflight, the clean pass, float32 checks and the record are
+the rest Beside it the share without preflight, whose cost does not grow with n. Medians of rounds; the
+bare loop runs before and after each. Processor seconds of one thread, which other work on the machine
+disturbs less.
 """
 
 from __future__ import annotations
