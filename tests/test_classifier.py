@@ -571,7 +571,12 @@ def test_within_remembering_the_network_is_asked_once_for_an_image():
         assert counter.seen - before == 2 + 3
         assert torch.equal(again[:7], torch.cat((want, want[2:3])))
         assert not torch.equal(again[7], want[0])
-    assert model.forwards - asked == 4 + 8
+        new = model.logits(moved[:1])
+        model.logits(1 - x).zero_()
+        assert torch.equal(model.logits(1 - x), torch.cat([model._reference_logits(1 - x)]))
+    assert model.forwards - asked == 4 + 8 + 1 + 6 + 6
+    assert torch.equal(new, again[7:])
+    before += 6 + 6
     model.logits(x[:1])
     assert counter.seen - before == 2 + 3 + 1
 
@@ -586,3 +591,14 @@ def test_keys_of_images_differ_where_one_bit_does():
     assert image_keys(x.flip(0)) == keys[::-1]
     swapped = x.flip(3)
     assert not set(image_keys(swapped)) & set(keys)
+
+
+def test_a_network_that_changes_its_own_buffers_is_always_asked():
+    model = Classifier(Asked(), num_classes=3, input_shape=(1, 2, 2))
+    model._moving = frozenset({"seen"})
+    counter = next(part for part in model.module.modules() if isinstance(part, Asked))
+    x = torch.rand(2, 1, 2, 2)
+    with model.remembering(x, model.logits(x)):
+        before = counter.seen
+        model.logits(x)
+        assert counter.seen - before == 2

@@ -24,6 +24,7 @@ from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.evaluation import shard as shard_work
 from robustbench_cure.evaluation.evaluate import evaluate
 from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.preflight import preflight
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import groups, piece_rows
@@ -889,3 +890,13 @@ def test_only_unreliable_networks_are_asked_twice_for_the_image_of_an_attack(kin
     tried = int(record.samples["noise.forwards"].sum())
     checked = int(record.samples["noise.attacked"].sum()) if kind else 0
     assert sum(shown) == 16 + tried + checked  # the clean pass, the attack, and the check
+
+
+def test_gradients_that_vanish_beside_the_images_are_flagged():
+    def known(x):
+        inside = ((x >= 0.3) & (x <= 0.7)).flatten(1).all(1).view(-1, 1, 1, 1)  # as all images are
+        return x.where(inside, x.detach())
+
+    (flag,) = preflight(classifier(Wrapped(known)), images(32))
+    assert flag.kind == "zero_gradient"
+    assert flag.evidence.endswith("moved by noise of 8/255")
