@@ -51,7 +51,7 @@ FLAT = 1e-12
 PATIENCE = 6
 #: Share of the linearised gap that what is left of the ball must cover, for one boundary: after a step
 #: that lowered the margin, and after one that did not. Rows that are broken later cover 0.45 and 0.6 at worst
-#: (adversarially trained digits at 51/255), elsewhere 0.6 and 0.7.
+#: (adversarially trained digits at 51/255), elsewhere 0.54 and 0.8.
 REACH, REACH_STALLED = 0.4, 0.5
 #: A row whose margin falls by more than this times what the linearised model says is not given up by it: its
 #: outputs are saturated, say, and gradients say little of what lies ahead.
