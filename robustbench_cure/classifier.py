@@ -51,6 +51,8 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+#: Images in a forward pass without gradient on a processor, at least.
+FORWARD_ROWS = 16
 #: Images that models are told apart by.
 PROBES = 8
 
@@ -228,9 +230,14 @@ class Classifier:
     # --- reference form ---------------------------------------------------------------------------
 
     def logits(self, x: Tensor) -> Tensor:
-        """Reference logits, float32 (B, L), in chunks of ``batch_size``; no gradient."""
+        """Reference logits, float32 (B, L), in chunks of at most ``batch_size``; no gradient."""
         self._count(len(x))
-        return torch.cat([self._logits(part, reference=True) for part in torch.split(x, self.batch_size)])
+        rows = self.batch_size
+        if (
+            self.device.type == "cpu"
+        ):  # nothing is kept for a backward pass: activations may stay in the cache
+            rows = max(min(FORWARD_ROWS, rows), rows // 4)
+        return torch.cat([self._logits(part, reference=True) for part in torch.split(x, rows)])
 
     # --- search form --------------------------------------------------------------------------------
 
@@ -283,18 +290,35 @@ class Classifier:
         Returns:
             logits float32 (B, L) and gradients float32 (B, m, C, H, W), zero in entries that are not finite.
         """
+
+        def differences(logits: Tensor) -> Sequence[Tensor]:
+            return (logits.gather(1, classes) - logits.gather(1, labels[:, None])).unbind(1)
+
+        return self.value_and_gradients(x, differences, classes.shape[1], reference=reference)
+
+    def value_and_gradients(
+        self, x: Tensor, losses: Callable[[Tensor], Sequence[Tensor]], m: int, *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and the input gradients of several losses, one forward and m backward passes.
+
+        Args:
+            x: images (B,C,H,W).
+            losses: logits (B, L) float32 -> m losses (B,), each summed.
+            m: how many.
+            reference: use the reference form instead of the search form.
+
+        Returns:
+            logits float32 (B, L) and gradients float32 (B, m, C, H, W), zero in entries that are not finite.
+        """
         if not len(x):
-            return x.new_zeros((0, self.num_classes)), x.new_zeros((0, classes.shape[1], *x.shape[1:]))
+            return x.new_zeros((0, self.num_classes)), x.new_zeros((0, m, *x.shape[1:]))
         with self._form(reference) as module, torch.enable_grad():
             leaf = _leaf(x)
             logits = self._forward(module, leaf)
-            own = logits.gather(1, labels[:, None])
-            differences = (logits.gather(1, classes) - own).sum(0)
-            rows = []
-            for k in range(classes.shape[1]):
-                rows.append(self._grad(differences[k], leaf, keep=k + 1 < classes.shape[1]))
-        self._count(len(x), len(x) * classes.shape[1])
-        return logits.detach(), torch.stack(rows, 1)
+            totals = [loss.sum() for loss in losses(logits)]
+            gradients = [self._grad(total, leaf, keep=k + 1 < m) for k, total in enumerate(totals)]
+        self._count(len(x), len(x) * m)
+        return logits.detach(), torch.stack(gradients, 1)
 
     def _count(self, forwards: int, backwards: int = 0) -> None:
         self.forwards += forwards

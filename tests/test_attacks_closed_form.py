@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from robustbench_cure import load_dataset, load_model
 from robustbench_cure.attacks import Noise, apgd, deepfool, fab, fgsm, pgd, spsa, square, uniform_noise
-from robustbench_cure.attacks.deepfool import nearest_boundary_step
+from robustbench_cure.attacks.deepfool import nearest_boundary_step, reach
 from robustbench_cure.attacks.losses import margins, misclassified
 from robustbench_cure.attacks.pgd import pgd_checkpoints
 from robustbench_cure.attacks.spsa import gradient_estimate
@@ -266,6 +267,80 @@ def test_bounded_deepfool_goes_on_where_the_margin_falls_again():
     assert int(found.steps.min()) > 12
 
 
+class Gated(nn.Module):
+    """Channel 0 lowers the margin faster than its slope says, and only then does channel 1 count."""
+
+    def forward(self, x):
+        a, b = ((x[:, channel].mean((1, 2)) - 0.5) / 0.2 for channel in (0, 1))
+        margin = 1 - 0.1 * a - self.bend * a**2 - a * (0.2 * b + self.later * b**2)
+        return torch.stack((margin, torch.zeros_like(margin)), 1)
+
+    def __init__(self, bend, later):
+        super().__init__()
+        self.bend, self.later = bend, later
+
+
+@pytest.mark.parametrize(
+    ("bend", "later", "steps", "broken"),
+    [
+        (
+            0.3,
+            0.5,
+            2,
+            True,
+        ),  # 0.6 left, a slope that covers 0.2 of it: but the first step fell by 0.4, not 0.1
+        (0.0, 0.8, 1, False),  # 0.9 left, as linearised: given up, although the next step would break it
+        (0.0, 0.0, 1, False),
+    ],
+)
+def test_bounded_deepfool_gives_up_what_linear_networks_cannot_reach(bend, later, steps, broken):
+    model = Classifier(Gated(bend, later), num_classes=2, input_shape=(3, 4, 4))
+    x, y = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
+    found = deepfool(model, x, y, threat=ball("linf", 0.2), mode="bounded")
+    assert (found.steps.tolist(), found.converged.tolist()) == ([steps], [broken])
+
+
+def test_bounded_deepfool_leaves_a_hill_that_covers_the_ball():
+    """The first step does not lower the margin, and the ball covers 0.46 of the gap, 0.6 / 1.3."""
+    for height, steps in ((1.0, 1), (0.8, 6)):  # 0.6 / 1.1 = 0.55
+
+        class Hill(nn.Module):
+            def forward(self, x, height=height):
+                margin = height + (x.mean((1, 2, 3)) - 0.5).abs()
+                return torch.stack((margin, torch.zeros_like(margin)), 1)
+
+        model = Classifier(Hill(), num_classes=2, input_shape=SHAPE)
+        x, y = torch.full((1, *SHAPE), 0.5001), torch.zeros(1, dtype=torch.int64)
+        found = deepfool(model, x, y, threat=ball("linf", 0.3), mode="bounded")
+        assert found.steps.tolist() == [steps]
+
+
+def test_the_reach_of_slopes_in_a_box_of_pixels():
+    here, low, high = (torch.full((1, 1, 1, 2), value) for value in (0.5, 0.25, 1.0))
+    slopes = torch.tensor([[2.0, -4.0], [0.0, 1.0]]).view(1, 2, 1, 1, 2)
+    assert reach(slopes, here, low, high).tolist() == [[2.0, 0.5]]  # 2 * 0.5 + 4 * 0.25, 1 * 0.5
+
+
+def test_bounded_deepfool_spares_slopes_and_steps_but_breaks_as_much(monkeypatch):
+    data = load_dataset("digits").subset(160)
+    model = load_model("digits_pgd_at", precision="fp32")
+    right = ~misclassified(model.logits(data.images), data.labels)
+    x, y = data.images[right], data.labels[right]
+    found, near = (
+        deepfool(model, x, y, threat=ball("linf", Fraction(51, 255)), mode=mode, steps=20)
+        for mode in ("bounded", "minimal")
+    )
+    for each, contenders in ((found, 6), (near, 9)):
+        linearised = each.forwards - 1 - each.steps  # one pass at x, one after each step
+        assert torch.equal(each.backwards, 9 + contenders * (linearised - 1))
+    module = importlib.import_module("robustbench_cure.attacks.deepfool")
+    for name, value in (("CONTENDERS", 9), ("REACH", 0.0), ("REACH_STALLED", 0.0)):
+        monkeypatch.setattr(module, name, value)
+    whole = deepfool(model, x, y, threat=ball("linf", Fraction(51, 255)), mode="bounded", steps=20)
+    assert not (whole.converged & ~found.converged).any()
+    assert 2 * int(found.backwards.sum()) < int(whole.backwards.sum())
+
+
 def test_every_loss_sees_past_huge_logits(affine, judge):
     """At gaps of hundreds the usual gradient of cross-entropy is exactly zero in float32."""
     model, x = duel(affine, 3, 7), interior_images(4, 7)
@@ -420,9 +495,9 @@ def test_flat_boundaries_are_out_of_reach(norm):
     step = nearest_boundary_step(norm, gaps, slopes)
     torch.testing.assert_close(step[0].flatten(), torch.tensor([0.0, 0.0, 0.5]))
     assert torch.equal(step[1], torch.zeros(1, 1, 3))
-    for slope, reach in ((1e-6, 0.5), (1e-14, 0.0)):  # small is not flat: logits may have any scale
+    for slope, length in ((1e-6, 0.5), (1e-14, 0.0)):  # small is not flat: logits may have any scale
         step = nearest_boundary_step(norm, torch.full((1, 1), -slope / 2), torch.full((1, 1, 1, 1, 1), slope))
-        torch.testing.assert_close(step, torch.full((1, 1, 1, 1), reach))
+        torch.testing.assert_close(step, torch.full((1, 1, 1, 1), length))
 
 
 class Corner(nn.Module):

@@ -24,6 +24,7 @@ from robustbench_cure.errors import RunError, UsageError
 from robustbench_cure.evaluation import shard as shard_work
 from robustbench_cure.evaluation.evaluate import evaluate
 from robustbench_cure.evaluation.flags import Flag
+from robustbench_cure.evaluation.preflight import preflight
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import groups, piece_rows
@@ -590,7 +591,7 @@ def test_resuming_does_not_repeat_finished_shards(tmp_path):
     evaluate(model, battery(FGSM), images(16), out=tmp_path / "run", **options)
     before = model.forwards
     evaluate(model, battery(FGSM), images(16), out=tmp_path / "run", resume=True, **options)
-    preflight = 2 * (2 * 16 + 8 + 2 * 16)  # on images and near them: two passes, eight alone, two gradients
+    preflight = 2 * (2 * 16 + 8 + 16)  # on images and near them: two passes, eight alone, one with gradients
     assert model.forwards - before == preflight
 
 
@@ -879,3 +880,24 @@ def test_a_long_attack_shows_that_it_is_alive(monkeypatch):
     assert len(passes) > 3
     assert passes == sorted(set(passes))
     assert model.callback is None
+
+
+def test_the_check_of_an_attack_asks_the_network_anew():
+    """Whatever the attack was told of the same image: a lucky answer is not taken for granted."""
+    model, shown = classifier(linear()), []
+    model.model_info()  # asks too
+    passes = model.logits
+    model.logits = lambda x: shown.append(len(x)) or passes(x)
+    record = evaluate(model, battery(NOISE), images(16), flags=[])
+    tried = int(record.samples["noise.forwards"].sum())
+    assert sum(shown) == 16 + tried + int(record.samples["noise.attacked"].sum())
+
+
+def test_gradients_that_vanish_beside_the_images_are_flagged():
+    def known(x):
+        inside = ((x >= 0.3) & (x <= 0.7)).flatten(1).all(1).view(-1, 1, 1, 1)  # as all images are
+        return x.where(inside, x.detach())
+
+    (flag,) = preflight(classifier(Wrapped(known)), images(32))
+    assert flag.kind == "zero_gradient"
+    assert flag.evidence.endswith("moved by noise of 8/255")

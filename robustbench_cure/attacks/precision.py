@@ -105,7 +105,9 @@ def compare_at(
     return to_search_again(differ, stands), margin
 
 
-def disagreement(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> str:
+def disagreement(
+    classifier: Classifier, x: Tensor, y: Tensor, scale: float, exact: tuple[Tensor, Tensor] | None = None
+) -> str:
     """In words: how the search form in bfloat16 differs from the reference form; empty where it hardly does.
 
     Args:
@@ -113,18 +115,23 @@ def disagreement(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> 
         x: points, float32 (B,C,H,W).
         y: labels, int64 (B,).
         scale: `typical_range` of the logits of unperturbed images.
+        exact: logits (B, L) and gradients (B,C,H,W) of `odds_against` in the reference form, where they are
+            known.
     """
     if classifier.precision != "bf16" or not len(x):
         return ""
     margin, slope = [], []
-    for part, labels in zip(*(torch.split(rows, classifier.batch_size) for rows in (x, y)), strict=True):
+    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
+        part, labels = x[rows], y[rows]
         loss = partial(odds_against, labels=labels)
-        (searched, ours), (exact, true) = (
-            classifier.value_and_gradient(part, loss, reference=reference) for reference in (False, True)
-        )
+        searched, ours = classifier.value_and_gradient(part, loss)
+        if exact is None:
+            logits, true = classifier.value_and_gradient(part, loss, reference=True)
+        else:
+            logits, true = (of[rows] for of in exact)
         cosine = torch.cosine_similarity(ours.flatten(1), true.flatten(1), eps=1e-30)
-        margin.append(margins_differ(searched, exact, labels, scale))
-        slope.append((cosine < COSINE) & (true != 0).flatten(1).any(1) & exact.isfinite().all(1))
+        margin.append(margins_differ(searched, logits, labels, scale))
+        slope.append((cosine < COSINE) & (true != 0).flatten(1).any(1) & logits.isfinite().all(1))
     wrong_margin, wrong_gradient = torch.cat(margin), torch.cat(slope)
     if int((wrong_margin | wrong_gradient).sum()) <= DISAGREE_SHARE * len(x):
         return ""

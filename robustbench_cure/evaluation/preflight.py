@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,6 +49,7 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
     near = _near(x)
     with _one_line_errors(data, ", or near them"):
         beside = classifier.logits(near)
+        points, labels = torch.cat((x, near)), torch.cat((y, y))
         found = [
             _one_output(classifier),
             _holes(beside),
@@ -58,8 +58,7 @@ def preflight(classifier: Classifier, data: EvalSet) -> list[Flag]:
             # Some networks answer properly on images as they are stored, and nowhere else.
             _repeatable(classifier, x, logits) or _repeatable(classifier, near, beside, MOVED),
             _no_gradient(classifier),
-            _zero_gradients(classifier, x, y) or _zero_gradients(classifier, near, y, MOVED),
-            _search_precision(classifier, torch.cat((x, near)), torch.cat((y, y)), typical_range(logits)),
+            *_gradients(classifier, points, labels, typical_range(logits)),
         ]
     return [flag for flag in found if flag]
 
@@ -180,26 +179,45 @@ def _repeatable(classifier: Classifier, x: Tensor, logits: Tensor, where: str = 
     return None
 
 
-def _zero_gradients(classifier: Classifier, x: Tensor, y: Tensor, where: str = "") -> Flag | None:
-    size = classifier.batch_size
-    counts = {"cross-entropy": 0, "margin": 0}
-    for part, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-        for name, loss in (("cross-entropy", odds_against), ("margin", margin)):
-            objective = partial(loss, labels=labels)
-            _, gradient = classifier.value_and_gradient(part, objective, reference=True)
-            counts[name] += int((gradient.flatten(1) == 0).all(1).sum())
-    worst = max(counts.values()) / len(x)
+def _gradients(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> list[Flag | None]:
+    """Flags of the gradients at images, the first half, and near them.
+
+    Both tests look at those of cross-entropy in the reference form, which are computed once.
+    """
+    parts = []
+    for rows in torch.split(torch.arange(len(x), device=x.device), classifier.batch_size):
+        labels = y[rows]
+
+        def losses(logits: Tensor, labels: Tensor = labels) -> list[Tensor]:
+            return [odds_against(logits, labels), margin(logits, labels)]
+
+        parts.append(classifier.value_and_gradients(x[rows], losses, 2, reference=True))
+    logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
+    zero = (gradients.flatten(2) == 0).all(2)
+    at, beside = torch.split(zero, len(x) // 2)
+    return [
+        _zero_gradients(at) or _zero_gradients(beside, MOVED),
+        _search_precision(classifier, x, y, scale, (logits, gradients[:, 0])),
+    ]
+
+
+def _zero_gradients(zero: Tensor, where: str = "") -> Flag | None:
+    """Of images whose gradient of cross-entropy, of the margin, is zero; bool (B, 2)."""
+    counts = dict(zip(("cross-entropy", "margin"), zero.sum(0).tolist(), strict=True))
+    worst = max(counts.values()) / len(zero)
     if worst == 0:
         return None
-    parts = ", ".join(f"{count} of {len(x)} images ({name})" for name, count in counts.items())
+    parts = ", ".join(f"{count} of {len(zero)} images ({name})" for name, count in counts.items())
     return Flag(
         kind="zero_gradient", evidence=f"gradient exactly zero for {parts}{where}", value=worst, threshold=0.0
     )
 
 
-def _search_precision(classifier: Classifier, x: Tensor, y: Tensor, scale: float) -> Flag | None:
+def _search_precision(
+    classifier: Classifier, x: Tensor, y: Tensor, scale: float, exact: tuple[Tensor, Tensor]
+) -> Flag | None:
     try:
-        reason = disagreement(classifier, x, y, scale)
+        reason = disagreement(classifier, x, y, scale, exact)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the user's own code, which ran in float32
