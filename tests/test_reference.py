@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from robustbench_cure import load_battery, load_dataset, load_model
 from robustbench_cure.classifier import Classifier
+from robustbench_cure.evaluation.audit import drawn
 from robustbench_cure.evaluation.evaluate import evaluate
+from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking.obfuscated import OBFUSCATED
+from robustbench_cure.protocol.catalog import ranking_protocol
+from robustbench_cure.stats import upper_bound
 
 #: Models whose gradients point somewhere still: the search itself sees through them.
 SEEN_THROUGH = ("saturated logits", "softmax output")
@@ -53,3 +60,51 @@ def test_every_gradient_obfuscating_network_is_caught_by_the_audit_or_broken_by_
     else:  # what gradients miss, queries find
         assert record.audit.survivors > honest.audit.survivors + 8
         assert "black_box_stronger" in raised
+
+
+# --- the records that ship ---------------------------------------------------------------------------------
+
+MEASURED = Path(__file__).parents[1] / "reports" / "measured"
+
+
+def shipped(protocol):
+    """Records in `reports/measured` of one reference protocol, by network and images."""
+    found = [Record.load(path.parent) for path in sorted(MEASURED.glob("*/*/samples.parquet"))]
+    found = [record for record in found if ranking_protocol(record.manifest.battery) == protocol]
+    return {(r.manifest.model.id, r.manifest.data.digest, r.manifest.battery.threat): r for r in found}
+
+
+FULL, CHEAP = shipped("autoattack"), shipped("reference")
+names = [f"{model}-{threat}" for model, _, threat in FULL]
+
+
+@pytest.mark.parametrize("key", FULL, ids=names)
+def test_the_reference_agrees_with_autoattack_in_full(key):
+    """Within 0.2 points by its search alone; its audit of all survivors gives AutoAttack's number or less."""
+    full, cheap = FULL[key], CHEAP[key]
+    robust = cheap.robust(cheap.attacks)
+    assert abs(int(robust.sum()) - full.worst_case_accuracy.count) <= 0.002 * full.n
+    assert int((robust != full.worst_case).sum()) <= 0.005 * full.n
+    assert cheap.audit.bound + 1e-9 >= (robust & ~full.worst_case).sum() / full.n
+
+
+@pytest.mark.parametrize("draws", [20, 50, 100])
+@pytest.mark.parametrize("key", FULL, ids=names)
+def test_the_bound_of_an_audit_covers_what_autoattack_takes(key, draws):
+    """1,000 audits of searches of three strengths: the bound holds in 95 of 100, and says something."""
+    full, cheap = FULL[key], CHEAP[key]
+    for record, attacks in ((cheap, cheap.attacks), (cheap, cheap.attacks[:1]), (full, full.attacks[:1])):
+        robust = record.robust(attacks).to_numpy(dtype=bool)
+        if int(robust.sum()) <= draws:
+            continue
+        final = [record.samples[f"{s.id}.margin"].to_numpy(dtype=float, na_value=np.inf) for s in attacks]
+        margins, broken = np.min(final, axis=0)[robust], ~full.worst_case.to_numpy(dtype=bool)[robust]
+        found = [int(drawn(margins, draws, seed)[broken].sum()) for seed in range(1000)]
+        covered = [upper_bound(k, draws) >= broken.mean() for k in found]
+        assert np.mean(covered) >= 0.95
+        assert np.mean([upper_bound(k, draws) for k in found]) < broken.mean() + 4 / np.sqrt(draws)
+
+
+def test_every_shipped_network_has_both():
+    assert set(FULL) == set(CHEAP)
+    assert len({model for model, _, _ in FULL}) == 8

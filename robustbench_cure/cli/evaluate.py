@@ -186,6 +186,8 @@ def run(request: EvaluateRequest) -> list[Record]:
     if request.shard != (1, 1):
         part, parts = request.shard
         click.echo(f"part {part} of {parts} is in {out}; join the parts with `cure-bench merge`")
+        if battery.audit is not None:
+            click.echo("the audit follows when they are joined: evaluate again with --resume --out JOINED")
     else:
         # In the order in which `report` finds them, so that it writes the same files again.
         write_and_name(sorted(records, key=lambda record: record.manifest.model.id), out)

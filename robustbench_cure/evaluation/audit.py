@@ -68,7 +68,10 @@ class AuditResult:
         """
         if self.whole:
             return self.lost / self.total if self.total else 0.0
-        return upper_bound(self.broken, self.draws) * self.survivors / self.total
+        # One survivor of the draw short of all: the only case in which Hoeffding's condition may not hold.
+        all_but_one = 0 < self.broken >= self.draws - 1
+        share = 1.0 if all_but_one else upper_bound(self.broken, self.draws)
+        return share * self.survivors / self.total
 
     @property
     def estimate(self) -> float:
@@ -92,7 +95,8 @@ class AuditResult:
         if not self.broken:
             return f"{self.name} would lower it by at most {_points(self.bound)} points ({terms})"
         least = max(self.search.value - self.bound, 0.0)
-        left = f"about {100 * self.estimate:.1f} %, at least {100 * least:.1f} %"
+        down = np.floor(1000 * least + 1e-9) / 10  # never printed larger than it is
+        left = f"about {100 * self.estimate:.1f} %, at least {down:.1f} %"
         return f"{self.name} would leave {left} ({terms})"
 
 

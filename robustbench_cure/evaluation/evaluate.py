@@ -27,6 +27,7 @@ from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.shard import ShardWork
 from robustbench_cure.evaluation.storage import (
     AUDIT,
+    AUDIT_REST,
     Shard,
     check_same_run,
     finish,
@@ -86,7 +87,8 @@ def evaluate(
         save_adversarials: also write every attack's candidates, float32, to ``out/adversarials``.
         command: command line for the provenance.
         progress: called for every attack on every shard.
-        audit: how many survivors the battery's audit draws, 0 for all; default: the battery's own number.
+        audit: how many survivors the battery's audit draws, 0 for all; default: the battery's own number, or
+            that of the run that is resumed, which 0 alone may change.
         attacks: implementations by kind; default: `ATTACKS`.
         flags: what `admit` returned, where it was asked already.
 
@@ -126,7 +128,11 @@ def evaluate(
     )
     x, y = (rows[: classifier.batch_size].to(classifier.device) for rows in (subset.images, subset.labels))
     manifest.environment.gradient_rate = with_memory(classifier, lambda: gradient_rate(classifier, x, y))
-    run = _Run(classifier, manifest, subset, attacks or ATTACKS, progress or (lambda *_: None))
+    names = {spec.implementation for spec in battery.every_attack}
+    replaced = sorted(name for name in names if attacks and attacks.get(name) is not ATTACKS.get(name))
+    if replaced:
+        manifest.flags.append(Flag(kind="replaced_attacks", evidence=", ".join(replaced)))
+    run = _Run(classifier, manifest, subset, attacks or ATTACKS, progress or (lambda *_: None), audit)
     try:
         return run.execute(Path(out) if out is not None else None, shard, resume, save_adversarials)
     finally:
@@ -213,7 +219,9 @@ class _Run:
         data: EvalSet,
         attacks: dict[str, Callable[..., Candidates]],
         progress: Progress,
+        asked: int | None,
     ) -> None:
+        self.asked = asked  # number of audited survivors that this call names
         self.classifier, self.manifest, self.data = classifier, manifest, data
         self.attacks, self.progress, self.battery = attacks, progress, manifest.battery
         self.search = self.battery.model_copy(update={"audit": None})  # what every shard is given
@@ -258,29 +266,42 @@ class _Run:
         out: Path | None,
         save_adversarials: bool,
     ) -> pd.DataFrame:
-        """Attack survivors with the battery's audit, add its part, and return the table with its columns."""
+        """Attack survivors with the battery's audit, add its parts, and return the table with its columns.
+
+        Where an audit is enlarged to all survivors, those that it had not drawn are a part of their own: what
+        was found stays.
+        """
         config, battery = self.manifest.config, audit_battery(self.battery, audit)
+        survivors = draw(samples, self.battery, 0, config.seed)
         draws = draw(samples, self.battery, config.audit or 0, config.seed)
-        ranks = [int(rank) for rank in draws.nonzero()[0]]
-        data = self.data.take(ranks)
-        part = read_audit(out, battery, data.ids) if out else None
-        if part is None:
-            self.total += len(ranks)
-            work = ShardWork(
-                self.classifier,
-                self.manifest,
-                data,
-                ranks,
-                battery,
-                self.attacks,
-                lambda doing: self._announce(f"audit, {doing}"),
-            )
-            before = read_audit(out, battery, data.ids, finished=False) if out else None
-            part = _written(work, AUDIT, before, out, save_adversarials)
-            self.done += len(ranks)
-            self.progress(self.done, self.total, "audit written" if out else "audit done")
-        parts.append(part)
-        return with_audit(samples, self.battery, draws, part)
+        work = [(AUDIT, draws > 0)]
+        if config.audit_rest:
+            work.append((AUDIT_REST, (survivors > 0) & (draws == 0)))
+            draws = survivors
+        audited = []
+        for name, rows in work:
+            ranks = [int(rank) for rank in rows.nonzero()[0]]
+            data = self.data.take(ranks)
+            part = read_audit(out, name, battery, data.ids) if out else None
+            if part is None:
+                self.total += len(ranks)
+                shard = ShardWork(
+                    self.classifier,
+                    self.manifest,
+                    data,
+                    ranks,
+                    battery,
+                    self.attacks,
+                    lambda doing: self._announce(f"audit, {doing}"),
+                )
+                before = read_audit(out, name, battery, data.ids, finished=False) if out else None
+                part = _written(shard, name, before, out, save_adversarials)
+                self.done += len(ranks)
+                self.progress(self.done, self.total, "audit written" if out else "audit done")
+            part.cost["audit"] = part.cost.pop("clean")  # its pass over the images as they are
+            audited.append(part)
+        parts += audited
+        return with_audit(samples, self.battery, draws, audited)
 
     def _ranks(self, start: int) -> range:
         return range(start, min(start + self.manifest.config.shard_size, len(self.data)))
@@ -295,12 +316,30 @@ class _Run:
             before = read_manifest(out)
             check_same_run(before, self.manifest, out)
             self.manifest.started = before.started
+            self._enlarge(before, out)
             earlier = [flag for flag in before.flags if flag.about.origin == "preflight"]
             self.manifest.flags = stored([*earlier, *self.manifest.flags])
-            write_manifest(out, self.manifest)
+            if before.status != "complete":  # one that is stays readable while its audit is enlarged
+                write_manifest(out, self.manifest)
             return read_shards(out, self.search)
         write_manifest(out, self.manifest)
         return {}
+
+    def _enlarge(self, before: Manifest, out: Path) -> None:
+        """Go on with the audit that the run has, or enlarge it to all survivors.
+
+        Another number would be another draw: to try numbers until one suits would make the bound false.
+        """
+        config, earlier, asked = self.manifest.config, before.config, self.asked
+        if earlier.audit is None:
+            return
+        if asked not in (None, 0, earlier.audit):
+            raise UsageError(
+                f"{out}: its audit draws {earlier.audit or 'all'} survivors, not {asked}; "
+                "go on with it, or enlarge it with --audit all"
+            )
+        config.audit = earlier.audit
+        config.audit_rest = earlier.audit_rest or (asked == 0 and earlier.audit != 0)
 
     def _shard(self, index: int, ranks: range, out: Path | None, save_adversarials: bool) -> Shard:
         data = self.data.take(list(ranks))

@@ -210,6 +210,14 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "those rows count as not broken; the attack is faulty or the projection was skipped",
         "mend the attack: its robust accuracy is too high",
     ),
+    "replaced_attacks": FlagKind(
+        "preflight",
+        "warning",
+        "Attacks were replaced",
+        "`evaluate` was called with implementations of its caller for attacks of this package",
+        "the numbers are those of other attacks than the battery names; the leaderboard does not rank them",
+        "evaluate with the attacks of the package for numbers that are to be compared",
+    ),
     "side_effects": FlagKind(
         "run",
         "warning",
@@ -408,13 +416,13 @@ def _audit(record: Record) -> list[Flag]:
     audit = record.audit
     if audit is None or not audit.lost:
         return []
-    evidence = f"{audit.broken:,} of {audit.draws:,} audited samples; {audit.words}"
+    evidence = f"{audit.broken:,} of {audit.draws:,} draws; {audit.words}"
     return [Flag(kind="search_weaker_than_reference", evidence=evidence, value=audit.broken, threshold=0)]
 
 
 def _nothing_broken(record: Record) -> Flag | None:
     samples, correct = record.samples, record.clean_accuracy.count
-    tried = [spec.id for spec in record.attacks]
+    tried = [spec.id for spec in record.every_attack]
     attacked = samples[[f"{name}.attacked" for name in tried]].any(axis=1)
     broken = samples[[f"{name}.broken" for name in tried]].any(axis=1)
     if not record.manifest.battery.threat.radius or int(attacked.sum()) < FEWEST or bool(broken.any()):
@@ -430,8 +438,10 @@ def _black_box(record: Record) -> Flag | None:
     if not white_box or not gradient_free:
         return None
     by_gradient = samples[[f"{name}.broken" for name in white_box]].any(axis=1)
+    # In a cascade, what a gradient-free attack broke first was not given to the later ones.
+    tried = samples[[f"{name}.attacked" for name in white_box]].any(axis=1)
     for name in gradient_free:
-        alone = int((samples[f"{name}.broken"] & ~by_gradient).sum())
+        alone = int((samples[f"{name}.broken"] & ~by_gradient & tried).sum())
         covered = int(record.covered(name).sum())
         if covered and alone / covered > BLACK_BOX_SHARE:
             return Flag(

@@ -66,6 +66,8 @@ class RunConfig(Section):
     allow_unreliable: bool = False
     #: Survivors that the battery's audit draws; 0: all of them; None: the battery has no audit.
     audit: int | None = None
+    #: Whether the survivors that were not drawn were audited, too, afterwards.
+    audit_rest: bool = False
 
 
 class Environment(Section):
@@ -143,7 +145,7 @@ class Manifest(Section):
     def identity(self) -> dict[str, object]:
         """What must agree for two shards to belong to one run, beside the weights."""
         # An audit may be enlarged when the search is done.
-        config = self.config.model_dump(exclude={"batch_size", "device", "shard", "audit"})
+        config = self.config.model_dump(exclude={"batch_size", "device", "shard", "audit", "audit_rest"})
         return {
             "model": self.model.id,
             "battery": self.battery_digest,
@@ -228,8 +230,11 @@ class Record:
         """Samples classified correctly that the attack did not break; bool.
 
         In a cascade it was given only what the attacks before it left robust: theirs count, too.
+
+        Raises:
+            ValueError: no attack of the battery, those of its audit left out.
         """
-        place = next(k for k, spec in enumerate(self.attacks) if spec.id == attack)
+        place = [spec.id for spec in self.attacks].index(attack)
         return self.robust(self.attacks[0 if self.manifest.battery.cascade else place : place + 1])
 
     def robust_accuracy(self, attack: str) -> Rate:

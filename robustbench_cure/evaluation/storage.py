@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-#: Name of the files that hold a run's audit, beside its shards.
-AUDIT = "audit"
+#: Names of the files that hold a run's audit, beside its shards: what was drawn, and the other survivors.
+AUDIT, AUDIT_REST = "audit", "audit-rest"
 
 
 @dataclass
@@ -93,16 +93,19 @@ def read_unfinished(out: Path, index: int | str, battery: Battery) -> Shard | No
     return _read(_stem(out, index, finished=False).with_suffix(".json"), battery, finished=False)
 
 
-def read_audit(out: Path, battery: Battery, ids: Sequence[str], *, finished: bool = True) -> Shard | None:
+def read_audit(
+    out: Path, name: str, battery: Battery, ids: Sequence[str], *, finished: bool = True
+) -> Shard | None:
     """The audit of a run, or what is done of it; None: there is none of these samples.
 
     Args:
         out: run directory.
+        name: `AUDIT` or `AUDIT_REST`.
         battery: the audit's attacks, see `audit_battery`.
         ids: of the samples that are to be audited.
         finished: whether all attacks must be.
     """
-    file = _stem(out, AUDIT, finished).with_suffix(".json")
+    file = _stem(out, name, finished).with_suffix(".json")
     part = _read(file, battery, finished=finished)
     return part if part is not None and part.rows["sample_id"].tolist() == list(ids) else None
 
@@ -232,7 +235,10 @@ def _refuse(where: Path, name: str, before: object, now: object) -> NoReturn:
 
 
 def with_audit(
-    samples: pd.DataFrame, battery: Battery, draws: NDArray[np.int64] | None = None, part: Shard | None = None
+    samples: pd.DataFrame,
+    battery: Battery,
+    draws: NDArray[np.int64] | None = None,
+    parts: Sequence[Shard] = (),
 ) -> pd.DataFrame:
     """The table of a battery's attacks with the columns of its audit beside them.
 
@@ -240,7 +246,7 @@ def with_audit(
         samples: one row a sample.
         battery: theirs; without an audit there is nothing to add.
         draws: how often each was drawn, (n,); None: no audit was made.
-        part: the rows of those that were.
+        parts: the rows of those that were.
     """
     import numpy as np
     import pandas as pd
@@ -252,8 +258,9 @@ def with_audit(
         for field_ in ATTACK_FIELDS:
             empty = {"attacked": False, "broken": False, "violation": ""}.get(field_)
             column = np.full(len(samples), empty, dtype=object)
-            if part is not None and draws is not None:
-                column[draws > 0] = part.rows[f"{spec.id}.{field_}"].to_numpy(dtype=object)
+            for part in parts:
+                place = samples["rank"].isin(part.rows["rank"])
+                column[place.to_numpy(dtype=bool)] = part.rows[f"{spec.id}.{field_}"].to_numpy(dtype=object)
             columns[f"{spec.id}.{field_}"] = column
     return pd.concat([samples, pd.DataFrame(columns, index=samples.index)], axis=1)
 
@@ -312,6 +319,11 @@ def gather(paths: list[Path], out: Path) -> tuple[Manifest, list[Flag], list[Sha
         raise UsageError(f"{out}: already holds a run; choose another --out")
     manifests = [read_manifest(path) for path in paths]
     first = manifests[0]
+    for path, manifest in zip(paths, manifests, strict=True):
+        if first.battery.audit and manifest.status == "complete":
+            raise UsageError(f"{path}: is a whole run, which has its own audit; there is nothing to join")
+        if manifest.config.audit != first.config.audit:
+            _refuse(path, "audit", first.config.audit, manifest.config.audit)
     shards: dict[int, Shard] = {}
     for path, manifest in zip(paths, manifests, strict=True):
         check_same_run(first, manifest, path)

@@ -127,7 +127,14 @@ def accuracies(new: Record, baseline: Record) -> list[AccuracyChange]:
         covered = robust(baseline, baseline.covered(spec.id), ids) & robust(new, new.covered(spec.id), ids)
         names = [name for name, inside in zip(ids, covered, strict=True) if inside]
         changes.append(AccuracyChange(spec.id, spec.name, "attack", between(before, after, names)))
-    worst = between(baseline.worst_case, new.worst_case, ids)
+    # An audit finds more in a larger draw: it is compared where both are of all survivors, and else left out.
+    audits = [record.audit for record in (baseline, new)]
+    whole = all(audit is not None and audit.whole for audit in audits)
+    before, after = (
+        record.worst_case if whole or audit is None else record.robust(record.attacks)
+        for record, audit in zip((baseline, new), audits, strict=True)
+    )
+    worst = between(before, after, ids)
     return [*changes, AccuracyChange("worst_case", "worst case", "worst", worst)]
 
 
@@ -234,12 +241,18 @@ def _notes(new: Record, baseline: Record) -> list[Difference]:
         ("device", a.environment.device_name, b.environment.device_name),
         ("torch", a.environment.torch, b.environment.torch),
         ("version", a.environment.version, b.environment.version),
+        ("audit", _audited(new), _audited(baseline)),
         ("flags", _flags(new), _flags(baseline)),
     )
     noted = [Difference(what, str(now), str(before)) for what, now, before in pairs if now != before]
     if same_weights and not _same(new, baseline):
         noted.insert(0, Difference("code, mean or std around the same weights", "other", "as they were"))
     return noted
+
+
+def _audited(record: Record) -> str:
+    audit = record.audit
+    return "none" if audit is None else "all survivors" if audit.whole else f"{audit.draws:,} draws"
 
 
 def _flags(record: Record) -> str:

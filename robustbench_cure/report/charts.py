@@ -26,7 +26,7 @@ from torch import Tensor
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.masking.checks import statistics
 from robustbench_cure.masking.evidence import PairedMargins
-from robustbench_cure.protocol.specs import PGD, DeepFool
+from robustbench_cure.protocol.specs import PGD, AttackSpec, DeepFool
 from robustbench_cure.report.table import Table, columns
 from robustbench_cure.report.tables import Protocol, accuracy_rows
 from robustbench_cure.report.wording import NORMS, interval, number
@@ -168,7 +168,7 @@ class Plot:
 def step_curves(record: Record) -> list[Curve]:
     """Accuracy after every number of steps, for the longest PGD of each kind that notes its steps."""
     longest: dict[str, PGD] = {}
-    for spec in record.attacks:
+    for spec in _on_every_sample(record):
         # With restarts, the number of steps is that of the last of them.
         if isinstance(spec, PGD) and spec.stop == "first-success" and spec.restarts == 1:
             family = spec.model_dump_json(exclude={"id", "name", "steps"})
@@ -177,9 +177,14 @@ def step_curves(record: Record) -> list[Curve]:
     return [_step_curve(record, spec) for spec in longest.values() if spec.steps > 1]
 
 
+def _on_every_sample(record: Record) -> tuple[AttackSpec, ...]:
+    """Attacks that were given every sample they cover: all, or the first of a cascade."""
+    return record.attacks[:1] if record.manifest.battery.cascade else record.attacks
+
+
 def _step_curve(record: Record, spec: PGD) -> Curve:
     covered = record.covered(spec.id)
-    correct = int(record.samples[f"{spec.id}.attacked"].sum())
+    correct = int((record.clean_correct & covered).sum())
     broken = record.samples[f"{spec.id}.broken"] & covered
     taken = record.samples[f"{spec.id}.step"][broken].astype("int64")
     points = []
@@ -194,14 +199,14 @@ def radius_curves(record: Record) -> list[Curve]:
     threat = record.manifest.battery.threat
     return [
         _radius_curve(record, spec, threat.norm, 2 * threat.radius)
-        for spec in record.attacks
+        for spec in _on_every_sample(record)
         if isinstance(spec, DeepFool) and spec.mode == "minimal" and threat.radius
     ]
 
 
 def _radius_curve(record: Record, spec: DeepFool, norm: str, most: float) -> Curve:
     covered, table = record.covered(spec.id), record.samples
-    correct = int(table[f"{spec.id}.attacked"].sum())
+    correct = int((record.clean_correct & covered).sum())
     reached = (
         table[f"{spec.id}.attacked"]
         & (table[f"{spec.id}.violation"].fillna("") == "")

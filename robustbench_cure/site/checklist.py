@@ -67,6 +67,12 @@ def _broken(record: Record, wanted: Callable[[AttackSpec], bool]) -> pd.Series |
     return broken
 
 
+def _given(record: Record, wanted: Callable[[AttackSpec], bool]) -> pd.Series:
+    """Samples that one of the wanted attacks was given: in a cascade, not what was broken before."""
+    names = [f"{spec.id}.attacked" for spec in record.every_attack if wanted(spec)]
+    return record.samples[names].any(axis=1)
+
+
 def _threat(record: Record) -> Item:
     threat = record.manifest.battery.threat
     evidence = (
@@ -141,7 +147,7 @@ def _gradient_free(record: Record) -> Item:
     gradient_free = _broken(record, lambda s: s.access == "gradient-free")
     if gradient_free is None or white_box is None:
         return Item(name, "not in the record", "needs a gradient-free attack and white-box ones")
-    alone = int((gradient_free & ~white_box).sum())
+    alone = int((gradient_free & ~white_box & _given(record, lambda s: s.access == "white-box")).sum())
     names = ", ".join(s.name for s in record.every_attack if s.access == "gradient-free")
     broken = count(int(gradient_free.sum()))
     evidence = f"{names} broke {broken}, {count(alone)} of them not broken by gradients"
@@ -154,7 +160,7 @@ def _noise(record: Record) -> Item:
     white_box = _broken(record, lambda s: s.access == "white-box")
     if noise is None or white_box is None:
         return Item(name, "not in the record", "needs uniform noise and attacks with gradients")
-    alone = int((noise & ~white_box).sum())
+    alone = int((noise & ~white_box & _given(record, lambda s: s.access == "white-box")).sum())
     evidence = f"noise broke {count(int(noise.sum()))}, {count(alone)} of them not broken by gradients"
     return Item(name, "not met" if alone else "met", evidence)
 

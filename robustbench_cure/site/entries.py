@@ -8,11 +8,11 @@ its own, without ranks: accuracy under a weaker attack says nothing about the or
 numbers are entries too, unranked.
 
 A rank is an interval. Two models differ where the exact two-sided McNemar test on their shared samples says
-so (`DiscordantPairs.p_change`), with Holm's correction over all pairs of the leaderboard at `LEVEL`. The best
-rank of a model is 1 + the number of models significantly more robust, its worst rank the number of models
-less those significantly less robust: with probability 1 - `LEVEL` no two equally robust models of a
-leaderboard are told apart. Intervals of ranks from pairwise tests: Mohamad, Goeman, van Zwet 2022,
-Biometrics 78.
+so, with Holm's correction over all pairs of the leaderboard at `LEVEL`; what an audit leaves open is counted
+against the row that it may lower, see `_p_change`. The best rank of a model is 1 + the number of models
+significantly more robust, its worst rank the number of models less those significantly less robust: where the
+bounds of the audits hold, no two equally robust models of a leaderboard are told apart with probability
+1 - `LEVEL`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from robustbench_cure.protocol.catalog import FOLDERS, ranking_protocol, roots
 from robustbench_cure.protocol.identity import ModelInfo, known_tensors
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import count, threat_words
-from robustbench_cure.stats import DiscordantPairs, Rate, holm
+from robustbench_cure.stats import DiscordantPairs, Rate, holm, tail
 from robustbench_cure.threat import ThreatModel
 
 Kind = Literal["measured", "external", "published", "quoted"]
@@ -220,12 +221,14 @@ class Pair:
         first: the row above.
         second: the row below.
         counts: the samples on which they differ, first as "before" and second as "after".
-        adjusted: two-sided p-value after Holm's correction over all pairs of the leaderboard.
+        p: two-sided p-value of the exact test, what audits leave open allowed for.
+        adjusted: the same after Holm's correction over all pairs of the leaderboard.
     """
 
     first: Entry
     second: Entry
     counts: DiscordantPairs
+    p: float
     adjusted: float
 
     @property
@@ -488,9 +491,9 @@ def _measured(
     records: list[Record], group: int, external: Sequence[Evidence], extra_data: str
 ) -> list[Entry]:
     robust = joined(records)
-    by_power = [(r.robust_accuracy(s.id).value, r, s) for r in records for s in r.attacks]
-    attacks = {s.model_dump_json(exclude={"id", "name"}) for _, _, s in by_power}
+    attacks = {s.model_dump_json(exclude={"id", "name"}) for r in records for s in r.attacks}
     batteries = dict.fromkeys(f"{r.manifest.battery.id} v{r.manifest.battery.version}" for r in records)
+    audited = [f"audited by {a.name} ({a.draws:,} of {a.survivors:,})" for r in records if (a := r.audit)]
     strongest = min(records, key=lambda r: r.worst_case_accuracy.value)
     model, data = records[0].manifest.model, records[0].manifest.data
     flags = {(f.kind, f.attack, f.evidence): f for r in records for f in r.flags}
@@ -500,7 +503,8 @@ def _measured(
         label=model.name or model.id,
         model_id=model.id,
         robust=ReportedAccuracy(Rate(int(robust.sum()), len(robust))),
-        how=f"worst case of {len(attacks)} attack{'s' * (len(attacks) != 1)}, {' + '.join(batteries)}",
+        how=f"worst case of {len(attacks)} attack{'s' * (len(attacks) != 1)}"
+        + f"{', '.join(['', *audited])}, {' + '.join(batteries)}",
         clean=ReportedAccuracy(records[0].clean_accuracy),
         n=data.n,
         decided=deciding_attack(strongest),
@@ -563,14 +567,19 @@ def _audit_gap(records: Sequence[Record]) -> str:
     A whole AutoAttack run or a whole audit lacks nothing, whatever it broke: it is in the number.
     """
     audits = [(record.audit, record.manifest.battery.audit) for record in records]
+    if any(flag.kind == "replaced_attacks" for record in records for flag in record.flags):
+        return "evaluated with other attacks than those of this package"
     if any(found is None or found.whole for found, _ in audits):
         return ""
+    configs = [(r.manifest.config, r.manifest.battery) for r in records]
+    if all(config.seed != battery.seed for config, battery in configs):
+        return "its audit was drawn with another seed than the protocol's: evaluate again without --seed"
+    if all(battery.audit and config.audit != battery.audit.samples for config, battery in configs):
+        return "its audit is of another size than the protocol's: evaluate again without --audit, or with all"
     if any(flag.kind == WEAK_SEARCH for record in records for flag in record.flags):
         return "its audit found that AutoAttack breaks more: evaluate again with --audit all"
-    drawn = max(found.draws for found, _ in audits if found is not None)
-    asked = min(audit.samples for _, audit in audits if audit is not None)
-    if drawn < max(asked, 1):
-        return f"its audit drew {drawn} samples of the {asked or 'survivors'} that the protocol asks for"
+    if not any(found.draws for found, _ in audits if found is not None):
+        return "its audit was not made yet: go on with evaluate --resume"
     return ""
 
 
@@ -669,8 +678,24 @@ def _compared(rows: Sequence[Entry]) -> list[Pair]:
         for one, other in combinations(rows, 2)
         if one.stands is not None and other.stands is not None
     ]
-    adjusted = holm([counts.p_change for _, _, counts in found])
-    return [Pair(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
+    single = [_p_change(*each) for each in found]
+    return [Pair(*each, p, q) for each, p, q in zip(found, single, holm(single), strict=True)]
+
+
+def _p_change(one: Entry, other: Entry, counts: DiscordantPairs) -> float:
+    """Two-sided p-value of the exact test, allowing for what the audits leave open.
+
+    AutoAttack may still break as many samples of a row as its audit's bound says: the worst case for a claim
+    that it is more robust is that all of them are robust in this row alone.
+    """
+    first = max(counts.lost - _open(one), 0)  # robust in the first row alone
+    second = max(counts.gained - _open(other), 0)
+    return min(1.0, 2 * min(tail(first, counts.gained), tail(second, counts.lost)))
+
+
+def _open(row: Entry) -> int:
+    """Samples of a row that AutoAttack may still break, by its audit's bound."""
+    return ceil((row.audit.bound or 0.0) * row.n - 1e-9) if row.audit is not None else 0
 
 
 def _placed(row: Entry, pairs: Sequence[Pair]) -> Entry:

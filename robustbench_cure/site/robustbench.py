@@ -108,6 +108,9 @@ def _claim(
         f"reported: {own.how}, {count(row.n)} of {count(data.total)} test images, "
         f"robustbench-cure {version}; SHA-256 of the weights {row.weights}"
     )
+    for audit in (record.audit for record in row.records):
+        if audit is not None:
+            claim["footnote"] += f"; {audit.words}"
     claim["unreliable"] = row.unreliable
     return claim
 

@@ -94,7 +94,7 @@ def pairs_table(leaderboard: Leaderboard) -> Table:
             "n": pair.counts.n,
             "first_only": pair.counts.lost,
             "second_only": pair.counts.gained,
-            "p": pair.counts.p_change,
+            "p": pair.p,
             "p_holm": pair.adjusted,
             "separable": pair.separable,
         }
@@ -106,15 +106,15 @@ def pairs_table(leaderboard: Leaderboard) -> Table:
             pair.second.label,
             count(pair.counts.lost),
             count(pair.counts.gained),
-            f"{pair.counts.p_change:.2g}",
+            f"{pair.p:.2g}",
             f"{pair.adjusted:.2g}",
             "yes" if pair.separable else "no",
         )
         for pair in leaderboard.pairs
     )
     note = (
-        "Samples that stand in one of two models only; exact two-sided McNemar test, Holm's correction over "
-        "all pairs of the table, 5 %"
+        "Samples that stand in one of two models only; exact two-sided McNemar test, which allows for what "
+        "audits leave open, with Holm's correction over all pairs of the table, 5 %"
     )
     return Table(leaderboard.name, note, columns(*heads), rows, data)
 
