@@ -17,15 +17,20 @@ from robustbench_cure import load_battery
 from robustbench_cure.classifier import Classifier
 from robustbench_cure.datasets import from_arrays
 from robustbench_cure.errors import UsageError
-from robustbench_cure.evaluation.audit import DRAWS, drawn
+from robustbench_cure.evaluation.audit import DRAWS, AuditResult, drawn
 from robustbench_cure.evaluation.evaluate import evaluate
 from robustbench_cure.evaluation.record import Record
 from robustbench_cure.evaluation.registry import ATTACKS
 from robustbench_cure.evaluation.storage import merge
+from robustbench_cure.gate.compare import compare
+from robustbench_cure.gate.outcome import Rules
 from robustbench_cure.protocol.cards import Battery, parse_card
 from robustbench_cure.protocol.catalog import ranking_protocol
+from robustbench_cure.report.charts import step_curves
 from robustbench_cure.report.results import attack_table
+from robustbench_cure.report.tables import deciding_attack
 from robustbench_cure.report.terminal import terminal_table
+from robustbench_cure.site.checklist import checklist
 from robustbench_cure.stats import upper_bound
 
 #: PGD on a linear network, and a control that breaks almost nothing: a search as weak as one can be.
@@ -224,6 +229,27 @@ def test_a_weak_search_is_corrected_and_flagged():
     assert row["audit_bound"] == audit.bound
 
 
+def found(survivors, draws, broken, *, total=1000, whole=False):
+    return AuditResult("AutoAttack", total, survivors, draws, broken, broken, whole)
+
+
+def test_bounds_are_printed_on_the_safe_side():
+    """Upper ones are rounded up, lower ones down, to a tenth of a point."""
+    for survivors in range(100, 400):
+        upper = found(survivors, 200, 0)
+        printed = float(upper.words.split("at most ")[1].split()[0])
+        assert printed >= 100 * upper.bound > printed - 0.1 - 1e-9
+        lower = found(survivors, 200, 1)
+        printed, least = float(lower.words.split("at least ")[1].split()[0]), survivors / 1000 - lower.bound
+        assert printed <= 100 * max(least, 0) + 1e-9 < printed + 0.1 + 1e-9
+
+
+def test_nothing_is_claimed_where_all_draws_but_one_are_broken():
+    assert found(300, 200, 199).bound == pytest.approx(0.3)
+    assert found(300, 200, 198).bound < 0.3
+    assert found(300, 1, 0).bound == pytest.approx(0.95 * 0.3)  # one draw: the exact bound
+
+
 def test_nothing_is_audited_where_nothing_is_left():
     record = evaluate(classifier(), audited(PGD, eps="2/5", samples=5), images())
     assert record.worst_case_accuracy.count == 0
@@ -302,20 +328,89 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
 
 
+def outcome(path):
+    table = Record.load(path).samples
+    return table[[name for name in table if name.endswith((".attacked", ".broken", ".forwards", ".pred"))]]
+
+
 def test_a_finished_run_is_audited_further_without_searching_again(tmp_path):
     protocol = audited(samples=9)
-    evaluate(classifier(), protocol, images(), out=tmp_path / "small")
+    small = evaluate(classifier(), protocol, images(), out=tmp_path / "small")
     evaluate(classifier(), protocol, images(), out=tmp_path / "large", audit=0)
     given, attacks = counted()
     record = evaluate(
         classifier(), protocol, images(), out=tmp_path / "small", resume=True, audit=0, attacks=attacks
     )
     assert set(given) == {"pgd"}
+    assert given["pgd"] == small.audit.survivors - int((small.samples[DRAWS] > 0).sum())  # the others alone
     assert record.audit.whole
-    assert table(tmp_path / "small") == table(tmp_path / "large")
+    assert (record.audit.draws, record.audit.broken) == (record.audit.survivors, record.audit.lost)
+    assert outcome(tmp_path / "small").equals(outcome(tmp_path / "large"))
     given.clear()
-    evaluate(classifier(), protocol, images(), out=tmp_path / "small", resume=True, audit=0, attacks=attacks)
+    for again in (None, 0, 9):  # what is found stays found
+        record = evaluate(
+            classifier(),
+            protocol,
+            images(),
+            out=tmp_path / "small",
+            resume=True,
+            audit=again,
+            attacks=attacks,
+        )
+        assert record.audit.whole
     assert not given
+
+
+@pytest.mark.parametrize("first", [9, 0])
+@pytest.mark.parametrize("other", [1, 8, 10, 59])
+def test_an_audit_of_another_size_is_another_draw_and_refused(tmp_path, first, other):
+    """Else one could try sizes until none of the draws breaks."""
+    evaluate(classifier(), audited(), images(), out=tmp_path, audit=first)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UsageError, match=f"its audit draws {first or 'all'} survivors, not {other}"):
+        evaluate(classifier(), audited(), images(), out=tmp_path, resume=True, audit=other)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_an_interrupted_enlargement_leaves_the_finished_record_readable(tmp_path):
+    evaluate(classifier(), audited(samples=9), images(), out=tmp_path, save_adversarials=True)
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            classifier(),
+            audited(samples=9),
+            images(),
+            out=tmp_path,
+            resume=True,
+            audit=0,
+            attacks={**ATTACKS, "pgd": stop},
+            save_adversarials=True,
+        )
+    assert Record.load(tmp_path).audit.draws == 9
+    kept = (tmp_path / "adversarials" / "audit-audit_pgd.safetensors").read_bytes()
+    evaluate(
+        classifier(), audited(samples=9), images(), out=tmp_path, resume=True, audit=0, save_adversarials=True
+    )
+    assert Record.load(tmp_path).audit.whole
+    assert (tmp_path / "adversarials" / "audit-audit_pgd.safetensors").read_bytes() == kept
+    assert (tmp_path / "adversarials" / "audit-rest-audit_pgd.safetensors").exists()
+
+
+def test_whole_runs_and_parts_of_other_audits_are_not_joined(tmp_path):
+    options = {"shard_size": 20}
+    evaluate(classifier(), audited(samples=9), images(), out=tmp_path / "whole", **options)
+    with pytest.raises(UsageError, match="is a whole run, which has its own audit"):
+        merge([tmp_path / "whole"], tmp_path / "joined")
+    for i, audit in ((1, 9), (2, 5)):
+        evaluate(
+            classifier(), audited(), images(), out=tmp_path / f"{i}", shard=(i, 2), audit=audit, **options
+        )
+    with pytest.raises(UsageError, match="audit was 9, now 5"):
+        merge([tmp_path / "1", tmp_path / "2"], tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
 
 
 def test_parts_are_audited_when_they_are_joined_and_resumed(tmp_path):
@@ -433,3 +528,46 @@ def test_the_raw_rate_of_gradients_is_recorded_and_not_counted():
     assert json.loads(m.model_dump_json())["environment"]["gradient_rate"] > 0
     old = m.model_copy(update={"environment": m.environment.model_copy(update={"gradient_rate": 0.0})})
     assert old.gradient_share is None
+
+
+# --- what the gate says ------------------------------------------------------------------------------------
+
+
+def test_the_gate_leaves_audits_out_unless_both_are_of_all_survivors():
+    part, more, whole = (evaluate(classifier(), audited(), images(), audit=k) for k in (5, 20, 0))
+    assert whole.worst_case_accuracy.count < part.worst_case_accuracy.count
+    for new, baseline in ((whole, part), (part, whole), (more, part)):
+        comparison = compare(new, baseline, Rules())
+        assert comparison.outcome.exit_code == 0
+        assert any(note.what == "audit" for note in comparison.notes)
+    worst = compare(whole, whole, Rules()).rows[-1].accuracy
+    assert (worst.id, worst.pairs.after) == ("worst_case", whole.worst_case_accuracy.count)
+
+
+# --- attacks in a cascade are judged by what they were given -----------------------------------------------
+
+
+def test_a_control_that_comes_first_is_not_called_stronger_than_gradients():
+    """What it breaks is not given to the others, which would have broken it, too."""
+    noise = WEAK | {"draws": 300}
+    record = evaluate(classifier(), battery(noise, FGSM, PGD, cascade=True, eps="1/5"), images())
+    assert record.samples["noise.broken"].any()
+    assert not [flag for flag in record.flags if flag.kind == "black_box_stronger"]
+    (item,) = [item for item in checklist(record, None) if item.name.startswith("Random noise")]
+    assert item.status == "met"
+    most = max(record.attacks, key=lambda spec: record.samples[f"{spec.id}.broken"].sum())
+    assert deciding_attack(record) == most.name
+    assert not step_curves(record)
+    one, other = (
+        evaluate(classifier(), battery(PGD, FGSM, cascade=cascade), images()) for cascade in (True, False)
+    )
+    assert step_curves(one) == step_curves(other) != []
+
+
+def test_attacks_of_the_caller_are_flagged():
+    plain = evaluate(classifier(), audited(), images(), attacks=dict(ATTACKS))
+    assert "replaced_attacks" not in {flag.kind for flag in plain.flags}
+    _, attacks = counted()
+    record = evaluate(classifier(), audited(), images(), attacks={**ATTACKS, "pgd": attacks["pgd"]})
+    (flag,) = [flag for flag in record.flags if flag.kind == "replaced_attacks"]
+    assert flag.evidence == "pgd"
