@@ -79,13 +79,15 @@ def ranked(name: str, marks: str, times: int = 25, **more):
     return other(name, marks * times, **{"protocol": REFERENCE, **more})
 
 
-def audited(name: str, marks: str, found: str, asked: int = 4, times: int = 25):
+def audited(name: str, marks: str, found: str, asked: int = 4, times: int = 25, **config):
     """A record of the reference protocol with its audit: found, one character a sample, is PGD's there."""
     both = battery(FGSM, PGD, id="ref", name="Reference")
     model = {"id": name, "name": name, "weights_sha256": (name * 64)[:64]}
     run = record(both, "1" * len(marks * times), {"fgsm": marks * times, "pgd20": found * times}, model=model)
     audit = {"name": "AutoAttack", "samples": asked * times, "attacks": [PGD]}
     run.manifest.battery = battery(FGSM, id="ref", name="Reference", audit=audit)
+    update = {"audit": asked * times, **config}
+    run.manifest.config = run.manifest.config.model_copy(update=update)
     run.samples["audit.draws"] = run.samples["pgd20.attacked"].astype("int64")
     return Record(run.manifest, typed(run.samples, run.manifest.battery))
 
@@ -235,20 +237,23 @@ def test_equal_images_are_one_leaderboard_whatever_their_file_is_called(ranking)
 
 
 @pytest.mark.parametrize(
-    ("found", "asked", "rank", "words"),
+    ("found", "asked", "config", "rank", "words"),
     [
-        ("-...", 3, "1", ""),
-        ("-x..", 3, "1", ""),  # all survivors were audited, what it broke is in the number
-        ("--..", 2, "1", ""),
-        ("--x.", 2, "", "AutoAttack breaks more: evaluate again with --audit all"),
-        ("---.", 2, "", "its audit drew 25 samples of the 50 that the protocol asks for"),
-        ("----", 2, "", "its audit drew 0 samples of the 50"),
+        ("-...", 3, {}, "1", ""),
+        ("-...", 3, {"audit": 0, "seed": 5}, "1", ""),
+        ("-x..", 3, {}, "1", ""),  # all survivors were audited, what it broke is in the number
+        ("--..", 2, {}, "1", ""),
+        ("--x.", 2, {}, "", "AutoAttack breaks more: evaluate again with --audit all"),
+        ("---.", 2, {"audit": 25}, "", "another size than the protocol's"),
+        ("--..", 1, {"audit": 50}, "", "another size than the protocol's"),  # tried until one suits
+        ("--..", 2, {"seed": 5}, "", "another seed than the protocol's"),
+        ("----", 2, {}, "", "its audit was not made yet"),
     ],
 )
-def test_an_audit_must_be_whole_or_of_the_size_of_the_protocol_and_break_nothing(
-    ranking, found, asked, rank, words
+def test_an_audit_must_be_whole_or_that_of_the_protocol_and_break_nothing(
+    ranking, found, asked, config, rank, words
 ):
-    run = audited("a", "x...", found, asked)
+    run = audited("a", "x...", found, asked, **config)
     (board,) = leaderboards([run])
     (row,) = board.rows
     assert row.rank == rank
@@ -284,6 +289,27 @@ def test_of_two_audits_the_one_that_drew_more_is_quoted(ranking):
     runs = [audited("a", "x...", "--..", 1), audited("a", "x...", "---.", 1)]
     for order in (runs, runs[::-1]):
         assert leaderboards(order)[0].rows[0].audit.draws == 50
+
+
+def test_what_an_audit_leaves_open_counts_against_its_row(ranking):
+    """b is robust on 20 more images than a; AutoAttack may break up to 4.4 of 100 of each of them."""
+    open_ = audited("b", "x...", "--..", 2)
+    full = [ranked(name, "x..." * 20 + "xx.." * 5, times=1, protocol=AUTOATTACK) for name in "ac"]
+    (pair,) = leaderboards([open_, full[0]])[0].pairs
+    assert (pair.counts.lost, pair.counts.gained) == (5, 0)
+    assert pair.p == 1.0  # all 5 may fall
+    closed = audited("b", "x...", "-...", 3)
+    (pair,) = leaderboards([closed, full[0]])[0].pairs
+    assert pair.p == pytest.approx(2 * 0.5**5)
+    weak = ranked("a", "xx.." * 25, times=1, protocol=AUTOATTACK)
+    (pair,) = leaderboards([open_, weak])[0].pairs
+    assert (pair.counts.lost, pair.p) == (25, pytest.approx(2 * 0.5**20))  # 25 less 5, rounded up
+
+
+def test_numbers_of_replaced_attacks_are_not_ranked(ranking):
+    run = ranked("a", "x...", flags=[Flag(kind="replaced_attacks", evidence="pgd")])
+    (row,) = leaderboards([run])[0].rows
+    assert (row.rank, "other attacks" in row.unranked) == ("", True)
 
 
 def test_the_cost_of_a_number_is_that_of_all_its_runs(ranking):

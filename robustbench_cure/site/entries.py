@@ -493,7 +493,6 @@ def _measured(
     robust = joined(records)
     attacks = {s.model_dump_json(exclude={"id", "name"}) for r in records for s in r.attacks}
     batteries = dict.fromkeys(f"{r.manifest.battery.id} v{r.manifest.battery.version}" for r in records)
-    audited = [f"audited by {a.name} ({a.draws:,} of {a.survivors:,})" for r in records if (a := r.audit)]
     strongest = min(records, key=lambda r: r.worst_case_accuracy.value)
     model, data = records[0].manifest.model, records[0].manifest.data
     flags = {(f.kind, f.attack, f.evidence): f for r in records for f in r.flags}
@@ -503,8 +502,7 @@ def _measured(
         label=model.name or model.id,
         model_id=model.id,
         robust=ReportedAccuracy(Rate(int(robust.sum()), len(robust))),
-        how=f"worst case of {len(attacks)} attack{'s' * (len(attacks) != 1)}"
-        + f"{', '.join(['', *audited])}, {' + '.join(batteries)}",
+        how=f"worst case of {len(attacks)} attack{'s' * (len(attacks) != 1)}, {' + '.join(batteries)}",
         clean=ReportedAccuracy(records[0].clean_accuracy),
         n=data.n,
         decided=deciding_attack(strongest),
