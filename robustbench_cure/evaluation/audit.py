@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from robustbench_cure.evaluation.record import Record
-
 #: Column of the table: how often a sample was drawn; 0: it was not, or there was no audit yet.
 DRAWS = "audit.draws"
 
@@ -147,19 +145,24 @@ def draw(samples: pd.DataFrame, battery: Battery, number: int, seed: int) -> NDA
     return draws
 
 
-def result(record: Record) -> AuditResult | None:
-    """What the audit of a record found; None: its battery has none."""
-    battery, table = record.manifest.battery, record.samples
+def result(samples: pd.DataFrame, battery: Battery, robust: pd.Series) -> AuditResult | None:
+    """What the audit of a record found; None: its battery has none.
+
+    Args:
+        samples: its table.
+        battery: its battery.
+        robust: samples that the search left robust, bool (n,).
+    """
     if battery.audit is None:
         return None
-    survivors = record.robust(battery.attacks).to_numpy(dtype=bool)
-    draws = table[DRAWS].to_numpy(dtype=np.int64)
-    broken = np.zeros(record.n, dtype=bool)
+    survivors = robust.to_numpy(dtype=bool)
+    draws = samples[DRAWS].to_numpy(dtype=np.int64)
+    broken = np.zeros(len(samples), dtype=bool)
     for spec in battery.audit.attacks:
-        broken |= table[f"{spec.id}.broken"].to_numpy(dtype=bool)
+        broken |= samples[f"{spec.id}.broken"].to_numpy(dtype=bool)
     return AuditResult(
         name=battery.audit.name,
-        total=record.n,
+        total=len(samples),
         survivors=int(survivors.sum()),
         draws=int(draws.sum()),
         broken=int(draws[broken].sum()),

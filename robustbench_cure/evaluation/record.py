@@ -194,7 +194,7 @@ class Record:
     @property
     def audit(self) -> AuditResult | None:
         """What the battery's audit found; None: it has none."""
-        return result(self)
+        return result(self.samples, self.manifest.battery, self.robust(self.attacks))
 
     @property
     def n(self) -> int:
