@@ -80,11 +80,13 @@ names = [f"{model}-{threat}" for model, _, threat in FULL]
 
 @pytest.mark.parametrize("key", FULL, ids=names)
 def test_the_reference_agrees_with_autoattack_in_full(key):
-    """Within 0.2 points by its search alone; its audit of all survivors gives AutoAttack's number or less."""
+    """Within 0.2 points by its search alone, 0.4 on digits, where docs/reference.md says why."""
     full, cheap = FULL[key], CHEAP[key]
     robust = cheap.robust(cheap.attacks)
-    assert abs(int(robust.sum()) - full.worst_case_accuracy.count) <= 0.002 * full.n
+    apart = 0.004 if key[0].startswith("digits") else 0.002
+    assert abs(int(robust.sum()) - full.worst_case_accuracy.count) <= apart * full.n
     assert int((robust != full.worst_case).sum()) <= 0.005 * full.n
+    assert bool(cheap.audit.lost) == any(flag.kind == "search_weaker_than_reference" for flag in cheap.flags)
     assert cheap.audit.bound + 1e-9 >= (robust & ~full.worst_case).sum() / full.n
 
 
