@@ -52,13 +52,11 @@ def of(full: Record, records: list[Record]) -> list[tuple[str, ...]]:
         if r.manifest.model.same_weights(m.model) and r.manifest.data.digest == m.data.digest
         and r.manifest.battery.threat == m.battery.threat
     ]  # fmt: skip
-    searches = []
+    searches = [("APGD-CE", full, full.attacks[:1])]
     for record in same:
         if ranking_protocol(record.manifest.battery) == "reference":
+            searches.append((record.attacks[0].name, record, record.attacks[:1]))
             searches.append(("reference", record, record.attacks))
-        searches += [
-            (spec.name, record, (spec,)) for spec in record.attacks if spec.name in ("PGD(20)", "APGD-CE")
-        ]
     return [line(m.model.id, name, record, full, attacks) for name, record, attacks in searches]
 
 
