@@ -444,6 +444,13 @@ IN_AUDIT = '[[audit.attacks]]\nid = "{}"\nkind = "fgsm"\nname = "FGSM"\nlimit = 
         (CARD + IN_AUDIT.format("fgsm", 0), "'fgsm' appears twice"),
         (CARD + IN_AUDIT.format("audit", 0), "'audit'"),
         (CARD + IN_AUDIT.format("other", 5), "limit"),
+        (BATTERY_CARD.replace('id = "fgsm"', 'id = "clean"'), "'clean'"),
+        (BATTERY_CARD.replace('id = "fgsm"', 'id = "worst"'), "'worst'"),
+        (CARD.replace('name = "x"', 'name = ""') + IN_AUDIT.format("other", 0), "audit.name"),
+        (
+            BATTERY_CARD.replace("[threat]", "cascade = true\n[threat]").replace("limit = 0", "limit = 3"),
+            "limit",
+        ),
         (CARD.replace("samples = 1", "samples = -1") + IN_AUDIT.format("other", 0), "samples"),
     ],
 )
@@ -556,7 +563,7 @@ def test_a_control_that_comes_first_is_not_called_stronger_than_gradients():
     (item,) = [item for item in checklist(record, None) if item.name.startswith("Random noise")]
     assert item.status == "met"
     most = max(record.attacks, key=lambda spec: record.samples[f"{spec.id}.broken"].sum())
-    assert deciding_attack(record) == most.name
+    assert deciding_attack(record) == f"most by {most.name}"
     assert not step_curves(record)
     one, other = (
         evaluate(classifier(), battery(PGD, FGSM, cascade=cascade), images()) for cascade in (True, False)

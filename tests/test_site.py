@@ -243,10 +243,10 @@ def test_equal_images_are_one_leaderboard_whatever_their_file_is_called(ranking)
         ("-...", 3, {"audit": 0, "seed": 5}, "1", ""),
         ("-x..", 3, {}, "1", ""),  # all survivors were audited, what it broke is in the number
         ("--..", 2, {}, "1", ""),
-        ("--x.", 2, {}, "", "AutoAttack breaks more: evaluate again with --audit all"),
-        ("---.", 2, {"audit": 25}, "", "another size than the protocol's"),
-        ("--..", 1, {"audit": 50}, "", "another size than the protocol's"),  # tried until one suits
-        ("--..", 2, {"seed": 5}, "", "another seed than the protocol's"),
+        ("--x.", 2, {}, "", "AutoAttack breaks more: evaluate again with --resume --audit all"),
+        ("---.", 2, {"audit": 25}, "", "another seed or size than the protocol's"),
+        ("--..", 1, {"audit": 50}, "", "another seed or size than the protocol's"),  # tried until one suits
+        ("--..", 2, {"seed": 5}, "", "another seed or size than the protocol's"),
         ("----", 2, {}, "", "its audit was not made yet"),
     ],
 )
@@ -289,6 +289,16 @@ def test_of_two_audits_the_one_that_drew_more_is_quoted(ranking):
     runs = [audited("a", "x...", "--..", 1), audited("a", "x...", "---.", 1)]
     for order in (runs, runs[::-1]):
         assert leaderboards(order)[0].rows[0].audit.draws == 50
+
+
+def test_seed_and_size_of_the_protocol_must_be_those_of_one_audit(ranking):
+    """One record has the seed and another the size: the seed of the bound is free all the same."""
+    small, chosen = audited("a", "x...", "---.", 2, audit=25), audited("a", "x...", "--..", 2, seed=7)
+    (row,) = leaderboards([small, chosen])[0].rows
+    assert "another seed or size" in row.unranked
+    own = audited("a", "x...", "-.--", 1)  # the protocol's own: what it says counts, though it drew less
+    (row,) = leaderboards([own, chosen])[0].rows
+    assert (row.unranked, row.audit.draws) == ("", 25)
 
 
 def test_what_an_audit_leaves_open_counts_against_its_row(ranking):

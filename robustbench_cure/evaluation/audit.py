@@ -89,7 +89,9 @@ class AuditResult:
         if self.whole:
             return f"{self.name} was run on all {self.survivors:,} survivors and broke {self.lost:,}"
         if not self.draws:
-            return f"not audited: by how much {self.name} would lower it is not known"
+            return (
+                f"not audited yet, by how much {self.name} would lower it is not known: go on with --resume"
+            )
         if not self.broken:
             return f"{self.name} would lower it by at most {_points(self.bound)} points ({terms})"
         least = max(self.search.value - self.bound, 0.0)

@@ -198,9 +198,10 @@ FLAG_KINDS: dict[str, FlagKind] = {
         "warning",
         "The audit broke what the search left robust",
         "the stronger protocol of the battery's audit broke samples that its search had not",
-        "the search is too weak for this network, whose gradients may be masked: its robust accuracy is too "
-        "high; where only part was audited, the corrected estimate and its bound say by how much",
-        "evaluate again with `--resume --audit all`; run `cure-bench masking`",
+        "the search is too weak for this network, whose gradients may be masked. Where every survivor was "
+        "audited, the worst case is right all the same; where only some were, it is too high, and the "
+        "corrected estimate and its bound say by how much",
+        "where only some were audited, go on with `--resume --audit all`; run `cure-bench masking`",
     ),
     "violations": FlagKind(
         "derived",

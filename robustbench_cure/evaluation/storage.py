@@ -55,7 +55,7 @@ def write_shard(out: Path, index: int | str, part: Shard, *, finished: bool = Tr
 
     Args:
         out: run directory.
-        index: of the shard, or `AUDIT`.
+        index: number of the shard, or its name: `AUDIT`, `AUDIT_REST`.
         part: its rows; unfinished, they have the columns of those attacks alone that have begun, and the last
             of these may have been given some of its rows only.
         finished: whether all attacks are; what was written of an unfinished one is deleted then.
@@ -88,7 +88,7 @@ def read_shards(out: Path, battery: Battery) -> dict[int, Shard]:
     return {index: part for index, part in found.items() if part is not None}
 
 
-def read_unfinished(out: Path, index: int | str, battery: Battery) -> Shard | None:
+def read_unfinished(out: Path, index: int, battery: Battery) -> Shard | None:
     """What is done of a shard: rows with the columns of the attacks that have begun, which its cost names."""
     return _read(_stem(out, index, finished=False).with_suffix(".json"), battery, finished=False)
 
@@ -390,7 +390,7 @@ def find_records(runs: tuple[Path, ...]) -> list[Record]:
 
 
 def merge_runs(parts: tuple[Path, ...], out: Path) -> list[Record]:
-    """Join the parts of a run, model by model; see `shards.merge`."""
+    """Join the parts of a run, model by model; see `merge`."""
     by_model: dict[str, list[Path]] = {}
     for part in parts:
         for path in record_dirs(part):

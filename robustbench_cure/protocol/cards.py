@@ -54,6 +54,8 @@ else:  # read strictly, key by key, and parsed once
     ]
 
 
+#: Rows of reports that are no attack.
+RESERVED = ("clean", "worst", "audit")
 Attacks = Annotated[tuple[AttackSpec, ...], Field(min_length=1, strict=False)]
 
 
@@ -61,7 +63,7 @@ class Audit(Strict):
     """Stronger attacks on part of what a battery leaves robust, which bound what they would find in all."""
 
     #: What these attacks are known as.
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     #: How many of the samples that are still robust, drawn at random; 0: all of them.
     samples: Annotated[int, Field(ge=0)]
     #: In order; each gets what still stands.
@@ -130,8 +132,12 @@ class Battery(Strict):
         for attack in self.every_attack:
             if ids.count(attack.id) > 1:
                 raise ValueError(f"attacks: id {attack.id!r} appears twice")
-            if attack.id == "audit":
-                raise ValueError("attacks: id 'audit' is the name of the audit itself")
+            if attack.id in RESERVED:
+                raise ValueError(f"attacks: id {attack.id!r} is the name of another row of the reports")
+            if attack.limit and self.cascade:
+                raise ValueError(
+                    f"attacks.{attack.id}: limit: must be 0 in a cascade, whose rows count all samples"
+                )
             try:
                 attack.check(self.threat)
             except ValueError as error:

@@ -233,6 +233,8 @@ class APGD(_Attack):
     def check(self, threat: ThreatModel) -> None:  # noqa: ARG002, D102 - as in the base
         if self.targets and self.loss not in ("dlr", "margin"):
             raise ValueError(f"loss {self.loss!r} has no targeted form: use dlr or margin, or targets = 0")
+        if self.order == "distance" and not self.targets:
+            raise ValueError('order "distance" is of targets, and there are none')
 
     def words(self, threat: ThreatModel) -> str:  # noqa: ARG002, D102 - as in the base
         towards = f"{_many(self.targets, 'target class')} at most, those {ORDER_WORDS[self.order]}"

@@ -65,7 +65,9 @@ def _facts(record: Record) -> dict[str, tuple[str, bool]]:
         "Status": m.status,
         "Wall time": duration(m.wall_seconds),
         "Work": f"{count(forwards)} forward and {count(backwards)} backward passes of one image",
-        "Rate": f"{share:.0%} of that of bare gradients, {count(round(rate))} a second" if share else "",
+        "Rate of passes": f"{100 * share:.0f} % of that of bare gradients, {count(round(rate))} a second"
+        if share
+        else "",
     }
     exact = {
         "Code": f"{machine.git_commit}{dirty}" if machine.git_commit else "",

@@ -96,7 +96,7 @@ class SummaryRow:
         label: name, made unique among the models shown together.
         deciding: name of the attack with the lowest robust accuracy among those that cover every sample
             (the first of equals), empty if nothing was broken. Attacks on a subset are compared only
-            where there are no others. Of a cascade, its audit included: the one that broke most.
+            where there are no others. Of a cascade, its audit included: "most by" the one that broke most.
         flags: most severe first.
     """
 
@@ -242,11 +242,11 @@ def summary(records: Sequence[Record]) -> list[SummaryRow]:
 
 
 def deciding_attack(record: Record) -> str:
-    """Name of the attack under which alone the accuracy is lowest; see `SummaryRow`."""
+    """Which attack decides the worst case, in words; see `SummaryRow`."""
     if record.manifest.battery.cascade:
         broken = {spec.name: int(record.samples[f"{spec.id}.broken"].sum()) for spec in record.every_attack}
         most = max(broken, key=lambda name: broken[name])
-        return most if broken[most] else ""
+        return f"most by {most}" if broken[most] else ""
     whole = [spec for spec in record.attacks if int(record.covered(spec.id).sum()) == record.n]
     able = [spec for spec in whole or record.attacks if record.samples[f"{spec.id}.broken"].any()]
     return min(able, key=lambda spec: record.robust_accuracy(spec.id).value).name if able else ""

@@ -86,7 +86,8 @@ def _one(protocol: Protocol) -> list[str]:
             continue
         rate = row.accuracy
         size = f"n = {rate.total}" if row.limit or row.kind != "attack" else ""
-        size = f"of {rate.total} survivors" if row.kind == "audit" else size
+        if row.kind == "audit":
+            size = f"of {rate.total} survivors" if rate.total else ""
         rows.append((row.name, percent(rate), interval(rate), size))
     heads = (
         Column("", "left", most=NAME),

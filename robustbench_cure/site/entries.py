@@ -554,8 +554,10 @@ def _audit(records: Sequence[Record]) -> AuditBound | None:
     audits = [audit for record in records if (audit := record.audit) is not None]
     if not audits:
         return None
-    # The one that drew most: to choose the lowest bound would be to choose by the outcome.
-    audit = max(audits, key=lambda audit: (audit.whole, audit.draws))
+    # That of the protocol, or the one that drew most: to choose the lowest would be to choose by the outcome.
+    asked = [audit for record in records if _as_asked(record) and (audit := record.audit) is not None]
+    whole = [audit for audit in audits if audit.whole]
+    audit = max(whole or asked or audits, key=lambda audit: audit.draws)
     return AuditBound(audit.words, audit.draws, audit.broken, 0.0 if audit.whole else audit.bound)
 
 
@@ -569,16 +571,23 @@ def _audit_gap(records: Sequence[Record]) -> str:
         return "evaluated with other attacks than those of this package"
     if any(found is None or found.whole for found, _ in audits):
         return ""
-    configs = [(r.manifest.config, r.manifest.battery) for r in records]
-    if all(config.seed != battery.seed for config, battery in configs):
-        return "its audit was drawn with another seed than the protocol's: evaluate again without --seed"
-    if all(battery.audit and config.audit != battery.audit.samples for config, battery in configs):
-        return "its audit is of another size than the protocol's: evaluate again without --audit, or with all"
     if any(flag.kind == WEAK_SEARCH for record in records for flag in record.flags):
-        return "its audit found that AutoAttack breaks more: evaluate again with --audit all"
-    if not any(found.draws for found, _ in audits if found is not None):
+        return "its audit found that AutoAttack breaks more: evaluate again with --resume --audit all"
+    own = [record for record in records if _as_asked(record)]
+    if not own:
+        return (
+            "its audit has another seed or size than the protocol's: evaluate again without --seed and "
+            "--audit, or with --resume --audit all"
+        )
+    if not any(record.audit and record.audit.draws for record in own):
         return "its audit was not made yet: go on with evaluate --resume"
     return ""
+
+
+def _as_asked(record: Record) -> bool:
+    """Whether an audit has the protocol's seed and size: others could be tried until none of it breaks."""
+    config, battery = record.manifest.config, record.manifest.battery
+    return config.seed == battery.seed and battery.audit is not None and config.audit == battery.audit.samples
 
 
 def _published(tables: Sequence[PublishedTable]) -> dict[tuple[str, ThreatModel], list[Entry]]:
