@@ -233,9 +233,7 @@ class Classifier:
         """Reference logits, float32 (B, L), in chunks of at most ``batch_size``; no gradient."""
         self._count(len(x))
         rows = self.batch_size
-        if (
-            self.device.type == "cpu"
-        ):  # nothing is kept for a backward pass: activations may stay in the cache
+        if self.device.type == "cpu":  # no backward pass follows: activations may stay in the cache
             rows = max(min(FORWARD_ROWS, rows), rows // 4)
         return torch.cat([self._logits(part, reference=True) for part in torch.split(x, rows)])
 

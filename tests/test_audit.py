@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from functools import partial
 
 import made
@@ -547,6 +548,10 @@ def test_the_gate_leaves_audits_out_unless_both_are_of_all_survivors():
         comparison = compare(new, baseline, Rules())
         assert comparison.outcome.exit_code == 0
         assert any(note.what == "audit" for note in comparison.notes)
+    # What the audit broke is broken: the minimum is held against it, whatever is compared.
+    least = Fraction(part.robust(part.attacks).sum() - 1, part.n)
+    assert part.worst_case_accuracy.value < least
+    assert compare(part, whole, Rules(min_robust=least)).outcome.exit_code == 1
     worst = compare(whole, whole, Rules()).rows[-1].accuracy
     assert (worst.id, worst.pairs.after) == ("worst_case", whole.worst_case_accuracy.count)
 

@@ -108,7 +108,7 @@ def test_the_tree_that_travels_is_small():
         pytest.skip("not a git checkout")
     run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [ROOT / name for name in run.stdout.split("\0") if name and not name.startswith("models/")]
-    assert sum(file.stat().st_size for file in files if file.is_file()) <= 18_000_000
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 14_000_000
 
 
 def test_links_of_the_documentation_lead_to_files():

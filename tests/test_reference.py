@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,18 @@ def test_the_bound_of_an_audit_covers_what_autoattack_takes(key, draws):
         covered = [upper_bound(k, draws) >= broken.mean() for k in found]
         assert np.mean(covered) >= 0.95
         assert np.mean([upper_bound(k, draws) for k in found]) < broken.mean() + 4 / np.sqrt(draws)
+
+
+def test_the_stored_rows_of_the_authors_code_say_what_the_records_say():
+    """Image by image, on the 512 original images: `benchmarks/autoattack.py` wrote them."""
+    text = (MEASURED.parents[1] / "benchmarks/measured/autoattack/rows.csv").read_text(encoding="utf-8")
+    rows = csv.DictReader(text.splitlines())
+    theirs = [row for row in rows if (row["what"], row["norm"], row["n"]) == ("pyautoattack", "linf", "512")]
+    assert {row["model"] for row in theirs} == {f"resnet18s_{name}" for name in ("pgd_at", "cure", "normal")}
+    for row in theirs:
+        (full,) = [r for (model, _, _), r in FULL.items() if model == row["model"]]
+        robust = dict(zip(full.samples["sample_id"], full.worst_case, strict=True))
+        assert "".join("01"[bool(robust[name])] for name in sorted(robust)) == row["robust"]
 
 
 def test_every_shipped_network_has_both():

@@ -135,7 +135,8 @@ def accuracies(new: Record, baseline: Record) -> list[AccuracyChange]:
         for record, audit in zip((baseline, new), audits, strict=True)
     )
     worst = between(before, after, ids)
-    return [*changes, AccuracyChange("worst_case", "worst case", "worst", worst)]
+    least = int(robust(new, new.worst_case, ids).sum())
+    return [*changes, AccuracyChange("worst_case", "worst case", "worst", worst, least)]
 
 
 # --- protocols ------------------------------------------------------------------------------------------

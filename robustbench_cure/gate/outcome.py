@@ -66,12 +66,15 @@ class AccuracyChange:
         name: for people.
         of: what it is the accuracy of.
         pairs: its discordant pairs, on the samples that both runs have.
+        least: samples of these that are robust now by everything known, a new run's audit included, where
+            that finds more than is compared; None: as `pairs` counts.
     """
 
     id: str
     name: str
     of: Of
     pairs: DiscordantPairs
+    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def conclude(findings: Sequence[RowResult], rules: Rules) -> Outcome:
 
 def _find(accuracy: AccuracyChange, rules: Rules, level: float, other_network: bool) -> RowResult:
     pairs = accuracy.pairs
-    if accuracy.of == "worst" and rules.min_robust is not None and pairs.after < rules.min_robust * pairs.n:
+    known = pairs.after if accuracy.least is None else accuracy.least
+    if accuracy.of == "worst" and rules.min_robust is not None and known < rules.min_robust * pairs.n:
         return "below the minimum"
     if _fell(pairs, rules, level):
         return "fell"
