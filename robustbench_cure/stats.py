@@ -136,10 +136,17 @@ class DiscordantPairs:
         """Exact one-sided p-value of a rise."""
         return tail(self.gained, self.lost)
 
-    @property
-    def p_change(self) -> float:
-        """Exact two-sided p-value of a change: twice the smaller one-sided p-value, at most 1."""
-        return min(1.0, 2 * min(self.p_fall, self.p_rise))
+    def p_change(self, before: int = 0, after: int = 0) -> float:
+        """Exact two-sided p-value of a change: twice the smaller one-sided p-value, at most 1.
+
+        Args:
+            before: samples of the baseline that may not hold after all: the worst case for a claim that it is
+                better is that all of them are among those lost.
+            after: likewise of the samples that hold now, among those gained.
+        """
+        fall = tail(max(self.lost - before, 0), self.gained)
+        rise = tail(max(self.gained - after, 0), self.lost)
+        return min(1.0, 2 * min(fall, rise))
 
     def fell_beyond(self, tolerance: Fraction) -> bool:
         """Whether more was lost, net, than the tolerance allows; exact arithmetic."""

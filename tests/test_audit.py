@@ -583,3 +583,12 @@ def test_attacks_of_the_caller_are_flagged():
     record = evaluate(classifier(), audited(), images(), attacks={**ATTACKS, "pgd": attacks["pgd"]})
     (flag,) = [flag for flag in record.flags if flag.kind == "replaced_attacks"]
     assert flag.evidence == "pgd"
+
+
+def test_the_raw_rate_is_measured_once_for_a_run(tmp_path, monkeypatch):
+    first = evaluate(classifier(), battery(FGSM), images(), out=tmp_path)
+    monkeypatch.setattr(
+        "robustbench_cure.evaluation.evaluate.gradient_rate", lambda *_: pytest.fail("measured again")
+    )
+    again = evaluate(classifier(), battery(FGSM), images(), out=tmp_path, resume=True)
+    assert again.manifest.environment.gradient_rate == first.manifest.environment.gradient_rate > 0

@@ -126,8 +126,6 @@ def evaluate(
         environment=environment(classifier.device, command, _peers(battery)),
         flags=flags,
     )
-    x, y = (rows[: classifier.batch_size].to(classifier.device) for rows in (subset.images, subset.labels))
-    manifest.environment.gradient_rate = with_memory(classifier, lambda: gradient_rate(classifier, x, y))
     names = {spec.implementation for spec in battery.every_attack}
     replaced = sorted(name for name in names if attacks and attacks.get(name) is not ATTACKS.get(name))
     if replaced:
@@ -242,6 +240,8 @@ class _Run:
             )
         self.total = sum(len(self._ranks(starts[k])) for k in mine)
         finished = self._open(out, resume) if out else {}
+        if not self.manifest.environment.gradient_rate:
+            self.manifest.environment.gradient_rate = with_memory(self.classifier, self._gradient_rate)
         self.progress(0, self.total, "clean pass")
         parts: list[Shard] = []
         for k in mine:
@@ -303,6 +303,11 @@ class _Run:
         parts += audited
         return with_audit(samples, self.battery, draws, audited)
 
+    def _gradient_rate(self) -> float:
+        device, rows = self.classifier.device, self.classifier.batch_size
+        first = (of[:rows].to(device) for of in (self.data.images, self.data.labels))
+        return gradient_rate(self.classifier, *first)
+
     def _ranks(self, start: int) -> range:
         return range(start, min(start + self.manifest.config.shard_size, len(self.data)))
 
@@ -316,6 +321,7 @@ class _Run:
             before = read_manifest(out)
             check_same_run(before, self.manifest, out)
             self.manifest.started = before.started
+            self.manifest.environment.gradient_rate = before.environment.gradient_rate
             self._enlarge(before, out)
             earlier = [flag for flag in before.flags if flag.about.origin == "preflight"]
             self.manifest.flags = stored([*earlier, *self.manifest.flags])

@@ -9,7 +9,7 @@ numbers are entries too, unranked.
 
 A rank is an interval. Two models differ where the exact two-sided McNemar test on their shared samples says
 so, with Holm's correction over all pairs of the leaderboard at `LEVEL`; what an audit leaves open is counted
-against the row that it may lower, see `_p_change`. The best rank of a model is 1 + the number of models
+against the row that it may lower. The best rank of a model is 1 + the number of models
 significantly more robust, its worst rank the number of models less those significantly less robust: where the
 bounds of the audits hold, no two equally robust models of a leaderboard are told apart with probability
 1 - `LEVEL`.
@@ -38,7 +38,7 @@ from robustbench_cure.protocol.catalog import FOLDERS, ranking_protocol, roots
 from robustbench_cure.protocol.identity import ModelInfo, known_tensors
 from robustbench_cure.report.tables import SEVERITIES, deciding_attack
 from robustbench_cure.report.wording import count, threat_words
-from robustbench_cure.stats import DiscordantPairs, Rate, holm, tail
+from robustbench_cure.stats import DiscordantPairs, Rate, holm
 from robustbench_cure.threat import ThreatModel
 
 Kind = Literal["measured", "external", "published", "quoted"]
@@ -685,19 +685,8 @@ def _compared(rows: Sequence[Entry]) -> list[Pair]:
         for one, other in combinations(rows, 2)
         if one.stands is not None and other.stands is not None
     ]
-    single = [_p_change(*each) for each in found]
+    single = [counts.p_change(_open(one), _open(other)) for one, other, counts in found]
     return [Pair(*each, p, q) for each, p, q in zip(found, single, holm(single), strict=True)]
-
-
-def _p_change(one: Entry, other: Entry, counts: DiscordantPairs) -> float:
-    """Two-sided p-value of the exact test, allowing for what the audits leave open.
-
-    AutoAttack may still break as many samples of a row as its audit's bound says: the worst case for a claim
-    that it is more robust is that all of them are robust in this row alone.
-    """
-    first = max(counts.lost - _open(one), 0)  # robust in the first row alone
-    second = max(counts.gained - _open(other), 0)
-    return min(1.0, 2 * min(tail(first, counts.gained), tail(second, counts.lost)))
 
 
 def _open(row: Entry) -> int:
